@@ -1,0 +1,94 @@
+"""Checkpoints in Megatron's distributed format: any layout can load what another layout saved.
+
+A checkpoint is a folder ``step_000020`` that appears by one rename after every rank has written its part, so a folder
+of that name is whole. ``step`` is the number of optimizer steps it contains, which is also the version of its weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_hpt.actor.platform import Platform
+from megatron_hpt.errors import CheckpointError
+
+# The one sharding of optimizer state that loads into any layout and works with packed parameter buffers.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder, oldest first."""
+    matches = (_NAME.fullmatch(path.name) for path in folder.glob("step_*"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Folder of one checkpoint."""
+    return folder / f"step_{step:06d}"
+
+
+def save(
+    folder: Path, step: int, model: GPTModel, optimizer: MegatronOptimizer | None, platform: Platform, keep: int | None = None
+) -> Path:
+    """Write a checkpoint whole; collective over all ranks.
+
+    Args:
+        optimizer: None saves the weights alone (a converted model).
+        keep: newest checkpoints that stay; None keeps all.
+    """
+    final, temporary = path_of(folder, step), folder / f".step_{step:06d}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    with platform.building():
+        dist_checkpointing.save(_state(model, optimizer, loading=False), str(temporary))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (temporary / "megatron_hpt.json").write_text(json.dumps({"step": step, "optimizer": optimizer is not None}))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in saved_steps(folder)[:-keep] if keep else []:
+            shutil.rmtree(path_of(folder, old))
+    dist.barrier()
+    return final
+
+
+def load(path: Path, model: GPTModel, optimizer: MegatronOptimizer | None, platform: Platform) -> int:
+    """Load a checkpoint into this layout; collective over all ranks.
+
+    Returns:
+        The optimizer steps that it contains.
+
+    Raises:
+        CheckpointError: not a checkpoint of this project, or saved without the optimizer that is to be loaded.
+    """
+    try:
+        meta = json.loads((path / "megatron_hpt.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of this project: {error}") from None
+    if optimizer is not None and not meta["optimizer"]:
+        raise CheckpointError(f"{path}: holds weights without optimizer state; it can be exported, not resumed")
+    with platform.building(), torch.no_grad():
+        state = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
+        model.load_state_dict(state["model"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
+    return meta["step"]
+
+
+def _state(model: GPTModel, optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {"model": model.sharded_state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=_SHARDING)
+    return state

@@ -1,0 +1,78 @@
+"""Writing the actor's weights as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_hpt.weights.mapping import ShardView
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A shard view without its tensor: what travels between ranks as a description."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    extent: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def export_hf(source: str | Path, target: Path, views: Sequence[ShardView]) -> None:
+    """Write ``target`` as a copy of the folder ``source`` with this model's weights; collective over all ranks.
+
+    Configuration, tokenizer and other side files are carried over unchanged; the folder appears whole or not at all.
+
+    Args:
+        views: the boxes that this rank contributes (`actor.model.contributed_views`).
+    """
+    tensors = _gather(views)
+    if dist.get_rank() == 0:
+        temporary = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHT_FILES))
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        _record_dtype(temporary / "config.json", next(iter(tensors.values())).dtype)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    dist.barrier()
+
+
+def _record_dtype(config: Path, dtype: torch.dtype) -> None:
+    data = json.loads(config.read_text())
+    key = "dtype" if "dtype" in data else "torch_dtype"
+    config.write_text(json.dumps({**data, key: str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+
+
+@torch.no_grad()
+def _gather(views: Sequence[ShardView]) -> dict[str, Tensor]:
+    """All tensors on rank 0 (host memory), one box at a time; an empty dict on the others."""
+    mine = [_Box(v.name, v.shape, v.offset, v.extent, v.view.dtype) for v in views]
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank() != 0:
+        for view in views:
+            dist.send(view.read().contiguous().cpu(), dst=0)
+        return {}
+    tensors: dict[str, Tensor] = {}
+    for rank, boxes in enumerate(everyone):
+        for index, box in enumerate(boxes):
+            if rank == 0:
+                part = views[index].read().cpu()
+            else:
+                part = torch.empty(box.extent, dtype=box.dtype)
+                dist.recv(part, src=rank)
+            whole = tensors.setdefault(box.name, torch.empty(box.shape, dtype=box.dtype))
+            whole[tuple(slice(o, o + e) for o, e in zip(box.offset, box.extent, strict=True))] = part
+    return tensors

@@ -1,0 +1,173 @@
+"""Building the Megatron GPT model of a Hugging Face folder, loading its weights, naming its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_hpt.actor.attention import PackedAttention
+from megatron_hpt.actor.parallel import Ranks
+from megatron_hpt.actor.platform import Platform
+from megatron_hpt.config import ModelConfig, ParallelConfig
+from megatron_hpt.errors import ModelError
+from megatron_hpt.weights.hf_config import ModelShape
+from megatron_hpt.weights.mapping import ShardView, hf_tensor_shapes, shard_views
+
+
+def transformer_config(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, platform: Platform
+) -> TransformerConfig:
+    """Megatron's configuration of the model; fusions that need CUDA extensions are off."""
+    dtype = getattr(torch, model.dtype)
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not platform.is_cuda,
+        perform_initialization=False,  # every weight is loaded
+        variable_seq_lengths=True,  # packed micro-batches differ in length
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even in a dense model
+        batch_p2p_comm=False,
+        calculate_per_token_loss=True,  # the loss is already divided by its global denominators
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build(shape: ModelShape, config: TransformerConfig, ranks: Ranks, platform: Platform) -> GPTModel:
+    """This rank's part of the model, with weights not yet loaded."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    with platform.building():
+        model = GPTModel(
+            config,
+            spec,
+            vocab_size=padded_vocabulary(shape.vocab, ranks.tensor.size),
+            max_sequence_length=shape.max_positions,
+            pre_process=ranks.pipeline == 0,
+            post_process=ranks.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+        )
+    return model.to(platform.device)
+
+
+def padded_vocabulary(vocab: int, tensor: int) -> int:
+    """Rows of the embedding so that it divides by the tensor parallel ranks."""
+    return -(-vocab // tensor) * tensor
+
+
+def global_parameters(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """This rank's parameters under names with the global layer number."""
+    offset = get_transformer_layer_offset(model.config)
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, layer, rest = name.split(".", 3)
+            name = f"decoder.layers.{int(layer) + offset}.{rest}"
+        yield name, parameter
+
+
+def views(model: GPTModel, shape: ModelShape, ranks: Ranks, *, loading: bool = False) -> list[ShardView]:
+    """Every Hugging Face box that this rank's parameters hold."""
+    return [
+        view
+        for name, parameter in global_parameters(model)
+        for view in shard_views(name, parameter.detach(), shape, ranks.tensor, loading=loading)
+    ]
+
+
+def contributed_views(model: GPTModel, shape: ModelShape, ranks: Ranks) -> list[ShardView]:
+    """The boxes that this rank contributes to an export: each box of the model is contributed exactly once."""
+    if ranks.data > 0:
+        return []
+    mine = views(model, shape, ranks)
+    return [view for view in mine if ranks.tensor.rank == 0 or view.extent != view.shape]
+
+
+@torch.no_grad()
+def load_hf(model: GPTModel, shape: ModelShape, ranks: Ranks, folder: str | Path) -> None:
+    """Fill this rank's parameters from the folder's safetensors; every parameter is written completely.
+
+    Raises:
+        ModelError: no safetensors, a damaged file, a missing tensor or one of another shape.
+    """
+    for parameter in model.parameters():
+        parameter.zero_()  # rows that only pad the vocabulary
+    files = HfTensors(folder)
+    for view in views(model, shape, ranks, loading=True):
+        view.write(files.get(view.name, view.shape))
+
+
+class HfTensors:
+    """Tensors of a Hugging Face folder, read lazily by name."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open the folder.
+
+        Raises:
+            ModelError: no safetensors files, or a damaged one.
+        """
+        self._folder = Path(folder)
+        paths = sorted(self._folder.glob("*.safetensors"))
+        if not paths:
+            raise ModelError(f"model.path: {folder} has no *.safetensors files")
+        self._files: dict[str, safe_open] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path}: not a whole safetensors file: {error}") from None
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor.
+
+        Raises:
+            ModelError: missing, or of another shape.
+        """
+        if name not in self._files:
+            raise ModelError(f"{self._folder}: tensor {name} is missing")
+        tensor = self._files[name].get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ModelError(f"{self._folder}: {name} has shape {tuple(tensor.shape)}, config.json implies {shape}")
+        return tensor
+
+    def check(self, shape: ModelShape) -> None:
+        """Every tensor of the model is there and no other.
+
+        Raises:
+            ModelError: names the tensors.
+        """
+        expected = hf_tensor_shapes(shape).keys()
+        missing, extra = expected - self._files.keys(), self._files.keys() - expected
+        if missing or extra:
+            raise ModelError(f"{self._folder}: missing tensors {sorted(missing)[:3]}, unexpected tensors {sorted(extra)[:3]}")

@@ -1,0 +1,126 @@
+"""The trainer process: one rank of the actor, started by torchrun (``python -m megatron_hpt.actor.trainer``)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_hpt.actor import checkpoint, export, model, optimizer, parallel, platform
+from megatron_hpt.actor.train_step import Actor, train_step
+from megatron_hpt.blackboard import Blackboard
+from megatron_hpt.config import Config, load_yaml
+from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.objective import algorithms
+from megatron_hpt.process import die_with_parent, log_to
+from megatron_hpt.run import RunDir
+from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.mapping import hf_tensor_shapes
+from megatron_hpt.weights.sender import WeightSender
+
+logger = logging.getLogger(__name__)
+
+
+def build_actor(config: Config) -> Actor:
+    """The actor of this rank, with the weights of `config.model.path`; joins the process group."""
+    where = platform.detect(config.actor.threads)
+    ranks = parallel.initialize(config.parallel, where, config.trainer.seed, config.deadlines.step_s)
+    shape = model_shape(config.model.path)
+    settings = model.transformer_config(shape, config.model, config.parallel, where)
+    gpt = model.build(shape, settings, ranks, where)
+    model.load_hf(gpt, shape, ranks, config.model.path)
+    wrapped = optimizer.wrap(gpt)
+    wrapped.train()
+    return Actor(
+        config=config,
+        algorithm=algorithms.build(config.algorithm, config.data.max_response_length),
+        vocab=shape.vocab,
+        model=wrapped,
+        optimizer=optimizer.build(config.optimizer, wrapped, where),
+        ranks=ranks,
+        platform=where,
+    )
+
+
+class Trainer:
+    """The main loop of one rank."""
+
+    def __init__(self, run: RunDir, board: Blackboard, start: int) -> None:
+        self._run, self._board, self._start = run, board, start
+        self._config = load_yaml(run.config)
+        self._ledger = Ledger(run.batches)
+        self._actor = build_actor(self._config)
+        if start:
+            checkpoint.load(checkpoint.path_of(run.checkpoints, start), self._gpt, self._actor.optimizer, self._actor.platform)
+        self._sender = self._make_sender()
+
+    def run(self) -> None:
+        """Train every step from the start, publish every version, save, export."""
+        config, board = self._config, self._board
+        self._publish(self._start)
+        for step in range(self._start, config.trainer.steps):
+            board.wait(f"batch/{step}", config.deadlines.rollout_s, "the coordinator")
+            started = time.monotonic()
+            metrics: dict[str, Any] = train_step(self._actor, self._ledger.read(step).rows, step)
+            metrics["time/train_s"] = time.monotonic() - started
+            self._maybe_save(step + 1)
+            self._tell(f"trained/{step}", metrics)
+            self._publish(step + 1)
+        if config.trainer.export:
+            shape = model_shape(config.model.path)
+            export.export_hf(config.model.path, self._run.export, model.contributed_views(self._gpt, shape, self._actor.ranks))
+        self._sender.close()
+
+    @property
+    def _gpt(self) -> Any:
+        return self._actor.model.module
+
+    def _make_sender(self) -> WeightSender:
+        shape = model_shape(self._config.model.path)
+        self._tell("status/trainer", "ready")
+        engines = self._board.wait("engines", self._config.deadlines.startup_s, "an engine")
+        views = model.contributed_views(self._gpt, shape, self._actor.ranks)
+        return WeightSender(views, hf_tensor_shapes(shape), engines, self._config.deadlines.transfer_s, dist.group.WORLD)
+
+    def _publish(self, version: int) -> None:
+        """Send a version, unless its batch is in the ledger already: then nobody will sample from it."""
+        started, nbytes = time.monotonic(), 0
+        if not self._ledger.has(version):
+            nbytes = self._sender.publish(version)
+        self._tell(f"published/{version}", {"time/transfer_s": time.monotonic() - started, "weights/bytes": nbytes})
+
+    def _maybe_save(self, step: int) -> None:
+        every, last = self._config.trainer.save_every, self._config.trainer.steps
+        if step == last or (every and step % every == 0):
+            keep = self._config.trainer.keep_checkpoints
+            checkpoint.save(self._run.checkpoints, step, self._gpt, self._actor.optimizer, self._actor.platform, keep)
+
+    def _tell(self, key: str, value: Any) -> None:
+        if self._actor.ranks.is_lead:
+            self._board.put(key, value)
+
+
+def main() -> None:
+    """Command line of one rank."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--from-step", type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_parent()
+    run = RunDir(arguments.run)
+    log_to(run.log(f"trainer_rank{os.environ['RANK']}"))
+    board = Blackboard.join(arguments.store)
+    board.put(f"pid/trainer rank {os.environ['RANK']}", os.getpid())
+    Trainer(run, board, arguments.from_step).run()
+    parallel.shutdown()
+    logger.info("done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Small keys that the processes of a run share: a torch TCPStore with deadlines whose errors name who is late."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+from torch.distributed import DistError, DistStoreError, TCPStore
+
+from megatron_hpt.errors import DeadlineError
+
+
+class Blackboard:
+    """JSON values by key. The supervisor hosts it, so it outlives every part of the run."""
+
+    def __init__(self, store: TCPStore) -> None:
+        self._store = store
+
+    @classmethod
+    def host(cls) -> Blackboard:
+        """Open a server on a free port of the loopback interface."""
+        return cls(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+
+    @classmethod
+    def join(cls, address: str) -> Blackboard:
+        """Connect to ``host:port``.
+
+        Raises:
+            DeadlineError: nobody answers there.
+        """
+        host, port = address.rsplit(":", 1)
+        try:
+            return cls(TCPStore(host, int(port), is_master=False, timeout=datetime.timedelta(seconds=30)))
+        except (DistError, OSError) as error:
+            raise DeadlineError(f"the supervisor's store at {address} does not answer: {error}") from None
+
+    @property
+    def address(self) -> str:
+        """``host:port`` for `join`."""
+        return f"{self._store.host}:{self._store.port}"
+
+    def put(self, key: str, value: Any) -> None:
+        """Set a key."""
+        self._store.set(key, json.dumps(value))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A key's value now, or `default`."""
+        return json.loads(self._store.get(key)) if self._store.check([key]) else default
+
+    def wait(self, key: str, seconds: float, late: str) -> Any:
+        """Wait until a key is set.
+
+        Args:
+            late: who is expected to set it, for the error.
+
+        Raises:
+            DeadlineError: it was not set in time.
+        """
+        try:
+            self._store.wait([key], datetime.timedelta(seconds=seconds))
+        except DistStoreError:
+            raise DeadlineError(f"{late} is late: {key!r} did not come within {seconds:.0f} s") from None
+        return json.loads(self._store.get(key))

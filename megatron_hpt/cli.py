@@ -1,0 +1,72 @@
+"""The command line: ``megatron-hpt train``, ``megatron-hpt report``. Imports what a command needs, when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from megatron_hpt.errors import HptError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+RUNS = Path("runs")
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def train(
+    recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, e.g. trainer.steps=20")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue the newest run of this recipe, or the given run directory")
+    ] = False,
+) -> None:
+    """Train a recipe on this machine, in a new run directory under runs/."""
+    from megatron_hpt.launch.train import resume_run, start_run
+
+    console = Console()
+    run = resume_run(recipe, overrides or [], RUNS) if resume else start_run(recipe, overrides or [], RUNS)
+    console.print(f"[green]done[/green]  {run.path}  (curves: {run.report})", highlight=False)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
+    """Draw the curves of a run: report.html, one self-contained page, and report.png."""
+    from megatron_hpt.run import open_run
+    from megatron_hpt.telemetry.report import write_report
+
+    Console().print(f"wrote {write_report(open_run(run))}", highlight=False)
+
+
+@app.command()
+def config(
+    recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, e.g. trainer.steps=20")] = None,
+) -> None:
+    """Print the resolved configuration of a recipe, every default written out."""
+    from megatron_hpt.config import dump_yaml
+    from megatron_hpt.recipe import load
+
+    sys.stdout.write(dump_yaml(load(recipe, overrides or []).config))
+
+
+def main() -> None:
+    """Entry point; an error of this project is one message and exit code 1 (130 when interrupted)."""
+    from megatron_hpt.launch.supervisor import Interrupted
+
+    try:
+        app()
+    except Interrupted as error:
+        Console(stderr=True).print(f"[yellow]{error}[/yellow]", highlight=False)
+        sys.exit(130)
+    except HptError as error:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print("error: ", style="red", end="")
+        console.print(str(error), highlight=False, markup=False)  # the text may hold brackets
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

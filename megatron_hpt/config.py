@@ -1,0 +1,299 @@
+"""The typed configuration tree that a recipe fills in. Imports no torch.
+
+A recipe is a Python function ``recipe() -> Config``. Dotted overrides (``trainer.steps=20``) are parsed as YAML
+values and checked against the same types, so nothing reaches a process that has not been validated here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_hpt.errors import ConfigError
+
+PositiveInt = typing.Annotated[int, Field(gt=0)]
+NonNegativeInt = typing.Annotated[int, Field(ge=0)]
+PositiveFloat = typing.Annotated[float, Field(gt=0)]
+NonNegativeFloat = typing.Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys are refused, assignments are validated, each field has one line of help."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str
+    """Hugging Face folder: config.json, safetensors weights and the tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the actor's and the engine's weights and arithmetic (master weights are always float32)."""
+
+
+class DataConfig(Section):
+    train: str
+    """Parquet file of prompts and demonstrations (columns: docs/data.md)."""
+    max_prompt_length: PositiveInt = 1024
+    """Longest prompt in tokens; a longer one is refused at load."""
+    max_response_length: PositiveInt = 1024
+    """Longest rollout or demonstration in tokens, end-of-sequence included; a longer demonstration is refused."""
+
+
+class GateConfig(Section):
+    threshold: NonNegativeFloat = 0
+    """Prompts solved at most this often (a count, or a share of n when below 1) learn from their demonstration."""
+    missing_demonstration: Literal["rollouts", "skip"] = "rollouts"
+    """What a prompt at or below the threshold does when the data has no demonstration for it."""
+
+
+class AlgorithmConfig(Section):
+    name: str = "hpt"
+    """A row of the table in megatron_hpt/objective/algorithms.py."""
+    gate: GateConfig = GateConfig()
+    """The per-prompt switch between demonstration and rollouts (used by algorithms that have both)."""
+    demonstration_coefficient: NonNegativeFloat = 1.0
+    """Factor on the demonstration term."""
+    entropy_coefficient: NonNegativeFloat = 0.0
+    """Factor on the entropy bonus over all trained response tokens."""
+    constant_length: PositiveInt | None = None
+    """Divisor of `constant_length` aggregation in tokens; default: data.max_response_length."""
+
+
+class RewardConfig(Section):
+    name: str = "math"
+    """A row of the registry in megatron_hpt/rewards/registry.py."""
+    workers: PositiveInt = 1
+    """Grader subprocesses."""
+    deadline_s: PositiveFloat = 10.0
+    """Seconds one answer may take; after that it is ungraded (counted, never a 0)."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm"] = "vllm"
+    """The inference server."""
+    samples_per_prompt: PositiveInt = 8
+    """Rollouts a prompt (n)."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer applies the same to its log-probabilities."""
+    servers: PositiveInt = 1
+    """Engine servers to start."""
+    tensor_parallel: PositiveInt = 1
+    """Tensor parallel ranks of one engine server."""
+    kv_cache_gib: PositiveFloat = 1.0
+    """Memory for the KV cache of one server, in GiB (host engines)."""
+    max_running: PositiveInt = 256
+    """Sequences that one server decodes at the same time."""
+    threads: NonNegativeInt = 0
+    """OpenMP threads of a host engine; 0: one per core."""
+
+
+class ParallelConfig(Section):
+    tensor: PositiveInt = 1
+    """Tensor parallel ranks."""
+    pipeline: PositiveInt = 1
+    """Pipeline parallel ranks."""
+    data: PositiveInt = 1
+    """Data parallel ranks (the optimizer state is sharded over them)."""
+
+    @property
+    def ranks(self) -> int:
+        """Trainer processes in all."""
+        return self.tensor * self.pipeline * self.data
+
+
+class ActorConfig(Section):
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens packed into one micro-batch (one row longer than this gets a micro-batch of its own)."""
+    threads: PositiveInt = 1
+    """Torch threads of one rank on the host."""
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up to `lr`."""
+    decay_to: typing.Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of `lr` reached linearly at the last step; 1: constant."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    clip_grad: PositiveFloat = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+
+class EvaluationConfig(Section):
+    sets: dict[str, str] = {}
+    """Held-out sets: name → parquet file."""
+    every: NonNegativeInt = 0
+    """Evaluate before every k-th step too (0: only before the first and after the last)."""
+    samples: PositiveInt = 8
+    """Answers a prompt (k of avg@k)."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of the evaluation."""
+    top_p: typing.Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of the evaluation."""
+
+
+class TrainerConfig(Section):
+    steps: PositiveInt = 100
+    """Optimizer steps; one batch each."""
+    prompts_per_step: PositiveInt = 128
+    """Prompts a step."""
+    seed: NonNegativeInt = 0
+    """Seed of the data order and of every sampling request."""
+    save_every: NonNegativeInt = 0
+    """Write a checkpoint after every k-th step (0: only after the last)."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that stay on disk."""
+    export: bool = True
+    """Write the final model as a Hugging Face folder."""
+
+
+class DeadlinesConfig(Section):
+    startup_s: PositiveFloat = 600.0
+    """An engine or the trainer to be ready."""
+    rollout_s: PositiveFloat = 3600.0
+    """One generation request, and the coordinator's whole batch."""
+    step_s: PositiveFloat = 3600.0
+    """One training step including the weight transfer."""
+    transfer_s: PositiveFloat = 300.0
+    """One call of the engine's weight-transfer API."""
+
+
+class Config(Section):
+    name: str
+    """Name of the run; its folder is runs/<name>-<time>."""
+    model: ModelConfig
+    data: DataConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    actor: ActorConfig = ActorConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Prompt and response together, in tokens."""
+        return self.data.max_prompt_length + self.data.max_response_length
+
+
+def validated(tree: dict[str, Any], origin: str) -> Config:
+    """Build a Config from plain data; every problem is one line with key, given value and what is allowed.
+
+    Raises:
+        ConfigError: naming `origin` (a file or "overrides") and each key.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"{origin}: the configuration is not valid\n  " + "\n  ".join(lines)) from None
+
+
+def _explain(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return unknown_key(path)
+    if problem["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    return f"{key}: given {problem['input']!r}; {problem['msg'].lower()}"
+
+
+def unknown_key(path: list[str]) -> str:
+    """One line for a key that does not exist: where it stops being known, the neighbours, the nearest name."""
+    section: Any = Config
+    for depth, part in enumerate(path):
+        fields = getattr(section, "model_fields", {})
+        if part not in fields:
+            where = ".".join(path[:depth]) or "the configuration"
+            close = difflib.get_close_matches(part, fields, n=1)
+            hint = f"; did you mean {'.'.join([*path[:depth], close[0]])}?" if close else ""
+            allowed = ", ".join(fields) if fields else "nothing (it is a plain value)"
+            return f"{'.'.join(path)}: unknown key; {where} has: {allowed}{hint}"
+        section = _section_type(fields[part].annotation)
+    return f"{'.'.join(path)}: unknown key"
+
+
+def _section_type(annotation: Any) -> Any:
+    """The Section inside an annotation such as ``Section | None``; else the annotation itself."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        sections = [a for a in typing.get_args(annotation) if hasattr(a, "model_fields")]
+        return sections[0] if sections else annotation
+    return annotation
+
+
+def apply_overrides(config: Config, overrides: list[str]) -> Config:
+    """Return `config` with dotted ``key=value`` overrides applied and everything validated again.
+
+    Values are YAML: ``3``, ``1e-3``, ``true``, ``null``, ``[0.9, 0.95]``, ``{heldout: a.parquet}``.
+
+    Raises:
+        ConfigError: an override without "=", an unknown key, a value of the wrong type.
+    """
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r}: expected section.key=value, e.g. trainer.steps=20")
+        _set(tree, key.split("."), _parse(key, text))
+    return validated(tree, "overrides " + " ".join(overrides) if overrides else config.name)
+
+
+def _parse(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    node: Any = tree
+    for part in path[:-1]:
+        if not isinstance(node, dict) or part not in node:
+            raise ConfigError(unknown_key(path))
+        node = node[part]
+    # evaluation.sets is the one free mapping: its keys are the user's own names
+    if not isinstance(node, dict) or (path[-1] not in node and path[:-1] != ["evaluation", "sets"]):
+        raise ConfigError(unknown_key(path))
+    node[path[-1]] = value
+
+
+def load_yaml(path: Path) -> Config:
+    """Read a saved configuration.
+
+    Raises:
+        ConfigError: not YAML, or not a valid configuration; names the file.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    return validated(tree, str(path))
+
+
+def dump_yaml(config: Config) -> str:
+    """The whole tree with every default written out, in a form that `load_yaml` reads back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

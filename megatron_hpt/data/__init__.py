@@ -1,0 +1,1 @@
+"""Prompts in, rows through, batches on disk."""

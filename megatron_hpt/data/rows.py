@@ -1,0 +1,107 @@
+"""The row: what the coordinator hands to the trainer, and its Arrow schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+
+from megatron_hpt.errors import DataError
+
+
+class Source(StrEnum):
+    """Who wrote the response."""
+
+    ROLLOUT = "rollout"
+    DEMONSTRATION = "demonstration"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One response to one prompt. Token ids are the record; text is never tokenised again."""
+
+    prompt_id: str
+    group: int
+    """Index of the prompt in the step."""
+    source: Source
+    tokens: Sequence[int]
+    """Prompt and response."""
+    prompt_length: int
+    behaviour_logprobs: Sequence[float] | None
+    """log π of the engine for every response token; None for a demonstration."""
+    reward: float | None
+    """None: ungraded, or a demonstration."""
+    advantage: float | None
+    """None where there is no reward to estimate it from; such a row has weight 0."""
+    weight: float
+    """Factor of the row in the loss; 0: recorded, not trained."""
+    policy_version: int | None
+    """Version of the weights that sampled it; None for a demonstration."""
+    finish_reason: str | None = None
+
+    @property
+    def response_length(self) -> int:
+        """Tokens of the response, end-of-sequence included."""
+        return len(self.tokens) - self.prompt_length
+
+
+SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("group", pa.int32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("prompt_length", pa.int32(), nullable=False),
+        pa.field("behaviour_logprobs", pa.list_(pa.float32())),
+        pa.field("reward", pa.float64()),
+        pa.field("advantage", pa.float64()),
+        pa.field("weight", pa.float64(), nullable=False),
+        pa.field("policy_version", pa.int32()),
+        pa.field("finish_reason", pa.string()),
+    ]
+)
+_META = b"megatron_hpt"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: its rows, the gate's decisions and the coordinator's metrics."""
+
+    step: int
+    rows: Sequence[Row]
+    decisions: Sequence[dict[str, Any]] = field(default_factory=tuple)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> list[Row]:
+        """Rows with a weight."""
+        return [row for row in self.rows if row.weight != 0]
+
+
+def to_table(batch: Batch) -> pa.Table:
+    """Rows as an Arrow table; step, decisions and metrics ride in the schema's metadata."""
+    meta = {"step": batch.step, "decisions": list(batch.decisions), "metrics": batch.metrics}
+    schema = SCHEMA.with_metadata({_META: json.dumps(meta).encode()})
+    return pa.Table.from_pylist([asdict(row) for row in batch.rows], schema=schema)
+
+
+def from_table(table: pa.Table) -> Batch:
+    """Read what `to_table` wrote.
+
+    Raises:
+        DataError: a table of another schema.
+    """
+    if not table.schema.equals(SCHEMA, check_metadata=False):
+        raise DataError(f"not a batch of this project: columns {table.schema.names}, expected {SCHEMA.names}")
+    meta = json.loads((table.schema.metadata or {})[_META])
+    rows = [Row(**{**row, "source": Source(row["source"])}) for row in table.to_pylist()]
+    return Batch(meta["step"], rows, meta["decisions"], meta["metrics"])
+
+
+def response_tokens(rows: Iterable[Row]) -> int:
+    """Response tokens of some rows."""
+    return sum(row.response_length for row in rows)

@@ -1,0 +1,33 @@
+"""Errors that are part of the product: each says what was given, what is allowed and what to change."""
+
+
+class HptError(Exception):
+    """Base of every error this project raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(HptError):
+    """A setting, a recipe or a layout that cannot work."""
+
+
+class DataError(HptError):
+    """An input file or a row of it that cannot be used."""
+
+
+class ModelError(HptError):
+    """A model folder that is not one, or a model that is not supported."""
+
+
+class TransferError(HptError):
+    """Weights that did not arrive whole."""
+
+
+class EngineError(HptError):
+    """A rollout engine that failed, or answered what it must not answer."""
+
+
+class DeadlineError(HptError):
+    """Somebody is late; the message names who."""
+
+
+class CheckpointError(HptError):
+    """A checkpoint that is missing, damaged or does not fit."""

@@ -1,0 +1,59 @@
+"""A Llama of a few million parameters with random weights and a tokenizer of single characters."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+_CHARACTERS = "0123456789+-*/=()., \n"
+_SPECIAL = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "\\boxed{": 3, "}": 4}
+_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+)
+
+
+def write(
+    folder: Path, *, hidden: int = 192, layers: int = 4, heads: int = 6, kv_heads: int = 2, positions: int = 128, seed: int = 0
+) -> None:
+    """Write a Hugging Face folder, whole: configuration, random weights, tokenizer with a chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 64 * 64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(folder)
+
+
+def _tokenizer():
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = dict(_SPECIAL)
+    for character in _CHARACTERS:
+        vocabulary[character] = len(vocabulary)
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Who runs where, and keeping it running."""

@@ -1,0 +1,100 @@
+"""The processes of a run: started in sessions of their own, watched, and taken down without leaving any behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+GRACE_S = 10.0
+"""Seconds between SIGTERM and SIGKILL: vLLM needs some to remove its own shared memory."""
+
+
+@dataclass
+class Child:
+    """One started process."""
+
+    name: str
+    process: subprocess.Popen
+    log: Path
+
+    @classmethod
+    def start(cls, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> Child:
+        """Start a command that dies with this process and logs to a file."""
+        launcher = [sys.executable, "-m", "megatron_hpt.process", str(log), *command]
+        process = subprocess.Popen(launcher, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        return cls(name, process, log)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self.process.poll()
+
+    def signal_group(self, number: int) -> bool:
+        """Signal the whole process group; False if nobody is left in it."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A process that ended when it should not have, or as it should not have."""
+
+    name: str
+    exit_code: int
+    log: Path
+
+    def __str__(self) -> str:
+        return f"{self.name} died ({describe_exit(self.exit_code)}); the last lines of {self.log}:\n{tail(self.log)}"
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words."""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"exit code {code}, {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The last lines of a log, indented."""
+    if not log.is_file():
+        return "    (no log)"
+    text = log.read_text(errors="replace").rstrip().split("\n")
+    return "\n".join(f"    {line}" for line in text[-lines:])
+
+
+_ROOT_CAUSE = re.compile(r"rank\s*:\s*(\d+) \(local_rank.*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+
+
+def failure_of(child: Child, logs: Path) -> Failure:
+    """What failed; for torchrun, the rank that it names as the root cause."""
+    code = child.exit_code or 0
+    if child.name == "trainer":
+        report = child.log.read_text(errors="replace").partition("Root Cause")[2] if child.log.is_file() else ""
+        if match := _ROOT_CAUSE.search(report):
+            return Failure(f"trainer rank {match[1]}", int(match[2]), logs / f"trainer_rank{match[1]}.log")
+    return Failure(child.name, code, child.log)
+
+
+def stop_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:
+    """SIGTERM to every group, SIGKILL to what is left of it after `grace_s` seconds."""
+    deadline = time.monotonic() + grace_s
+    alive = [child for child in children if child.signal_group(signal.SIGTERM)]
+    while alive and time.monotonic() < deadline:
+        time.sleep(0.1)
+        alive = [child for child in alive if child.exit_code is None or child.signal_group(0)]
+    for child in alive:
+        child.signal_group(signal.SIGKILL)
+    for child in children:
+        child.process.wait()

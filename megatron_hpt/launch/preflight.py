@@ -1,0 +1,90 @@
+"""Everything that can be refused is refused here, before a process starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_hpt.config import Config
+from megatron_hpt.data.prompts import Limits, load_prompts
+from megatron_hpt.errors import ConfigError, ModelError
+from megatron_hpt.objective import algorithms
+from megatron_hpt.rewards.registry import lookup
+from megatron_hpt.weights.hf_config import ModelShape, model_shape
+
+
+def check(config: Config) -> None:
+    """Check names, model, layout and data.
+
+    Raises:
+        ConfigError, ModelError, DataError: with the key or file, what was given and what is allowed.
+    """
+    algorithms.build(config.algorithm, config.data.max_response_length)
+    lookup(config.reward.name)
+    shape = model_shape(config.model.path)
+    check_layout(config, shape)
+    check_lengths(config, shape)
+    _check_data(config)
+
+
+def check_layout(config: Config, shape: ModelShape) -> None:
+    """The actor's and the engines' layouts divide the model.
+
+    Raises:
+        ConfigError: naming the key and the values that would do.
+    """
+    divisions = (
+        (
+            "parallel.tensor",
+            config.parallel.tensor,
+            {"attention heads": shape.heads, "key/value heads": shape.kv_heads, "ffn size": shape.ffn},
+        ),
+        ("parallel.pipeline", config.parallel.pipeline, {"layers": shape.layers}),
+        ("rollout.tensor_parallel", config.rollout.tensor_parallel, {"attention heads": shape.heads}),
+    )
+    for key, given, sizes in divisions:
+        for what, size in sizes.items():
+            if size % given:
+                allowed = [n for n in range(1, size + 1) if all(s % n == 0 for s in sizes.values())]
+                raise ConfigError(
+                    f"{key}: given {given}, which does not divide the model's {size} {what}; "
+                    f"allowed: {', '.join(map(str, allowed))}"
+                )
+
+
+def check_lengths(config: Config, shape: ModelShape) -> None:
+    """Prompt and response fit the model's positions.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if config.max_sequence_length > shape.max_positions:
+        raise ConfigError(
+            f"data.max_prompt_length + data.max_response_length: given {config.max_sequence_length}; the model has "
+            f"{shape.max_positions} positions (max_position_embeddings in {config.model.path}/config.json)"
+        )
+
+
+def _check_data(config: Config) -> None:
+    """Every row of every file loads."""
+    tokenizer = load_tokenizer(config.model.path)
+    limits = Limits(config.data.max_prompt_length, config.data.max_response_length)
+    for path in (config.data.train, *config.evaluation.sets.values()):
+        load_prompts(path, tokenizer, limits)
+
+
+def load_tokenizer(folder: str):
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: none there, or without an end-of-sequence token or a chat template.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise ModelError(f"model.path: {folder} has no tokenizer (tokenizer.json)")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.path: the tokenizer in {folder} has no end-of-sequence token; responses could not end")
+    if tokenizer.chat_template is None:
+        raise ModelError(f"model.path: the tokenizer in {folder} has no chat template to render prompts with")
+    return tokenizer

@@ -1,0 +1,146 @@
+"""The supervisor: starts engines, trainer and coordinator, shows progress, and ends everything when one part dies."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import time
+from typing import Any, NoReturn
+
+import httpx
+
+from megatron_hpt.blackboard import Blackboard
+from megatron_hpt.config import Config
+from megatron_hpt.errors import DeadlineError, HptError
+from megatron_hpt.launch.children import Child, Failure, failure_of, stop_all
+from megatron_hpt.rollout import vllm
+from megatron_hpt.run import RunDir
+from megatron_hpt.telemetry import metrics
+from megatron_hpt.telemetry.progress import Progress
+
+POLL_S = 0.2
+SETTLE_S = 1.5
+"""Seconds in which other processes may fail of the same cause; all of them are reported."""
+
+
+class RunFailed(HptError):
+    """A process of the run died; the message names it."""
+
+
+class Interrupted(HptError):
+    """SIGINT or SIGTERM ended the run."""
+
+
+class Supervisor:
+    """One run on this machine."""
+
+    def __init__(self, config: Config, run: RunDir, start: int) -> None:
+        self._config, self._run, self._start = config, run, start
+        self._board = Blackboard.host()
+        self._children: list[Child] = []
+        self._engines: dict[str, Child] = {}
+        self._started = time.monotonic()
+        self._announced = False
+        self._shown = start
+
+    def run(self) -> None:
+        """Run to the end.
+
+        Raises:
+            RunFailed: a process died; all others have been ended.
+            Interrupted: SIGINT or SIGTERM; likewise.
+            DeadlineError: an engine was not ready in time; likewise.
+        """
+        previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with Progress(self._config.trainer.steps, self._start) as progress:
+                self._start_all()
+                self._watch(progress)
+        finally:
+            for number in previous:
+                signal.signal(number, signal.SIG_IGN)
+            stop_all(self._children)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _start_all(self) -> None:
+        for index in range(self._config.rollout.servers):
+            port = _free_port()
+            command, environment = vllm.server_command(self._config, port), vllm.server_environment(self._config)
+            child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), environment)
+            self._engines[f"http://127.0.0.1:{port}"] = child
+            self._children.append(child)
+        arguments = [str(self._run.path), "--store", self._board.address, "--from-step", str(self._start)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
+        ranks = f"--nproc-per-node={self._config.parallel.ranks}"
+        trainer = [*torchrun, ranks, "-m", "megatron_hpt.actor.trainer", *arguments]
+        coordinator = [sys.executable, "-m", "megatron_hpt.rollout.coordinator", *arguments]
+        self._children.append(Child.start("trainer", trainer, self._run.log("torchrun")))
+        self._children.append(Child.start("coordinator", coordinator, self._run.log("coordinator")))
+
+    def _watch(self, progress: Progress) -> None:
+        """Return when trainer and coordinator have ended well."""
+        while not self._finished():
+            self._check_children()
+            if not self._announced:
+                self._announce_engines(progress)
+            else:
+                self._show(progress)
+            time.sleep(POLL_S)
+        self._show(progress)
+
+    def _finished(self) -> bool:
+        return all(child.exit_code == 0 for child in self._children if child not in self._engines.values())
+
+    def _check_children(self) -> None:
+        if not self._failures():
+            return
+        time.sleep(SETTLE_S)
+        raise RunFailed("\n".join(str(failure) for failure in self._failures()))
+
+    def _failures(self) -> list[Failure]:
+        ended = [child for child in self._children if child.exit_code is not None]
+        # An engine may not end at all while the run goes on, however well.
+        return [failure_of(c, self._run.logs) for c in ended if c.exit_code != 0 or c in self._engines.values()]
+
+    def _announce_engines(self, progress: Progress) -> None:
+        """Tell trainer and coordinator where the engines are, once all of them answer."""
+        waiting = [child.name for url, child in self._engines.items() if not _healthy(url)]
+        waited = time.monotonic() - self._started
+        if not waiting:
+            self._board.put("engines", list(self._engines))
+            self._announced = True
+        elif waited > self._config.deadlines.startup_s:
+            raise DeadlineError(
+                f"{', '.join(waiting)} not ready within {waited:.0f} s (deadlines.startup_s); see {self._run.logs}"
+            )
+        ready = self._board.get("status/trainer", "loading")
+        progress.status(f"starting: {', '.join(waiting) or 'engines ready'}; trainer {ready} ({waited:.0f} s)")
+
+    def _show(self, progress: Progress) -> None:
+        for line in metrics.read(self._run.metrics):
+            if line["step"] >= self._shown:
+                progress.step(line)
+                self._shown = line["step"] + 1
+        if self._shown == self._start:
+            progress.status("first evaluation and rollouts")
+        elif status := self._board.get("status/coordinator"):
+            progress.status(status)
+
+
+def _interrupt(number: int, _: Any) -> NoReturn:
+    raise Interrupted(f"ended by {signal.Signals(number).name}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=1.0, trust_env=False).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False

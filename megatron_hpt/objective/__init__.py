@@ -1,0 +1,1 @@
+"""The unified policy-gradient estimator: pure tensors, knows nothing of Megatron or engines."""

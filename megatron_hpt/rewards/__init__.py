@@ -1,0 +1,1 @@
+"""Verifiers and the subprocesses they run in."""

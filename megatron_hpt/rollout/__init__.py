@@ -1,0 +1,1 @@
+"""Generation: the engines, and the coordinator that turns prompts into batches."""

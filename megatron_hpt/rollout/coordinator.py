@@ -1,0 +1,175 @@
+"""The coordinator process: prompts → rollouts → rewards → gate → batch (``python -m megatron_hpt.rollout.coordinator``)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from megatron_hpt.blackboard import Blackboard
+from megatron_hpt.config import Config, load_yaml
+from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.data.prompts import Limits, Prompt, PromptSource, load_prompts
+from megatron_hpt.evaluation.metrics import average_at_k, solved_share
+from megatron_hpt.objective import algorithms
+from megatron_hpt.process import die_with_parent, log_to
+from megatron_hpt.rewards.pool import GraderPool
+from megatron_hpt.rewards.registry import lookup
+from megatron_hpt.rollout.assembly import Group, assemble, rollout_metrics
+from megatron_hpt.rollout.sampling import Settings, grade, sample
+from megatron_hpt.rollout.vllm import VllmEngine
+from megatron_hpt.run import RunDir
+from megatron_hpt.telemetry.metrics import MetricsLog
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per phase of a step, as metrics."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a block to ``time/<name>_s``."""
+        started = time.monotonic()
+        yield
+        key = f"time/{name}_s"
+        self.seconds[key] = self.seconds.get(key, 0.0) + time.monotonic() - started
+
+
+class Coordinator:
+    """The main loop."""
+
+    def __init__(self, run: RunDir, board: Blackboard, start: int, pool: GraderPool) -> None:
+        self._board, self._start, self._pool = board, start, pool
+        self._config = config = load_yaml(run.config)
+        self._ledger, self._metrics = Ledger(run.batches), MetricsLog(run, start)
+        self._algorithm = algorithms.build(config.algorithm, config.data.max_response_length)
+        self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self._source = PromptSource(self._load(config.data.train), config.trainer.prompts_per_step, config.trainer.seed)
+        self._held_out = {name: self._load(path) for name, path in config.evaluation.sets.items()}
+        self._engines: list[VllmEngine] = []
+        self._final: dict[str, Any] = {}
+
+    async def run(self) -> None:
+        """Make every batch, and one line of metrics for each step."""
+        config, board = self._config, self._board
+        urls = board.wait("engines", config.deadlines.startup_s, "an engine")
+        self._engines = [VllmEngine(url, config.deadlines.rollout_s) for url in urls]
+        for step in range(self._start, config.trainer.steps):
+            started = time.monotonic()
+            if not self._ledger.has(step):
+                await self._make_batch(step)
+            board.put(f"batch/{step}", True)
+            await self._record(step, started)
+        for engine in self._engines:
+            await engine.close()
+        self._metrics.close()
+
+    async def _make_batch(self, step: int) -> None:
+        self._weights_at(step)
+        watch = Stopwatch()
+        with watch.phase("eval"):
+            evaluation = await self._evaluate(step) if self._evaluates_before(step) else {}
+        groups = [Group(prompt) for prompt in self._source.take(step)]
+        if self._algorithm.gate.needs_rollouts:
+            with watch.phase("rollout"):
+                groups = await self._sample([g.prompt for g in groups], self._training_settings, "train", step)
+            with watch.phase("reward"):
+                groups = await grade(groups, self._pool, self._tokenizer)
+        metrics = {"time/rollout_s": 0.0, "time/reward_s": 0.0, **watch.seconds, **evaluation, "rollout/policy_version": step}
+        self._ledger.write(assemble(step, groups, self._algorithm, metrics))
+
+    async def _record(self, step: int, started: float) -> None:
+        """Wait for the step to be trained and its weights to be served; write its line."""
+        deadlines, last = self._config.deadlines, step + 1 == self._config.trainer.steps
+        trained = self._board.wait(f"trained/{step}", deadlines.step_s, "the trainer")
+        published = self._weights_at(step + 1)
+        line = {"step": step, **self._ledger.read(step).metrics, **trained, **published, "weights/version": step + 1}
+        line["time/step_s"] = time.monotonic() - started - line.get("time/eval_s", 0.0)
+        line["throughput/tokens_per_s"] = line["train/tokens"] / line["time/step_s"]
+        if last:
+            self._board.put("status/coordinator", "last evaluation")
+            line |= await self._evaluate(step + 1)
+        self._metrics.write(line)
+
+    def _weights_at(self, version: int) -> dict[str, Any]:
+        return self._board.wait(f"published/{version}", self._config.deadlines.step_s, "the trainer")
+
+    def _evaluates_before(self, step: int) -> bool:
+        every = self._config.evaluation.every
+        return bool(self._held_out) and (step == 0 or bool(every and step % every == 0))
+
+    async def _evaluate(self, version: int) -> dict[str, Any]:
+        """Accuracy of weights `version` on every held-out set; in a step's line it is that of its version, see docs."""
+        evaluation = self._config.evaluation
+        settings = Settings(
+            evaluation.samples,
+            evaluation.temperature,
+            evaluation.top_p,
+            self._config.data.max_response_length,
+            self._stop_token,
+        )
+        metrics: dict[str, Any] = {}
+        for name, prompts in self._held_out.items():
+            groups = await self._sample(prompts, settings, f"eval/{name}", version)
+            groups = await grade(groups, self._pool, self._tokenizer)
+            rewards = [group.rewards for group in groups]
+            metrics[f"eval/{name}/avg@{evaluation.samples}"] = average_at_k(rewards)
+            metrics[f"eval/{name}/solved@{evaluation.samples}"] = solved_share(rewards)
+            metrics |= {f"eval/{name}/{key.removeprefix('rollout/')}": value for key, value in rollout_metrics(groups).items()}
+        return {**metrics, "eval/version": version} if metrics else {}
+
+    async def _sample(self, prompts: list[Prompt], settings: Settings, purpose: str, version: int) -> list[Group]:
+        seed = (self._config.trainer.seed, purpose, version)
+        return await sample(self._engines, prompts, settings, seed, version)
+
+    @property
+    def _training_settings(self) -> Settings:
+        rollout = self._config.rollout
+        return Settings(
+            rollout.samples_per_prompt, rollout.temperature, 1.0, self._config.data.max_response_length, self._stop_token
+        )
+
+    @property
+    def _stop_token(self) -> int:
+        return self._tokenizer.eos_token_id
+
+    def _load(self, path: str) -> list[Prompt]:
+        limits = Limits(self._config.data.max_prompt_length, self._config.data.max_response_length)
+        return load_prompts(path, self._tokenizer, limits)
+
+
+def graders(config: Config) -> GraderPool:
+    """The pool of grader processes that a configuration asks for."""
+    return GraderPool(lookup(config.reward.name), config.reward.workers, config.reward.deadline_s)
+
+
+def main() -> None:
+    """Command line of the process."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--from-step", type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_parent()
+    run = RunDir(arguments.run)
+    log_to(run.log("coordinator"))
+    board = Blackboard.join(arguments.store)
+    with graders(load_yaml(run.config)) as pool:
+        asyncio.run(Coordinator(run, board, arguments.from_step, pool).run())
+    logger.info("done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Sampling and grading many prompts over the engines of a run."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_hpt.data.prompts import Prompt
+from megatron_hpt.errors import EngineError
+from megatron_hpt.rewards.pool import GraderPool
+from megatron_hpt.rollout.assembly import Group
+from megatron_hpt.rollout.engine import Engine, SamplingRequest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_token: int
+
+
+def seed_of(*parts: object) -> int:
+    """A seed for one request, the same in every run: 31 bits, since engines add the sample's index to it."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+async def sample(
+    engines: Sequence[Engine], prompts: Sequence[Prompt], settings: Settings, seed: Sequence[object], version: int
+) -> list[Group]:
+    """Sample every prompt, spread over the engines.
+
+    Args:
+        seed: what the seeds depend on beside the prompt's place (run seed, purpose, step).
+        version: the weights that must have been used.
+
+    Raises:
+        EngineError: an engine sampled with other weights.
+    """
+
+    async def one(place: int, prompt: Prompt) -> Group:
+        request = SamplingRequest(
+            tokens=prompt.tokens,
+            samples=settings.samples,
+            seed=seed_of(*seed, place),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_tokens=settings.max_tokens,
+            stop_token=settings.stop_token,
+        )
+        samples = await engines[place % len(engines)].generate(request)
+        wrong = {s.version for s in samples} - {version}
+        if wrong:
+            raise EngineError(f"prompt {prompt.prompt_id} was sampled with weights {sorted(wrong)}; the batch needs {version}")
+        return Group(prompt, samples)
+
+    async with asyncio.TaskGroup() as tasks:
+        pending = [tasks.create_task(one(place, prompt)) for place, prompt in enumerate(prompts)]
+    return [task.result() for task in pending]
+
+
+async def grade(groups: Sequence[Group], pool: GraderPool, tokenizer: Any) -> list[Group]:
+    """The groups with their rewards."""
+
+    async def one(group: Group) -> Group:
+        texts = tokenizer.batch_decode([s.tokens for s in group.samples], skip_special_tokens=True)
+        rewards = await pool.grade([(text, group.prompt.ground_truth) for text in texts])
+        return Group(group.prompt, group.samples, rewards)
+
+    return await asyncio.gather(*(one(group) for group in groups))

@@ -1,0 +1,103 @@
+"""vLLM as a rollout engine: how its server is started, and its token-in, token-out route.
+
+Written against vLLM 0.32 (``/inference/v1/generate``, vllm/entrypoints/scale_out/token_in_token_out).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import httpx
+
+from megatron_hpt.config import Config
+from megatron_hpt.errors import DeadlineError, EngineError
+from megatron_hpt.rollout.engine import Sample, SamplingRequest
+
+
+def server_command(config: Config, port: int) -> list[str]:
+    """Command line of a server that waits for its first weights."""
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", config.model.path, "--served-model-name", config.name),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", config.model.dtype, "--tensor-parallel-size", str(config.rollout.tensor_parallel)),
+        *("--max-model-len", str(config.max_sequence_length), "--max-num-seqs", str(config.rollout.max_running)),
+        # Weights come from the trainer before the first request, so none are read here.
+        *("--load-format", "dummy", "--weight-transfer-config", json.dumps({"backend": "megatron_hpt"})),
+        # The log-probabilities of the distribution that was sampled from, temperature and nucleus applied.
+        *("--logprobs-mode", "processed_logprobs"),
+        *("--generation-config", "vllm", "--skip-tokenizer-init", "--enable-scale-out", "--enforce-eager"),
+        *("--disable-uvicorn-access-log", "--seed", str(config.trainer.seed)),
+    ]
+
+
+def server_environment(config: Config) -> dict[str, str]:
+    """Environment of the server, on top of this process's."""
+    gib = config.rollout.kv_cache_gib
+    environment = {
+        **os.environ,
+        "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; the server listens on loopback only
+        "VLLM_PLUGINS": "megatron_hpt",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(gib))),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if config.rollout.threads:
+        environment["OMP_NUM_THREADS"] = str(config.rollout.threads)
+    return environment
+
+
+class VllmEngine:
+    """One running server."""
+
+    def __init__(self, url: str, deadline_s: float) -> None:
+        self.url, self._deadline_s = url, deadline_s
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._http = httpx.AsyncClient(base_url=url, timeout=deadline_s, limits=limits, trust_env=False)
+
+    async def generate(self, request: SamplingRequest) -> list[Sample]:
+        """Sample one prompt.
+
+        Raises:
+            EngineError: the server failed, or its answer is incomplete or mixes versions.
+            DeadlineError: no answer in time.
+        """
+        body = {
+            "token_ids": request.tokens,
+            "sampling_params": {
+                "n": request.samples,
+                "seed": request.seed,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+                "max_tokens": request.max_tokens,
+                "stop_token_ids": [request.stop_token],
+                "logprobs": 0,
+                "detokenize": False,
+            },
+        }
+        try:
+            response = await self._http.post("/inference/v1/generate", json=body)
+        except httpx.TimeoutException:
+            raise DeadlineError(f"engine {self.url} did not answer a request within {self._deadline_s:.0f} s") from None
+        except httpx.HTTPError as error:
+            raise EngineError(f"engine {self.url} cannot be reached: {type(error).__name__} {error}") from None
+        if response.status_code != httpx.codes.OK:
+            raise EngineError(f"engine {self.url} refused a request ({response.status_code}): {response.text[:500]}")
+        return [self._sample(choice) for choice in response.json()["choices"]]
+
+    async def close(self) -> None:
+        """Close connections."""
+        await self._http.aclose()
+
+    def _sample(self, choice: dict[str, Any]) -> Sample:
+        tokens = choice["token_ids"]
+        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        versions = {span["version"] for span in choice["weight_versions"] or ()}
+        if len(logprobs) != len(tokens) or not tokens:
+            raise EngineError(f"engine {self.url} answered {len(tokens)} tokens with {len(logprobs)} log-probabilities")
+        if len(versions) != 1 or not (version := versions.pop()).isdecimal():
+            raise EngineError(f"engine {self.url} sampled one response with weights {sorted(versions) or 'of no version'}")
+        return Sample(tokens, logprobs, choice["finish_reason"], int(version))

@@ -1,0 +1,104 @@
+"""A run directory: where everything of a run lies."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_hpt.config import Config, dump_yaml, load_yaml
+from megatron_hpt.data.files import write_whole
+from megatron_hpt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths below one folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration; it can be trained again from here."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def batches(self) -> Path:
+        """The ledger."""
+        return self.path / "batches"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Megatron checkpoints by step."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def export(self) -> Path:
+        """The final model as a Hugging Face folder."""
+        return self.path / "export"
+
+    @property
+    def logs(self) -> Path:
+        """One log file a process."""
+        return self.path / "logs"
+
+    @property
+    def report(self) -> Path:
+        """The page of curves."""
+        return self.path / "report.html"
+
+    def log(self, process: str) -> Path:
+        """Log file of one process."""
+        return self.logs / f"{process}.log"
+
+
+def create(config: Config, root: Path) -> RunDir:
+    """Make a new run directory ``<root>/<name>-<time>`` with the configuration in it."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1000):
+        path = root / f"{config.name}-{stamp}{f'-{attempt}' if attempt else ''}"
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+    run = RunDir(path)
+    for folder in (run.batches, run.checkpoints, run.logs):
+        folder.mkdir()
+    write_whole(run.config, dump_yaml(config))
+    return run
+
+
+def newest(name: str, root: Path) -> RunDir:
+    """The newest run of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = sorted(path.parent for path in root.glob(f"{name}-*/config.yaml"))
+    if not found:
+        raise ConfigError(f"--resume: no run of {name!r} under {root}/; start one without --resume, or name a run directory")
+    return RunDir(found[-1])
+
+
+def open_run(path: Path) -> RunDir:
+    """An existing run directory.
+
+    Raises:
+        ConfigError: the folder is not one.
+    """
+    run = RunDir(path)
+    if not run.config.is_file():
+        raise ConfigError(f"{path}: not a run directory (it has no config.yaml)")
+    load_yaml(run.config)
+    return run

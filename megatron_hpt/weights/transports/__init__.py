@@ -1,0 +1,1 @@
+"""How the bytes travel. The manifest above them is the same for every transport."""

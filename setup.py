@@ -1,0 +1,21 @@
+"""Packaging of megatron_hpt.
+
+Dependencies are deliberately not listed here: the host stack is pinned completely in
+``requirements/host.txt`` and installed with ``--no-deps`` (see the Makefile), because resolving
+vLLM's CPU build pulls CUDA builds of torch's companions that break ``transformers``.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_hpt",
+    version="0.1.0",
+    description="Hybrid post-training (SFT and RL as one estimator) on Megatron-Core with vLLM rollouts",
+    packages=find_packages(include=["megatron_hpt", "megatron_hpt.*"]),
+    python_requires=">=3.11",
+    entry_points={
+        "console_scripts": ["megatron-hpt = megatron_hpt.cli:main"],
+        # vLLM calls this in every one of its processes; it registers our weight receiver.
+        "vllm.general_plugins": ["megatron_hpt = megatron_hpt.weights.vllm_plugin:register"],
+    },
+)
