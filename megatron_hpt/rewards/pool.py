@@ -18,9 +18,10 @@ from megatron_hpt.rewards.registry import Reward
 logger = logging.getLogger(__name__)
 
 
-def _ignore_interrupts() -> None:
+def _start_grader() -> None:
     """Ctrl-C reaches the whole terminal group; the coordinator decides when its graders end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off; the pool has one
 
 
 def _grade_all(reward: Reward, answers: list[tuple[str, str]]) -> list[float]:
@@ -33,7 +34,7 @@ class GraderPool:
     def __init__(self, reward: Reward, workers: int, deadline_s: float) -> None:
         self._reward, self._deadline_s = reward, deadline_s
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(max_workers=workers, context=context, initializer=_ignore_interrupts)
+        self._pool = ProcessPool(max_workers=workers, context=context, initializer=_start_grader)
 
     async def grade(self, answers: Sequence[tuple[str, str]]) -> list[float | None]:
         """Grade (response, ground truth) pairs, in order; None where no grade could be had."""

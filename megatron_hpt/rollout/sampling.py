@@ -61,8 +61,11 @@ async def sample(
             raise EngineError(f"prompt {prompt.prompt_id} was sampled with weights {sorted(wrong)}; the batch needs {version}")
         return Group(prompt, samples)
 
-    async with asyncio.TaskGroup() as tasks:
-        pending = [tasks.create_task(one(place, prompt)) for place, prompt in enumerate(prompts)]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            pending = [tasks.create_task(one(place, prompt)) for place, prompt in enumerate(prompts)]
+    except ExceptionGroup as failed:  # all requests of a dead engine fail alike; one of them says enough
+        raise failed.exceptions[0] from None
     return [task.result() for task in pending]
 
 

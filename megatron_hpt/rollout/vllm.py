@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from http import HTTPStatus
 from typing import Any
 
-import httpx
+import aiohttp
 
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, EngineError
@@ -55,8 +56,10 @@ class VllmEngine:
 
     def __init__(self, url: str, deadline_s: float) -> None:
         self.url, self._deadline_s = url, deadline_s
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._http = httpx.AsyncClient(base_url=url, timeout=deadline_s, limits=limits, trust_env=False)
+        # limit=0: the server queues, not the client. A connection a request: the server closes idle ones after 5 s,
+        # and a training step lasts longer.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        self._http = aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=deadline_s), connector=connector)
 
     async def generate(self, request: SamplingRequest) -> list[Sample]:
         """Sample one prompt.
@@ -79,18 +82,20 @@ class VllmEngine:
             },
         }
         try:
-            response = await self._http.post("/inference/v1/generate", json=body)
-        except httpx.TimeoutException:
+            async with self._http.post("/inference/v1/generate", json=body) as response:
+                if response.status != HTTPStatus.OK:
+                    text = (await response.text())[:500]
+                    raise EngineError(f"engine {self.url} refused a request ({response.status}): {text}")
+                answer = await response.json()
+        except TimeoutError:
             raise DeadlineError(f"engine {self.url} did not answer a request within {self._deadline_s:.0f} s") from None
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             raise EngineError(f"engine {self.url} cannot be reached: {type(error).__name__} {error}") from None
-        if response.status_code != httpx.codes.OK:
-            raise EngineError(f"engine {self.url} refused a request ({response.status_code}): {response.text[:500]}")
-        return [self._sample(choice) for choice in response.json()["choices"]]
+        return [self._sample(choice) for choice in answer["choices"]]
 
     async def close(self) -> None:
         """Close connections."""
-        await self._http.aclose()
+        await self._http.close()
 
     def _sample(self, choice: dict[str, Any]) -> Sample:
         tokens = choice["token_ids"]

@@ -43,7 +43,7 @@ class Progress:
         if self._console.is_terminal:
             self._live.update(self._table())
         elif changed:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, soft_wrap=True)
 
     def step(self, line: dict[str, Any]) -> None:
         """One finished step, as its line of metrics."""
@@ -55,7 +55,9 @@ class Progress:
         if self._console.is_terminal:
             self._live.update(self._table())
         else:
-            self._console.print("  ".join(f"{n} {c}" for n, c in zip(_COLUMNS, cells, strict=True)), highlight=False)
+            self._console.print(
+                "  ".join(f"{n} {c}" for n, c in zip(_COLUMNS, cells, strict=True)), highlight=False, soft_wrap=True
+            )
 
     def _cells(self, line: dict[str, Any]) -> tuple[str, ...]:
         held_out = next((v for k, v in line.items() if k.startswith("eval/") and "/avg@" in k), None)

@@ -20,7 +20,10 @@ class VllmControl:
     def __init__(self, url: str, deadline_s: float) -> None:
         self.url = url
         self._deadline_s = deadline_s
-        self._http = httpx.Client(base_url=url, timeout=deadline_s, trust_env=False)
+        # No connection is kept: the server closes idle ones after 5 s, and a training step lasts longer.
+        self._http = httpx.Client(
+            base_url=url, timeout=deadline_s, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
+        )
 
     def prepare(self) -> None:
         """Introduce our receiver; once, before the first update."""

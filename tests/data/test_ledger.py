@@ -1,0 +1,51 @@
+"""Batches on disk."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from megatron_hpt.data.files import whole
+from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.data.rows import Batch, Row, Source
+from megatron_hpt.errors import DataError
+
+ROWS = [
+    Row("a", 0, Source.ROLLOUT, [5, 6, 7], 1, [-0.5, -0.25], 1.0, 0.5, 1.0, 3, "stop"),
+    Row("a", 0, Source.ROLLOUT, [5, 6], 1, [-0.5], None, None, 0.0, 3, "length"),
+    Row("b", 1, Source.DEMONSTRATION, [5, 6, 1], 1, None, None, 1.0, 1.0, None),
+]
+BATCH = Batch(12, ROWS, [{"prompt_id": "a", "solved": 1}], {"rollout/accuracy": 0.5})
+
+
+def test_a_batch_reads_back_equal(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    assert not ledger.has(12)
+    ledger.write(BATCH)
+    assert ledger.read(12) == BATCH
+    assert [row.prompt_id for row in BATCH.trained] == ["a", "b"]
+
+
+def test_the_file_is_plain_arrow(tmp_path: Path) -> None:
+    Ledger(tmp_path).write(BATCH)
+    with pa.memory_map(str(tmp_path / "step_000012.arrow")) as source:
+        table = pa.ipc.open_file(source).read_all()
+    assert table.column("reward").to_pylist() == [1.0, None, None]
+    assert table.column("policy_version").to_pylist() == [3, 3, None]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"not arrow"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write(BATCH)
+    path = ledger.path(12)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"step_000012\.arrow: cannot be read as a batch"):
+        ledger.read(12)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), whole(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []

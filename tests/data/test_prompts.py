@@ -1,0 +1,87 @@
+"""Loading prompts: what is good, and what is refused with file, row and field."""
+
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_hpt.data.parquet import Problem, write_problems
+from megatron_hpt.data.prompts import Limits, PromptSource, load_prompts
+from megatron_hpt.errors import DataError
+
+LIMITS = Limits(prompt=16, response=32)
+GOOD = {
+    "prompt": [{"role": "user", "content": "1+2+3"}],
+    "target": [{"role": "assistant", "content": "1+2=3,\\boxed{6}"}],
+    "reward_model": {"style": "rule", "ground_truth": "6"},
+    "extra_info": {"split": "train", "index": "a"},
+}
+
+
+def write(tmp_path: Path, *rows: dict) -> str:
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return str(path)
+
+
+def test_prompt_and_demonstration_are_tokenised_once(tmp_path: Path, tokenizer) -> None:
+    prompt = load_prompts(write(tmp_path, GOOD), tokenizer, LIMITS)[0]
+    assert tokenizer.decode(prompt.tokens) == "1+2+3\n"
+    assert tokenizer.decode(prompt.demonstration) == "1+2=3,\\boxed{6}<eos>"
+    assert (prompt.prompt_id, prompt.ground_truth) == ("a", "6")
+
+
+def test_a_row_without_demonstration_is_fine(tmp_path: Path, tokenizer) -> None:
+    assert load_prompts(write(tmp_path, {**GOOD, "target": None}), tokenizer, LIMITS)[0].demonstration is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": [{"role": "user", "content": "  "}]}, r"data\.parquet, row 1, prompt: a message is empty"),
+        ({"prompt": []}, r"data\.parquet, row 1, prompt: given \[\]"),
+        ({"prompt": [{"role": "user", "content": "1+" * 30}]}, r"row 1, prompt: 61 tokens; data\.max_prompt_length allows 16"),
+        (
+            {"target": [{"role": "assistant", "content": "1+" * 30}]},
+            r"row 1, target: 61 tokens .* data\.max_response_length allows 32",
+        ),
+        ({"reward_model": {"style": "rule", "ground_truth": None}}, r"row 1, reward_model\.ground_truth: given None"),
+        ({"extra_info": {"split": "train", "index": "a"}}, r"row 1, extra_info\.index: 'a' is also the id of row 0"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, tokenizer, change: dict, message: str) -> None:
+    bad = {**GOOD, "extra_info": {"split": "train", "index": "b"}, **change}
+    with pytest.raises(DataError, match=message):
+        load_prompts(write(tmp_path, GOOD, bad), tokenizer, LIMITS)
+
+
+def test_a_missing_column_is_named(tmp_path: Path, tokenizer) -> None:
+    with pytest.raises(DataError, match="column reward_model missing; it has prompt, target"):
+        load_prompts(write(tmp_path, {k: GOOD[k] for k in ("prompt", "target")}), tokenizer, LIMITS)
+
+
+def test_no_file_no_parquet_no_rows(tmp_path: Path, tokenizer) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        load_prompts(str(tmp_path / "none.parquet"), tokenizer, LIMITS)
+    (tmp_path / "text.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        load_prompts(str(tmp_path / "text.parquet"), tokenizer, LIMITS)
+    write_problems(tmp_path / "empty.parquet", [], "x", "train")
+    with pytest.raises(DataError, match="has no rows"):
+        load_prompts(str(tmp_path / "empty.parquet"), tokenizer, LIMITS)
+
+
+def test_the_order_is_a_function_of_seed_and_step(tmp_path: Path, tokenizer) -> None:
+    write_problems(tmp_path / "p.parquet", [Problem(f"1+{i}", str(i + 1), None) for i in range(10)], "x", "train")
+    prompts = load_prompts(str(tmp_path / "p.parquet"), tokenizer, LIMITS)
+    source = PromptSource(prompts, 4, seed=1)
+    taken = [p.prompt_id for step in range(5) for p in source.take(step)]
+    assert sorted(taken[:10]) == sorted(p.prompt_id for p in prompts)  # an epoch is a permutation
+    assert sorted(taken[10:]) == sorted(p.prompt_id for p in prompts)
+    assert taken[:10] != taken[10:]
+    steps = list(range(5))
+    random.Random(0).shuffle(steps)  # in any order of asking
+    again = PromptSource(prompts, 4, seed=1)
+    assert {s: [p.prompt_id for p in again.take(s)] for s in steps} == {s: taken[4 * s : 4 * s + 4] for s in range(5)}

@@ -1,0 +1,94 @@
+"""The two-way rules: any tensor parallel size holds every HF tensor exactly once and gives it back bit for bit."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_hpt.errors import ModelError
+from megatron_hpt.weights.hf_config import ModelShape
+from megatron_hpt.weights.manifest import Manifest, Segment, check_complete
+from megatron_hpt.weights.mapping import Place, hf_tensor_shapes, shard_views
+from megatron_hpt.weights.sender import lay_out
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[ModelShape, int]:
+    """A random small Llama and a tensor parallel size that divides it; the vocabulary need not divide."""
+    tp = draw(st.sampled_from([1, 2, 4]))
+    kv = tp * draw(st.integers(1, 2))
+    heads, head_dim = kv * draw(st.integers(1, 3)), draw(st.sampled_from([2, 4]))
+    shape = ModelShape(
+        family="llama",
+        layers=draw(st.integers(1, 2)),
+        hidden=draw(st.sampled_from([4, 6])),
+        heads=heads,
+        kv_heads=kv,
+        head_dim=head_dim,
+        ffn=tp * draw(st.integers(1, 3)),
+        vocab=draw(st.integers(1, 17)),
+        tied_embeddings=draw(st.booleans()),
+        rope_theta=1e4,
+        norm_eps=1e-6,
+        max_positions=8,
+    )
+    return shape, tp
+
+
+def local_parameters(shape: ModelShape, tp: int) -> dict[str, torch.Tensor]:
+    """Uninitialised parameters of one rank, in Megatron's names and shapes."""
+    vocab = -(-shape.vocab // tp)
+    q = shape.heads * shape.head_dim // tp
+    parameters = {
+        "embedding.word_embeddings.weight": (vocab, shape.hidden),
+        "decoder.final_layernorm.weight": (shape.hidden,),
+        "output_layer.weight": (vocab, shape.hidden),
+    }
+    for i in range(shape.layers):
+        parameters |= {
+            f"decoder.layers.{i}.input_layernorm.weight": (shape.hidden,),
+            f"decoder.layers.{i}.pre_mlp_layernorm.weight": (shape.hidden,),
+            f"decoder.layers.{i}.self_attention.linear_qkv.weight": (
+                q + 2 * shape.kv_heads * shape.head_dim // tp,
+                shape.hidden,
+            ),
+            f"decoder.layers.{i}.self_attention.linear_proj.weight": (shape.hidden, q),
+            f"decoder.layers.{i}.mlp.linear_fc1.weight": (2 * shape.ffn // tp, shape.hidden),
+            f"decoder.layers.{i}.mlp.linear_fc2.weight": (shape.hidden, shape.ffn // tp),
+        }
+    return {name: torch.full(size, float("nan")) for name, size in parameters.items()}
+
+
+@given(shapes())
+def test_load_and_export_are_inverse_and_tile_every_tensor(drawn: tuple[ModelShape, int]) -> None:
+    shape, tp = drawn
+    whole = {name: torch.randn(size) for name, size in hf_tensor_shapes(shape).items()}
+    back = {name: torch.full_like(tensor, float("nan")) for name, tensor in whole.items()}
+    pieces = []
+    for rank in range(tp):
+        for name, local in local_parameters(shape, tp).items():
+            for view in shard_views(name, local, shape, Place(rank, tp), loading=True):
+                view.write(whole[view.name])
+            views = shard_views(name, local, shape, Place(rank, tp))
+            views = [v for v in views if rank == 0 or v.extent != v.shape]
+            pieces += lay_out(views)[0]
+            for view in views:
+                back[view.name][tuple(slice(o, o + e) for o, e in zip(view.offset, view.extent, strict=True))] = view.read()
+    check_complete(Manifest(0, (Segment(1, 1, 1),), tuple(pieces)), hf_tensor_shapes(shape))
+    for name, tensor in whole.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_query_groups_are_interleaved_as_megatron_wants() -> None:
+    shape = ModelShape("llama", 1, 1, 4, 2, 1, 1, 1, False, 1e4, 1e-6, 8)
+    local = torch.empty(8, 1)
+    whole = {"q": torch.tensor([[0.0], [1], [2], [3]]), "k": torch.tensor([[10.0], [11]]), "v": torch.tensor([[20.0], [21]])}
+    for view in shard_views("decoder.layers.0.self_attention.linear_qkv.weight", local, shape, Place()):
+        view.write(whole[view.name.split(".")[-2][0]])
+    assert local.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+def test_an_unknown_parameter_is_refused() -> None:
+    shape = ModelShape("llama", 1, 1, 4, 2, 1, 1, 1, False, 1e4, 1e-6, 8)
+    with pytest.raises(ModelError, match=r"no rule .* 'decoder\.layers\.0\.mamba\.weight'"):
+        shard_views("decoder.layers.0.mamba.weight", torch.empty(1), shape, Place())
