@@ -47,7 +47,9 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not platform.is_cuda,
-        perform_initialization=False,  # every weight is loaded
+        # Every weight is loaded afterwards, but without initialisation Megatron does not mark its parameters as tensor
+        # parallel, and the gradient norm would count only rank 0's shards.
+        perform_initialization=True,
         variable_seq_lengths=True,  # packed micro-batches differ in length
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even in a dense model
         batch_p2p_comm=False,

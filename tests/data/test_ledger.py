@@ -45,7 +45,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage) -> None:
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), whole(tmp_path / "file") as temporary:
+    with pytest.raises(RuntimeError), whole(tmp_path / "file") as temporary:  # noqa: PT012
         temporary.write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,45 @@
+"""One rank of the real actor, without engines: trains batches of a ledger and reports. Started by torchrun.
+
+usage: worker.py CONFIG.yaml LEDGER OUT FIRST LAST [--load CHECKPOINTS] [--save CHECKPOINTS]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron_hpt.actor import checkpoint, export, model, parallel
+from megatron_hpt.actor.train_step import train_step
+from megatron_hpt.actor.trainer import build_actor
+from megatron_hpt.config import load_yaml
+from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.weights.hf_config import model_shape
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("config", "ledger", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("first", type=int)
+    parser.add_argument("last", type=int)
+    parser.add_argument("--load", type=Path)
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+    config = load_yaml(arguments.config)
+    actor = build_actor(config)
+    gpt = actor.model.module
+    if arguments.load:
+        path = checkpoint.path_of(arguments.load, arguments.first)
+        assert checkpoint.load(path, gpt, actor.optimizer, actor.platform) == arguments.first
+    steps = range(arguments.first, arguments.last)
+    metrics = [train_step(actor, Ledger(arguments.ledger).read(step).rows, step) for step in steps]
+    if arguments.save:
+        checkpoint.save(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform)
+    shape = model_shape(config.model.path)
+    export.export_hf(config.model.path, arguments.out / "hf", model.contributed_views(gpt, shape, actor.ranks))
+    if actor.ranks.is_lead:
+        (arguments.out / "metrics.json").write_text(json.dumps(metrics))
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    main()
