@@ -38,15 +38,23 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def save(
-    folder: Path, step: int, model: GPTModel, optimizer: MegatronOptimizer | None, platform: Platform, keep: int | None = None
-) -> Path:
-    """Write a checkpoint whole; collective over all ranks.
+    folder: Path, step: int, model: GPTModel, optimizer: MegatronOptimizer, platform: Platform, keep: int | None = None
+) -> None:
+    """Write the checkpoint of a step into a run's folder; collective over all ranks.
 
     Args:
-        optimizer: None saves the weights alone (a converted model).
         keep: newest checkpoints that stay; None keeps all.
     """
-    final, temporary = path_of(folder, step), folder / f".step_{step:06d}.partial"
+    save_to(path_of(folder, step), step, model, optimizer, platform)
+    if dist.get_rank() == 0 and keep:
+        for old in saved_steps(folder)[:-keep]:
+            shutil.rmtree(path_of(folder, old))
+    dist.barrier()
+
+
+def save_to(final: Path, step: int, model: GPTModel, optimizer: MegatronOptimizer | None, platform: Platform) -> None:
+    """Write one checkpoint, whole; without an optimizer the weights alone (a converted model)."""
+    temporary = final.with_name(f".{final.name}.partial")
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -58,10 +66,7 @@ def save(
         (temporary / "megatron_hpt.json").write_text(json.dumps({"step": step, "optimizer": optimizer is not None}))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        for old in saved_steps(folder)[:-keep] if keep else []:
-            shutil.rmtree(path_of(folder, old))
     dist.barrier()
-    return final
 
 
 def load(path: Path, model: GPTModel, optimizer: MegatronOptimizer | None, platform: Platform) -> int:

@@ -1,0 +1,34 @@
+# make train [RECIPE=quickstart] [ARGS="trainer.steps=20"]   trains a recipe; the first call installs everything
+# make test                                                  all tests
+# make test-fast                                             without Megatron ranks and engines
+PYTHON ?= python3.11
+RECIPE ?= quickstart
+ARGS ?=
+
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+
+.PHONY: train test test-fast lint
+
+train: $(READY)
+	$(BIN)/megatron-hpt train recipes/$(RECIPE).py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: lint
+	$(BIN)/python -m pytest -m "not slow and not end_to_end"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Everything is pinned and installed with --no-deps: a resolver would add CUDA builds of torch's companions.
+$(READY): requirements/host.txt setup.py
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/host.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import torch' || { echo "torch was installed as a CUDA build: point pip at PyTorch's CPU wheels (PIP_EXTRA_INDEX_URL) and run make again"; exit 1; }
+	touch $(READY)

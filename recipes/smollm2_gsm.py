@@ -1,0 +1,55 @@
+"""SmolLM2-135M-Instruct on grade-school word problems: real words, a real pretrained model, two pipeline stages.
+
+make train RECIPE=smollm2_gsm
+"""
+
+from pathlib import Path
+
+from megatron_hpt.config import (
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    GateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from megatron_hpt.examples import smollm2, word_problems
+
+INPUTS = Path("build/smollm2_gsm")
+MAX_RESPONSE = 160
+
+
+def recipe() -> Config:
+    """HPT with a gate of 0. Its 9 heads rule out two tensor parallel ranks; its 30 layers divide by two stages."""
+    return Config(
+        name="smollm2_gsm",
+        model=ModelConfig(path=str(INPUTS / "model")),
+        data=DataConfig(train=str(INPUTS / "train.parquet"), max_prompt_length=320, max_response_length=MAX_RESPONSE),
+        algorithm=AlgorithmConfig(name="hpt", gate=GateConfig(threshold=0), demonstration_coefficient=0.1),
+        rollout=RolloutConfig(samples_per_prompt=4, max_running=128),
+        parallel=ParallelConfig(pipeline=2),
+        actor=ActorConfig(micro_batch_tokens=1024),
+        optimizer=OptimizerConfig(lr=3e-5, warmup_steps=4, decay_to=0.1),
+        evaluation=EvaluationConfig(sets={"heldout": str(INPUTS / "heldout.parquet")}, every=10, samples=4),
+        trainer=TrainerConfig(steps=40, prompts_per_step=24, save_every=10),
+    )
+
+
+def prepare(config: Config) -> None:
+    """Convert the model from its package and generate the problems, where they are missing."""
+    if not Path(config.model.path).is_dir():
+        smollm2.write(Path(config.model.path), smollm2.shipped_file())
+    if not Path(config.data.train).is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+
+        def fits(solution: str) -> bool:
+            return len(tokenizer.encode(solution, add_special_tokens=False)) < MAX_RESPONSE
+
+        word_problems.write(INPUTS, train=2000, held_out=48, fits=fits)

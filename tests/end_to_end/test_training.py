@@ -1,0 +1,120 @@
+"""The real thing: vLLM, Megatron ranks, weight transfer, grading, gate, report, export, resume."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.data.rows import Source
+
+from .runs import RECIPE, SMALL, Run, shared_memory
+
+pytestmark = pytest.mark.end_to_end
+STEPS = 4
+KEYS = (
+    *("step", "rollout/accuracy", "rollout/response_tokens", "gate/sft_share", "train/loss", "train/grad_norm"),
+    *("train/entropy", "train/tokens", "mismatch/k3_kl", "weights/version", "time/rollout_s", "time/train_s"),
+    *("time/transfer_s", "time/step_s"),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of a finished run with two tensor parallel ranks."""
+    before = shared_memory()
+    run = Run.start(
+        tmp_path_factory.mktemp("run") / "work", str(RECIPE), f"trainer.steps={STEPS}", "trainer.save_every=2", *SMALL
+    )
+    code, text = run.finish()
+    assert code == 0, text
+    assert shared_memory() <= before
+    return run.path
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_run_directory_holds_everything(finished: Path) -> None:
+    names = {"config.yaml", "metrics.jsonl", "batches", "checkpoints", "tensorboard", "export", "report.html", "logs"}
+    assert names <= {path.name for path in finished.iterdir()}
+    logs = {path.name for path in (finished / "logs").iterdir()}
+    assert {"engine_0.log", "coordinator.log", "torchrun.log", "trainer_rank0.log", "trainer_rank1.log"} == logs
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step_000002", "step_000004"}
+
+
+def test_every_step_has_its_metrics_and_the_weights_arrived(finished: Path) -> None:
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    for line in lines:
+        assert all(line[key] is not None for key in KEYS)
+        assert line["weights/version"] == line["step"] + 1
+        assert 0 <= line["mismatch/k3_kl"] < 1e-4
+        assert line["mismatch/tokens"] > 0
+    assert lines[0]["eval/version"] == 0
+    assert lines[-1]["eval/version"] == STEPS
+    assert "eval/heldout/avg@8" in lines[0]
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"]
+
+
+def test_every_sample_records_the_version_that_sampled_it(finished: Path) -> None:
+    for step in range(STEPS):
+        batch = Ledger(finished / "batches").read(step)
+        rollouts = [row for row in batch.rows if row.source is Source.ROLLOUT]
+        assert {row.policy_version for row in rollouts} == {step}
+        assert len(rollouts) == 8 * 4
+        assert len(batch.decisions) == 8
+        taught = sum(d["choice"] == "demonstration" for d in batch.decisions)
+        assert sum(row.source is Source.DEMONSTRATION for row in batch.rows) == taught
+
+
+def test_the_export_loads_and_generates(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, loading = AutoModelForCausalLM.from_pretrained(finished / "export", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(finished / "export")
+    ids = tokenizer("1+2+3\n", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_the_page_needs_nothing_outside_itself(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http://" not in page.replace("http://127.0.0.1", "")
+    assert "https://" not in page
+
+
+def test_resume_trains_the_ledger_again_and_ends_with_the_same_weights(finished: Path) -> None:
+    run = finished.parent / "again-copy"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:06d}")
+    shutil.rmtree(run / "export")
+    batches = {path.name: path.stat().st_mtime_ns for path in (run / "batches").iterdir()}
+    code, text = Run.start(finished.parents[1], str(run), "--resume").finish()
+    assert code == 0, text
+    assert {path.name: path.stat().st_mtime_ns for path in (run / "batches").iterdir()} == batches
+    assert sha256(run / "export" / "model.safetensors") == sha256(finished / "export" / "model.safetensors")
+    timeless = [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "throughput/", "weights/bytes"))} for line in metrics(run)
+    ]
+    expected = [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "throughput/", "weights/bytes"))}
+        for line in metrics(finished)
+    ]
+    assert [line["step"] for line in timeless] == list(range(STEPS))
+    assert timeless[:-1] == expected[:-1]  # the last evaluation samples again
+
+
+def test_a_complete_run_says_so(finished: Path) -> None:
+    code, text = Run.start(finished.parents[1], str(finished), "--resume").finish()
+    assert code == 1
+    assert "is complete (4 steps)" in text

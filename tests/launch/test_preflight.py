@@ -1,0 +1,66 @@
+"""What is refused before a process starts, through the command line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hpt.config import Config, DataConfig, ModelConfig, dump_yaml
+from megatron_hpt.errors import ConfigError, HptError
+from megatron_hpt.launch import preflight
+
+
+@pytest.fixture
+def config(tiny_model: Path, arithmetic_data: Path) -> Config:
+    data = DataConfig(train=str(arithmetic_data / "train.parquet"), max_prompt_length=8, max_response_length=24)
+    return Config(name="x", model=ModelConfig(path=str(tiny_model)), data=data)
+
+
+def test_a_good_configuration_passes(config: Config) -> None:
+    preflight.check(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("parallel", {"tensor": 3}, r"parallel\.tensor: given 3, .* 4 attention heads; allowed: 1, 2"),
+        ("parallel", {"tensor": 4}, r"parallel\.tensor: given 4, .* 2 key/value heads; allowed: 1, 2"),
+        ("parallel", {"pipeline": 3}, r"parallel\.pipeline: given 3, .* 2 layers; allowed: 1, 2"),
+        ("rollout", {"tensor_parallel": 3}, r"rollout\.tensor_parallel: given 3, .* 4 attention heads; allowed: 1, 2, 4"),
+        ("data", {"max_response_length": 60}, r"given 68; the model has 64 positions"),
+        ("data", {"max_response_length": 5}, r"row 0, target: \d+ tokens .* data\.max_response_length allows 5"),
+        ("data", {"train": "none.parquet"}, r"none\.parquet: no such file"),
+        ("evaluation", {"sets": {"a": "none.parquet"}}, r"none\.parquet: no such file"),
+        ("model", {"path": "nowhere"}, r"model\.path: nowhere is not a folder"),
+        ("algorithm", {"name": "magic"}, r"algorithm\.name: given 'magic'; allowed: sft"),
+        ("reward", {"name": "magic"}, r"reward\.name: given 'magic'; allowed: math"),
+    ],
+)
+def test_a_bad_setting_names_key_given_and_allowed(config: Config, section: str, change: dict, message: str) -> None:
+    changed = config.model_copy(update={section: getattr(config, section).model_copy(update=change)})
+    with pytest.raises(HptError, match=message):
+        preflight.check(changed)
+
+
+def test_a_model_without_tokenizer_is_refused(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((Path(config.model.path) / "config.json").read_text())
+    with pytest.raises(HptError, match="has no tokenizer"):
+        preflight.check(config.model_copy(update={"model": ModelConfig(path=str(tmp_path))}))
+
+
+def test_the_command_line_prints_one_message_and_makes_no_run(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    command = [sys.executable, "-m", "megatron_hpt.cli", "train", "config.yaml", "parallel.tensor=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: parallel.tensor: given 3")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resume_without_a_run_is_explained(config: Config, tmp_path: Path) -> None:
+    from megatron_hpt.run import newest
+
+    with pytest.raises(ConfigError, match="no run of 'x' under"):
+        newest("x", tmp_path)

@@ -1,0 +1,93 @@
+"""The configuration tree: overrides, errors, and reading back what was saved."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hpt import recipe
+from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
+from megatron_hpt.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
+
+
+@pytest.fixture
+def config() -> Config:
+    return recipe.load(QUICKSTART, []).config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.stem)
+def test_every_recipe_is_valid_and_reads_back_equal(path: Path, tmp_path: Path) -> None:
+    config = recipe.load(str(path), []).config
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    assert load_yaml(tmp_path / "config.yaml") == config
+    assert recipe.load(str(tmp_path), []).config == config  # a run directory
+
+
+def test_overrides_are_typed(config: Config) -> None:
+    changed = apply_overrides(
+        config,
+        [
+            "trainer.steps=20",
+            "optimizer.lr=1e-3",
+            "optimizer.betas=[0.9, 0.99]",
+            "evaluation.sets={a: b.parquet}",
+            "trainer.export=false",
+        ],
+    )
+    assert (changed.trainer.steps, changed.optimizer.lr, changed.optimizer.betas) == (20, 1e-3, (0.9, 0.99))
+    assert changed.evaluation.sets == {"a": "b.parquet"}
+    assert changed.trainer.export is False
+    assert config.trainer.steps != 20
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.stepz=3", r"trainer\.stepz: unknown key; trainer has: steps, .*did you mean trainer\.steps\?"),
+        ("trainers.steps=3", r"trainers\.steps: unknown key; the configuration has: name, model, .*did you mean trainer"),
+        ("trainer.steps.x=3", r"trainer\.steps\.x: unknown key; trainer\.steps has: nothing \(it is a plain value\)"),
+        ("trainer.steps=many", r"trainer\.steps: given 'many'; input should be a valid integer"),
+        ("trainer.steps=0", r"trainer\.steps: given 0; input should be greater than 0"),
+        ("model.dtype=float8", r"model\.dtype: given 'float8'; input should be 'float32' or 'bfloat16'"),
+        ("trainer.steps", r"override 'trainer\.steps': expected section\.key=value"),
+        ("trainer.steps=[", r"trainer\.steps: '\[' is not a YAML value"),
+    ],
+)
+def test_a_wrong_override_is_explained(config: Config, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(config, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", r"defines no function recipe\(\)"),
+        ("def recipe(): return 3", r"recipe\(\) returned int; it must return megatron_hpt\.config\.Config"),
+        ("import nothing_of_this_name", "could not be imported: ModuleNotFoundError"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.py").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        recipe.load(str(tmp_path / "r.py"), [])
+
+
+def test_no_such_recipe_and_other_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such recipe"):
+        recipe.load(str(tmp_path / "none.py"), [])
+    (tmp_path / "r.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"a recipe is a \.py file"):
+        recipe.load(str(tmp_path / "r.txt"), [])
+    (tmp_path / "config.yaml").write_text("name: x\nsteps: 3\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml: .*\n.*model: missing"):
+        recipe.load(str(tmp_path), [])
+
+
+def test_configuration_and_pure_parts_import_no_torch() -> None:
+    modules = ", ".join(f"megatron_hpt.{m}" for m in ("config", "recipe", "weights.manifest", "data.rows", "objective.gate"))
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

