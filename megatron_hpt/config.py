@@ -85,7 +85,7 @@ class RolloutConfig(Section):
     """Engine servers to start."""
     tensor_parallel: PositiveInt = 1
     """Tensor parallel ranks of one engine server."""
-    kv_cache_gib: PositiveFloat = 1.0
+    kv_cache_gib: PositiveInt = 1
     """Memory for the KV cache of one server, in GiB (host engines)."""
     max_running: PositiveInt = 256
     """Sequences that one server decodes at the same time."""

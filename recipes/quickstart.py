@@ -25,18 +25,18 @@ INPUTS = Path("build/quickstart")
 
 
 def recipe() -> Config:
-    """Two tensor parallel ranks, one vLLM server, a gate of 0: a prompt never solved is taught by its demonstration."""
+    """Two tensor parallel ranks, one vLLM server; a prompt solved at most 4 times of 8 is taught by its demonstration."""
     return Config(
         name="quickstart",
         model=ModelConfig(path=str(INPUTS / "model")),
         data=DataConfig(train=str(INPUTS / "train.parquet"), max_prompt_length=8, max_response_length=24),
-        algorithm=AlgorithmConfig(name="hpt", gate=GateConfig(threshold=0)),
+        algorithm=AlgorithmConfig(name="hpt", gate=GateConfig(threshold=4)),
         rollout=RolloutConfig(samples_per_prompt=8),
         parallel=ParallelConfig(tensor=2),
         actor=ActorConfig(micro_batch_tokens=8192),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=10, decay_to=0.1),
         evaluation=EvaluationConfig(sets={"heldout": str(INPUTS / "heldout.parquet")}, every=20),
-        trainer=TrainerConfig(steps=120, prompts_per_step=64, save_every=50),
+        trainer=TrainerConfig(steps=160, prompts_per_step=64, save_every=50),
     )
 
 

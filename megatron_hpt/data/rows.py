@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -76,11 +76,6 @@ class Batch:
     decisions: Sequence[dict[str, Any]] = field(default_factory=tuple)
     metrics: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def trained(self) -> list[Row]:
-        """Rows with a weight."""
-        return [row for row in self.rows if row.weight != 0]
-
 
 def to_table(batch: Batch) -> pa.Table:
     """Rows as an Arrow table; step, decisions and metrics ride in the schema's metadata."""
@@ -100,8 +95,3 @@ def from_table(table: pa.Table) -> Batch:
     meta = json.loads((table.schema.metadata or {})[_META])
     rows = [Row(**{**row, "source": Source(row["source"])}) for row in table.to_pylist()]
     return Batch(meta["step"], rows, meta["decisions"], meta["metrics"])
-
-
-def response_tokens(rows: Iterable[Row]) -> int:
-    """Response tokens of some rows."""
-    return sum(row.response_length for row in rows)

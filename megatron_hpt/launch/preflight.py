@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_hpt.config import Config
 from megatron_hpt.data.prompts import Limits, load_prompts
-from megatron_hpt.errors import ConfigError, ModelError
+from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.objective import algorithms
 from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.weights.hf_config import ModelShape, model_shape
@@ -68,8 +68,15 @@ def _check_data(config: Config) -> None:
     """Every row of every file loads."""
     tokenizer = load_tokenizer(config.model.path)
     limits = Limits(config.data.max_prompt_length, config.data.max_response_length)
-    for path in (config.data.train, *config.evaluation.sets.values()):
+    for path in config.evaluation.sets.values():
         load_prompts(path, tokenizer, limits)
+    prompts = load_prompts(config.data.train, tokenizer, limits)
+    gate = algorithms.build(config.algorithm, config.data.max_response_length).gate
+    if gate.needs_demonstrations and not any(prompt.demonstration for prompt in prompts):
+        raise DataError(
+            f"{config.data.train}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "
+            "add targets, or choose an algorithm that learns from rollouts alone (grpo, dr_grpo)"
+        )
 
 
 def load_tokenizer(folder: str):

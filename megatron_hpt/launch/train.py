@@ -35,7 +35,7 @@ def resume_run(source: str, overrides: list[str], root: Path) -> RunDir:
     Raises:
         ConfigError: nothing to continue, or the run is complete.
     """
-    run = open_run(Path(source)) if Path(source).is_dir() else newest(recipes.load(source, []).config.name, root)
+    run = open_run(Path(source)) if Path(source).is_dir() else newest(recipes.load(source, overrides).config.name, root)
     config = apply_overrides(load_yaml(run.config), overrides)
     preflight.check(config)
     start = _last_checkpoint(run)

@@ -78,9 +78,10 @@ class Coordinator:
 
     async def _make_batch(self, step: int) -> None:
         self._weights_at(step)
-        watch = Stopwatch()
-        with watch.phase("eval"):
-            evaluation = await self._evaluate(step) if self._evaluates_before(step) else {}
+        watch, evaluation = Stopwatch(), {}
+        if self._evaluates_before(step):
+            with watch.phase("eval"):
+                evaluation = await self._evaluate(step)
         groups = [Group(prompt) for prompt in self._source.take(step)]
         if self._algorithm.gate.needs_rollouts:
             with watch.phase("rollout"):

@@ -37,12 +37,11 @@ def server_command(config: Config, port: int) -> list[str]:
 
 def server_environment(config: Config) -> dict[str, str]:
     """Environment of the server, on top of this process's."""
-    gib = config.rollout.kv_cache_gib
     environment = {
         **os.environ,
         "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; the server listens on loopback only
         "VLLM_PLUGINS": "megatron_hpt",
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(gib))),
+        "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
@@ -88,7 +87,7 @@ class VllmEngine:
                     raise EngineError(f"engine {self.url} refused a request ({response.status}): {text}")
                 answer = await response.json()
         except TimeoutError:
-            raise DeadlineError(f"engine {self.url} did not answer a request within {self._deadline_s:.0f} s") from None
+            raise DeadlineError(f"engine {self.url} did not answer a request within {self._deadline_s:g} s") from None
         except aiohttp.ClientError as error:
             raise EngineError(f"engine {self.url} cannot be reached: {type(error).__name__} {error}") from None
         return [self._sample(choice) for choice in answer["choices"]]

@@ -61,7 +61,7 @@ class Progress:
 
     def _cells(self, line: dict[str, Any]) -> tuple[str, ...]:
         held_out = next((v for k, v in line.items() if k.startswith("eval/") and "/avg@" in k), None)
-        left = statistics.fmean(self._seconds) * (self._steps - self._done)
+        left = statistics.median(self._seconds) * (self._steps - self._done)
         return (
             f"{self._done}/{self._steps}",
             _number(line["rollout/accuracy"], ".3f"),

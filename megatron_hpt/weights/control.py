@@ -64,7 +64,7 @@ class VllmControl:
         try:
             response = self._http.request(method, route, **request)
         except httpx.TimeoutException:
-            raise DeadlineError(f"engine {self.url} did not answer {route} within {self._deadline_s:.0f} s") from None
+            raise DeadlineError(f"engine {self.url} did not answer {route} within {self._deadline_s:g} s") from None
         except httpx.HTTPError as error:
             raise TransferError(f"engine {self.url} cannot be reached for {route}: {error}") from None
         if response.status_code != httpx.codes.OK:

@@ -6,6 +6,7 @@ with ``--weight-transfer-config '{"backend": "megatron_hpt"}'`` then uses it. Th
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,5 +93,5 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 def register() -> None:
     """Entry point: add the backend to vLLM's factory, once a process."""
-    if BACKEND not in WeightTransferEngineFactory._registry:
+    with contextlib.suppress(ValueError):  # already registered: vLLM may load plugins more than once
         WeightTransferEngineFactory.register_engine(BACKEND, ManifestWeightTransferEngine)

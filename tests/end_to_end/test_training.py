@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Source
 
-from .runs import RECIPE, SMALL, Run, shared_memory
+from .runs import RECIPE, ROOT, SMALL, Run, shared_memory
 
 pytestmark = pytest.mark.end_to_end
 STEPS = 4
@@ -118,3 +121,21 @@ def test_a_complete_run_says_so(finished: Path) -> None:
     code, text = Run.start(finished.parents[1], str(finished), "--resume").finish()
     assert code == 1
     assert "is complete (4 steps)" in text
+
+
+def test_the_sbatch_script_trains_without_slurm_and_continues_when_requeued(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "SLURM_JOB_ID": "7",
+        "HPT_RECIPE": str(RECIPE),
+        "HPT_BIN": str(Path(sys.executable).with_name("megatron-hpt")),
+    }
+    command = ["bash", str(ROOT / "slurm" / "hpt_smoke.sbatch"), "evaluation.sets={}", *SMALL]
+    for restart, steps in ((0, 1), (1, 2)):
+        requeued = {**environment, "SLURM_RESTART_COUNT": str(restart)}
+        done = subprocess.run(
+            [*command, f"trainer.steps={steps}"], cwd=tmp_path, env=requeued, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [line["step"] for line in metrics(run)] == [0, 1]

@@ -1,0 +1,56 @@
+"""Taking processes down, and naming what failed."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_hpt.launch.children import Child, describe_exit, failure_of, stop_all
+
+
+def start(tmp_path: Path, code: str, name: str = "part") -> Child:
+    return Child.start(name, [sys.executable, "-c", code], tmp_path / f"{name}.log")
+
+
+def wait_for(path: Path, text: str) -> None:
+    deadline = time.monotonic() + 30
+    while not (path.is_file() and text in path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_stubborn_process_and_its_children_are_ended(tmp_path: Path) -> None:
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); print('ready', flush=True); time.sleep(600)"
+    )
+    child = start(tmp_path, code)
+    wait_for(child.log, "ready")
+    family = [child.process.pid, *(p.pid for p in psutil.Process(child.process.pid).children())]
+    stop_all([child], grace_s=1.0)
+    assert child.exit_code == -signal.SIGKILL
+    assert not [pid for pid in family if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_failure_has_name_exit_code_and_last_lines(tmp_path: Path) -> None:
+    child = start(tmp_path, "print('working'); raise SystemExit(7)")
+    child.process.wait(30)
+    text = str(failure_of(child, tmp_path))
+    assert text.startswith("part died (exit code 7); the last lines of ")
+    assert text.endswith("    working")
+
+
+def test_torchrun_names_the_rank(tmp_path: Path) -> None:
+    report = "Root Cause (first observed failure):\n[0]:\n  rank      : 3 (local_rank: 1)\n  exitcode  : -9 (pid: 17)\n"
+    child = start(tmp_path, f"print({report!r}); raise SystemExit(1)", "trainer")
+    child.process.wait(30)
+    failure = failure_of(child, tmp_path)
+    assert (failure.name, failure.exit_code, failure.log) == ("trainer rank 3", -9, tmp_path / "trainer_rank3.log")
+
+
+@pytest.mark.parametrize(("code", "words"), [(-9, "exit code -9, SIGKILL"), (-1000, "exit code -1000"), (3, "exit code 3")])
+def test_exit_codes_in_words(code: int, words: str) -> None:
+    assert describe_exit(code) == words
