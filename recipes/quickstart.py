@@ -36,7 +36,7 @@ def recipe() -> Config:
         actor=ActorConfig(micro_batch_tokens=8192),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=10, decay_to=0.1),
         evaluation=EvaluationConfig(sets={"heldout": str(INPUTS / "heldout.parquet")}, every=20),
-        trainer=TrainerConfig(steps=160, prompts_per_step=64, save_every=50),
+        trainer=TrainerConfig(steps=140, prompts_per_step=64, save_every=50),
     )
 
 

@@ -86,7 +86,7 @@ def _accuracy(axis: Any, lines: Lines) -> None:
     _curve(axis, lines, "rollout/accuracy", "rollouts", alpha=0.6)
     for key in sorted({key for line in lines for key in line if key.startswith("eval/") and "/avg@" in key}):
         evaluated = [(line["eval/version"], line[key]) for line in lines if line.get(key) is not None]
-        axis.plot(*zip(*evaluated, strict=True), marker="o", markersize=4, label=f"held-out {key.removeprefix('eval/')}")
+        axis.plot(*zip(*evaluated, strict=True), marker="o", markersize=4, label=key.removeprefix("eval/").replace("/", " "))
     axis.set_ylim(0, 1.02)
     axis.legend(fontsize=8, frameon=False)
 
