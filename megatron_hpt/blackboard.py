@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import socket
 from typing import Any
 
 from torch.distributed import DistError, DistStoreError, TCPStore
@@ -20,7 +21,10 @@ class Blackboard:
     @classmethod
     def host(cls) -> Blackboard:
         """Open a server on a free port of the loopback interface."""
-        return cls(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        listener = socket.create_server(("127.0.0.1", 0))  # given an address alone, TCPStore listens on all of them
+        port = listener.getsockname()[1]
+        fd = listener.detach()  # the store closes it
+        return cls(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=fd))
 
     @classmethod
     def join(cls, address: str) -> Blackboard:

@@ -89,8 +89,6 @@ class RolloutConfig(Section):
     """Memory for the KV cache of one server, in GiB (host engines)."""
     max_running: PositiveInt = 256
     """Sequences that one server decodes at the same time."""
-    threads: NonNegativeInt = 0
-    """OpenMP threads of a host engine; 0: one per core."""
 
 
 class ParallelConfig(Section):

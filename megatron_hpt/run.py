@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from megatron_hpt.config import Config, dump_yaml, load_yaml
 from megatron_hpt.data.files import write_whole
@@ -57,6 +60,29 @@ class RunDir:
         """The page of curves."""
         return self.path / "report.html"
 
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` optimizer steps."""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the whole checkpoints, oldest first."""
+        matches = (re.fullmatch(r"step_(\d{6,})", path.name) for path in self.checkpoints.glob("step_*"))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def lock(self) -> IO:
+        """Claim the directory for this process until the returned file is closed.
+
+        Raises:
+            ConfigError: another process is training in it.
+        """
+        file = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(f"{self.path}: another process is training in this run directory") from None
+        return file
+
     def log(self, process: str) -> Path:
         """Log file of one process."""
         return self.logs / f"{process}.log"
@@ -85,7 +111,8 @@ def newest(name: str, root: Path) -> RunDir:
     Raises:
         ConfigError: there is none.
     """
-    found = sorted(path.parent for path in root.glob(f"{name}-*/config.yaml"))
+    own = re.compile(re.escape(name) + r"-\d{8}-\d{6}(-\d+)?")  # not those of a longer name
+    found = sorted(path.parent for path in root.glob("*/config.yaml") if own.fullmatch(path.parent.name))
     if not found:
         raise ConfigError(f"--resume: no run of {name!r} under {root}/; start one without --resume, or name a run directory")
     return RunDir(found[-1])

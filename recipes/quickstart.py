@@ -41,8 +41,8 @@ def recipe() -> Config:
 
 
 def prepare(config: Config) -> None:
-    """Make the data and the model with random weights where they are missing."""
-    if not Path(config.data.train).is_file():
+    """Make the data and the model with random weights where the recipe's own are missing."""
+    if config.data.train == str(INPUTS / "train.parquet") and not Path(config.data.train).is_file():
         arithmetic.write(INPUTS, held_out=64)
-    if not Path(config.model.path).is_dir():
+    if config.model.path == str(INPUTS / "model") and not Path(config.model.path).is_dir():
         tiny_llama.write(Path(config.model.path))

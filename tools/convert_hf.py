@@ -20,13 +20,12 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 
 def _build(hf: Path):
-    """The model of a Hugging Face folder on one rank, its weights loaded."""
+    """The model of a Hugging Face folder on one rank, its weights not loaded."""
     from megatron_hpt.actor import model, parallel, platform
     from megatron_hpt.config import ModelConfig, ParallelConfig
     from megatron_hpt.weights.hf_config import model_shape
 
     shape = model_shape(hf)
-    model.HfTensors(hf).check(shape)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,7 +34,6 @@ def _build(hf: Path):
     layout = ParallelConfig()
     ranks = parallel.initialize(layout, where, seed=0, deadline_s=600)
     gpt = model.build(shape, model.transformer_config(shape, ModelConfig(path=str(hf)), layout, where), ranks, where)
-    model.load_hf(gpt, shape, ranks, hf)
     return gpt, shape, ranks, where
 
 
@@ -43,11 +41,15 @@ def _build(hf: Path):
 def to_megatron(hf: Path, checkpoint: Path) -> None:
     """Write CHECKPOINT (a folder, must not exist) from the weights of the Hugging Face folder HF."""
     from megatron_hpt.actor import checkpoint as checkpoints
-    from megatron_hpt.actor import parallel
+    from megatron_hpt.actor import model, parallel
+    from megatron_hpt.weights.hf_config import model_shape
+    from megatron_hpt.weights.hf_files import HfTensors
 
     if checkpoint.exists():
         raise ModelError(f"{checkpoint} exists; give a new folder")
-    gpt, _, _, where = _build(hf)
+    HfTensors(hf).check(model_shape(hf))
+    gpt, shape, ranks, where = _build(hf)
+    model.load_hf(gpt, shape, ranks, hf)
     checkpoints.save_to(checkpoint, 0, gpt, None, where)
     parallel.shutdown()
     print(f"wrote {checkpoint}")

@@ -7,7 +7,6 @@ of that name is whole. ``step`` is the number of optimizer steps it contains, wh
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,35 +19,18 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_hpt.actor.platform import Platform
 from megatron_hpt.errors import CheckpointError
+from megatron_hpt.run import RunDir
 
 # The one sharding of optimizer state that loads into any layout and works with packed parameter buffers.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-_NAME = re.compile(r"step_(\d{6,})")
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints in a folder, oldest first."""
-    matches = (_NAME.fullmatch(path.name) for path in folder.glob("step_*"))
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def path_of(folder: Path, step: int) -> Path:
-    """Folder of one checkpoint."""
-    return folder / f"step_{step:06d}"
-
-
-def save(
-    folder: Path, step: int, model: GPTModel, optimizer: MegatronOptimizer, platform: Platform, keep: int | None = None
-) -> None:
-    """Write the checkpoint of a step into a run's folder; collective over all ranks.
-
-    Args:
-        keep: newest checkpoints that stay; None keeps all.
-    """
-    save_to(path_of(folder, step), step, model, optimizer, platform)
-    if dist.get_rank() == 0 and keep:
-        for old in saved_steps(folder)[:-keep]:
-            shutil.rmtree(path_of(folder, old))
+def save(run: RunDir, step: int, model: GPTModel, optimizer: MegatronOptimizer, platform: Platform, keep: int) -> None:
+    """Write the checkpoint of a step into a run and remove all but the newest `keep`; collective over all ranks."""
+    save_to(run.checkpoint(step), step, model, optimizer, platform)
+    if dist.get_rank() == 0:
+        for old in run.checkpoint_steps()[:-keep]:
+            shutil.rmtree(run.checkpoint(old))
     dist.barrier()
 
 
@@ -61,12 +43,22 @@ def save_to(final: Path, step: int, model: GPTModel, optimizer: MegatronOptimize
     dist.barrier()
     with platform.building():
         dist_checkpointing.save(_state(model, optimizer, loading=False), str(temporary))
+    _end_helper_process()
     dist.barrier()
     if dist.get_rank() == 0:
         (temporary / "megatron_hpt.json").write_text(json.dumps({"step": step, "optimizer": optimizer is not None}))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     dist.barrier()
+
+
+def _end_helper_process() -> None:
+    """Megatron's writer keeps a manager process for its next save; it would outlive a rank that is killed."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is not None:
+        filesystem_async._results_queue._manager.shutdown()
+        filesystem_async._results_queue = None
 
 
 def load(path: Path, model: GPTModel, optimizer: MegatronOptimizer | None, platform: Platform) -> int:

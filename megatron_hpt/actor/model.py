@@ -10,16 +10,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hpt.actor.attention import PackedAttention
 from megatron_hpt.actor.parallel import Ranks
 from megatron_hpt.actor.platform import Platform
 from megatron_hpt.config import ModelConfig, ParallelConfig
-from megatron_hpt.errors import ModelError
 from megatron_hpt.weights.hf_config import ModelShape
-from megatron_hpt.weights.mapping import ShardView, hf_tensor_shapes, shard_views
+from megatron_hpt.weights.hf_files import HfTensors
+from megatron_hpt.weights.mapping import ShardView, shard_views
 
 
 def transformer_config(
@@ -122,54 +121,9 @@ def load_hf(model: GPTModel, shape: ModelShape, ranks: Ranks, folder: str | Path
     Raises:
         ModelError: no safetensors, a damaged file, a missing tensor or one of another shape.
     """
+    files = HfTensors(folder)
+    files.check(shape)
     for parameter in model.parameters():
         parameter.zero_()  # rows that only pad the vocabulary
-    files = HfTensors(folder)
     for view in views(model, shape, ranks, loading=True):
-        view.write(files.get(view.name, view.shape))
-
-
-class HfTensors:
-    """Tensors of a Hugging Face folder, read lazily by name."""
-
-    def __init__(self, folder: str | Path) -> None:
-        """Open the folder.
-
-        Raises:
-            ModelError: no safetensors files, or a damaged one.
-        """
-        self._folder = Path(folder)
-        paths = sorted(self._folder.glob("*.safetensors"))
-        if not paths:
-            raise ModelError(f"model.path: {folder} has no *.safetensors files")
-        self._files: dict[str, safe_open] = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: not a whole safetensors file: {error}") from None
-            self._files |= dict.fromkeys(file.keys(), file)
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor.
-
-        Raises:
-            ModelError: missing, or of another shape.
-        """
-        if name not in self._files:
-            raise ModelError(f"{self._folder}: tensor {name} is missing")
-        tensor = self._files[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise ModelError(f"{self._folder}: {name} has shape {tuple(tensor.shape)}, config.json implies {shape}")
-        return tensor
-
-    def check(self, shape: ModelShape) -> None:
-        """Every tensor of the model is there and no other.
-
-        Raises:
-            ModelError: names the tensors.
-        """
-        expected = hf_tensor_shapes(shape).keys()
-        missing, extra = expected - self._files.keys(), self._files.keys() - expected
-        if missing or extra:
-            raise ModelError(f"{self._folder}: missing tensors {sorted(missing)[:3]}, unexpected tensors {sorted(extra)[:3]}")
+        view.write(files.get(view.name))

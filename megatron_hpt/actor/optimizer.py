@@ -26,8 +26,7 @@ def wrap(model: GPTModel) -> DistributedDataParallel:
 
 def build(config: OptimizerConfig, wrapped: DistributedDataParallel, platform: Platform) -> MegatronOptimizer:
     """Adam with float32 master weights, its state sharded over the data parallel ranks."""
-    if not platform.is_cuda:
-        adam.offer_to_megatron()
+    adam.offer_to_megatron()
     dtype = wrapped.config.params_dtype
     megatron = MegatronOptimizerConfig(
         optimizer="adam",

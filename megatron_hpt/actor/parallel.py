@@ -20,7 +20,6 @@ class Ranks:
     """Where this process stands in the layout."""
 
     rank: int
-    world: int
     tensor: Place
     pipeline: int
     data: int
@@ -55,7 +54,6 @@ def initialize(config: ParallelConfig, platform: Platform, seed: int, deadline_s
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Ranks(
         rank=dist.get_rank(),
-        world=world,
         tensor=Place(parallel_state.get_tensor_model_parallel_rank(), config.tensor),
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_rank(),

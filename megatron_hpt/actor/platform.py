@@ -29,11 +29,6 @@ class Platform:
 
         return host.as_accelerator()
 
-    def synchronize(self) -> None:
-        """Wait for the device (before reading a clock)."""
-        if self.is_cuda:
-            torch.cuda.synchronize()
-
 
 def detect(threads: int) -> Platform:
     """The platform of this process; installs the host facade where there is no CUDA.

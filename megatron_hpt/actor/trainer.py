@@ -56,7 +56,7 @@ class Trainer:
         self._ledger = Ledger(run.batches)
         self._actor = build_actor(self._config)
         if start:
-            checkpoint.load(checkpoint.path_of(run.checkpoints, start), self._gpt, self._actor.optimizer, self._actor.platform)
+            checkpoint.load(run.checkpoint(start), self._gpt, self._actor.optimizer, self._actor.platform)
         self._sender = self._make_sender()
 
     def run(self) -> None:
@@ -88,9 +88,12 @@ class Trainer:
         return WeightSender(views, hf_tensor_shapes(shape), engines, self._config.deadlines.transfer_s, dist.group.WORLD)
 
     def _publish(self, version: int) -> None:
-        """Send a version, unless its batch is in the ledger already: then nobody will sample from it."""
+        """Send a version, unless its batch is in the ledger already: then nobody will sample from it.
+
+        The last version is always sent: the final evaluation samples from it.
+        """
         started, nbytes = time.monotonic(), 0
-        if not self._ledger.has(version):
+        if version == self._config.trainer.steps or not self._ledger.has(version):
             nbytes = self._sender.publish(version)
         self._tell(f"published/{version}", {"time/transfer_s": time.monotonic() - started, "weights/bytes": nbytes})
 
@@ -98,7 +101,7 @@ class Trainer:
         every, last = self._config.trainer.save_every, self._config.trainer.steps
         if step == last or (every and step % every == 0):
             keep = self._config.trainer.keep_checkpoints
-            checkpoint.save(self._run.checkpoints, step, self._gpt, self._actor.optimizer, self._actor.platform, keep)
+            checkpoint.save(self._run, step, self._gpt, self._actor.optimizer, self._actor.platform, keep)
 
     def _tell(self, key: str, value: Any) -> None:
         if self._actor.ranks.is_lead:
@@ -116,7 +119,6 @@ def main() -> None:
     run = RunDir(arguments.run)
     log_to(run.log(f"trainer_rank{os.environ['RANK']}"))
     board = Blackboard.join(arguments.store)
-    board.put(f"pid/trainer rank {os.environ['RANK']}", os.getpid())
     Trainer(run, board, arguments.from_step).run()
     parallel.shutdown()
     logger.info("done")

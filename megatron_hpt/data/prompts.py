@@ -91,12 +91,12 @@ def _prompt(row: dict[str, Any], where: str, index: int, tokenizer: Tokenizer, l
     tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     if len(tokens) > limits.prompt:
         raise DataError(f"{where}, prompt: {len(tokens)} tokens; data.max_prompt_length allows {limits.prompt}")
-    truth = (row["reward_model"] or {}).get("ground_truth")
+    truth = _record(row["reward_model"], f"{where}, reward_model").get("ground_truth")
     if not isinstance(truth, str) or not truth:
         raise DataError(f"{where}, reward_model.ground_truth: given {truth!r}; expected a non-empty string")
-    identity = (row.get("extra_info") or {}).get("index", index)
+    identity = _record(row.get("extra_info"), f"{where}, extra_info").get("index")
     return Prompt(
-        prompt_id=str(identity),
+        prompt_id=str(index if identity is None else identity),
         tokens=list(tokens),
         demonstration=_demonstration(row.get("target"), f"{where}, target", tokenizer, limits),
         ground_truth=truth,
@@ -104,19 +104,29 @@ def _prompt(row: dict[str, Any], where: str, index: int, tokenizer: Tokenizer, l
     )
 
 
+def _record(value: Any, where: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise DataError(f"{where}: given {value!r}; expected a record of named fields")
+    return value or {}
+
+
 def _messages(value: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: given {value!r}; expected a non-empty list of messages with role and content")
     for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise DataError(f"{where}: a message is empty or has no text content: {message!r}")
+        fields = message if isinstance(message, dict) else {}
+        if not all(isinstance(fields.get(key), str) and fields[key].strip() for key in ("role", "content")):
+            raise DataError(f"{where}: a message is empty, or has no role or no text content: {message!r}")
     return value
 
 
 def _demonstration(value: Any, where: str, tokenizer: Tokenizer, limits: Limits) -> list[int] | None:
     if not value:
         return None
-    text = _messages(value, where)[0]["content"]
+    messages = _messages(value, where)
+    if len(messages) != 1:
+        raise DataError(f"{where}: {len(messages)} messages; a demonstration is one message")
+    text = messages[0]["content"]
     tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     if len(tokens) > limits.response:
         raise DataError(

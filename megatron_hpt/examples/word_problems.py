@@ -12,8 +12,8 @@ _GENERATOR_HINT = " Give the result as your final answer. Do not include units."
 _INSTRUCTION = "\nSolve it step by step and put the final number in \\boxed{}."
 
 
-def problems(seed: int, fits: Callable[[str], bool]) -> Iterator[Problem]:
-    """Endless problems whose solution text passes `fits`; the same for the same seed."""
+def problems(seed: int, fits: Callable[[Problem], bool]) -> Iterator[Problem]:
+    """Endless problems that pass `fits`; the same for the same seed."""
     import reasoning_gym
 
     data = reasoning_gym.create_dataset("gsm_symbolic", size=1_000_000, seed=seed)
@@ -21,16 +21,16 @@ def problems(seed: int, fits: Callable[[str], bool]) -> Iterator[Problem]:
         item = data[index]
         steps, marker, _ = item["metadata"]["answer_cot"].rpartition("####")
         demonstration = f"{steps.strip()}\nThe answer is \\boxed{{{item['answer']}}}."
-        if marker and fits(demonstration):
-            question = item["question"].removesuffix(_GENERATOR_HINT) + _INSTRUCTION
-            yield Problem(question, item["answer"], demonstration)
+        problem = Problem(item["question"].removesuffix(_GENERATOR_HINT) + _INSTRUCTION, item["answer"], demonstration)
+        if marker and fits(problem):
+            yield problem
 
 
-def write(folder: Path, train: int, held_out: int, fits: Callable[[str], bool] = lambda _: True) -> None:
+def write(folder: Path, train: int, held_out: int, fits: Callable[[Problem], bool] = lambda _: True) -> None:
     """Write train.parquet and heldout.parquet with problems of different seeds; no question is in both.
 
     Args:
-        fits: keeps a problem by its solution text, e.g. by its length in tokens.
+        fits: which problems are kept, e.g. by their length in tokens.
     """
     evaluation = list(itertools.islice(problems(1, fits), held_out))
     questions = {problem.question for problem in evaluation}

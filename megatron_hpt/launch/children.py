@@ -24,13 +24,21 @@ class Child:
     name: str
     process: subprocess.Popen
     log: Path
+    log_start: int
+    """Size of the log when it started: a resumed run appends to the logs of the run before."""
 
     @classmethod
     def start(cls, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> Child:
         """Start a command that dies with this process and logs to a file."""
         launcher = [sys.executable, "-m", "megatron_hpt.process", str(log), *command]
+        log_start = log.stat().st_size if log.is_file() else 0
         process = subprocess.Popen(launcher, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        return cls(name, process, log)
+        return cls(name, process, log, log_start)
+
+    @property
+    def output(self) -> str:
+        """What it has logged so far."""
+        return self.log.read_bytes()[self.log_start :].decode(errors="replace") if self.log.is_file() else ""
 
     @property
     def exit_code(self) -> int | None:
@@ -80,10 +88,8 @@ _ROOT_CAUSE = re.compile(r"rank\s*:\s*(\d+) \(local_rank.*?exitcode\s*:\s*(-?\d+
 def failure_of(child: Child, logs: Path) -> Failure:
     """What failed; for torchrun, the rank that it names as the root cause."""
     code = child.exit_code or 0
-    if child.name == "trainer":
-        report = child.log.read_text(errors="replace").partition("Root Cause")[2] if child.log.is_file() else ""
-        if match := _ROOT_CAUSE.search(report):
-            return Failure(f"trainer rank {match[1]}", int(match[2]), logs / f"trainer_rank{match[1]}.log")
+    if child.name == "trainer" and (match := _ROOT_CAUSE.search(child.output.partition("Root Cause")[2])):
+        return Failure(f"trainer rank {match[1]}", int(match[2]), logs / f"trainer_rank{match[1]}.log")
     return Failure(child.name, code, child.log)
 
 

@@ -10,6 +10,7 @@ from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.objective import algorithms
 from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.weights.hf_config import ModelShape, model_shape
+from megatron_hpt.weights.hf_files import HfTensors
 
 
 def check(config: Config) -> None:
@@ -21,9 +22,10 @@ def check(config: Config) -> None:
     algorithms.build(config.algorithm, config.data.max_response_length)
     lookup(config.reward.name)
     shape = model_shape(config.model.path)
+    HfTensors(config.model.path).check(shape)
     check_layout(config, shape)
     check_lengths(config, shape)
-    _check_data(config)
+    _check_data(config, shape)
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:
@@ -64,9 +66,13 @@ def check_lengths(config: Config, shape: ModelShape) -> None:
         )
 
 
-def _check_data(config: Config) -> None:
+def _check_data(config: Config, shape: ModelShape) -> None:
     """Every row of every file loads."""
     tokenizer = load_tokenizer(config.model.path)
+    if len(tokenizer) > shape.vocab:
+        raise ModelError(
+            f"model.path: the tokenizer has {len(tokenizer)} tokens, the model in {config.model.path} only {shape.vocab}"
+        )
     limits = Limits(config.data.max_prompt_length, config.data.max_response_length)
     for path in config.evaluation.sets.values():
         load_prompts(path, tokenizer, limits)

@@ -21,7 +21,7 @@ from megatron_hpt.telemetry.progress import Progress
 
 POLL_S = 0.2
 SETTLE_S = 1.5
-"""Seconds in which other processes may fail of the same cause; all of them are reported."""
+"""Seconds without a further failure after which those of one cause are taken to be complete; all are reported."""
 
 
 class RunFailed(HptError):
@@ -43,6 +43,7 @@ class Supervisor:
         self._started = time.monotonic()
         self._announced = False
         self._shown = start
+        self._read = 0
 
     def run(self) -> None:
         """Run to the end.
@@ -94,10 +95,15 @@ class Supervisor:
         return all(child.exit_code == 0 for child in self._children if child not in self._engines.values())
 
     def _check_children(self) -> None:
-        if not self._failures():
+        failures, deadline = self._failures(), time.monotonic() + 4 * SETTLE_S
+        if not failures:
             return
-        time.sleep(SETTLE_S)
-        raise RunFailed("\n".join(str(failure) for failure in self._failures()))
+        settled = 0
+        while len(failures) > settled and time.monotonic() < deadline:
+            settled = len(failures)
+            time.sleep(SETTLE_S)
+            failures = self._failures()
+        raise RunFailed("\n".join(str(failure) for failure in failures))
 
     def _failures(self) -> list[Failure]:
         ended = [child for child in self._children if child.exit_code is not None]
@@ -119,7 +125,10 @@ class Supervisor:
         progress.status(f"starting: {', '.join(waiting) or 'engines ready'}; trainer {ready} ({waited:.0f} s)")
 
     def _show(self, progress: Progress) -> None:
-        for line in metrics.read(self._run.metrics):
+        size = self._run.metrics.stat().st_size if self._run.metrics.is_file() else 0
+        lines = metrics.read(self._run.metrics) if size != self._read else []
+        self._read = size
+        for line in lines:
             if line["step"] >= self._shown:
                 progress.step(line)
                 self._shown = line["step"] + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import preflight
 from megatron_hpt.run import RunDir, create, newest, open_run
-from megatron_hpt.telemetry.metrics import read as read_metrics
+from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.report import write_report
+
+logger = logging.getLogger(__name__)
 
 
 def start_run(source: str, overrides: list[str], root: Path) -> RunDir:
@@ -36,28 +39,62 @@ def resume_run(source: str, overrides: list[str], root: Path) -> RunDir:
         ConfigError: nothing to continue, or the run is complete.
     """
     run = open_run(Path(source)) if Path(source).is_dir() else newest(recipes.load(source, overrides).config.name, root)
-    config = apply_overrides(load_yaml(run.config), overrides)
+    saved = load_yaml(run.config)
+    config = apply_overrides(saved, overrides)
+    _check_same_batches(saved, config)
     preflight.check(config)
-    start = _last_checkpoint(run)
-    if start >= config.trainer.steps:
+    start = resume_point(run, config)
+    if start == config.trainer.steps:
         raise ConfigError(f"{run.path} is complete ({start} steps); to train it further: --resume trainer.steps={2 * start}")
     write_whole(run.config, dump_yaml(config))
+    metrics.truncate(run.metrics, start)
     _supervise(config, run, start)
     return run
 
 
-def _last_checkpoint(run: RunDir) -> int:
-    """Steps in the newest checkpoint; 0 without one."""
-    steps = [int(path.name.removeprefix("step_")) for path in run.checkpoints.glob("step_*")]
-    return max(steps, default=0)
+def resume_point(run: RunDir, config: Config) -> int:
+    """The step to continue from: the newest checkpoint after which everything that is missing can still be made.
+
+    A checkpoint is written before its step's line of metrics, and the last one before the export and the final
+    evaluation; a run that ended in between goes back one checkpoint, and its ledger replays the batches.
+    """
+    steps, lines = config.trainer.steps, len(metrics.read(run.metrics))
+    finished = lines >= steps and (run.export.is_dir() or not config.trainer.export)
+    usable = [s for s in run.checkpoint_steps() if s <= lines and (s < steps or (s == steps and finished))]
+    return max(usable, default=0)
+
+
+def _check_same_batches(saved: Config, config: Config) -> None:
+    """Settings that the ledger's batches depend on may not change within a run.
+
+    Raises:
+        ConfigError: names the settings.
+    """
+    sections = ("name", "model", "data", "algorithm", "reward")
+    changed = [key for key in sections if getattr(saved, key) != getattr(config, key)]
+    fields = {"rollout": ("samples_per_prompt", "temperature"), "trainer": ("seed", "prompts_per_step")}
+    for section, names in fields.items():
+        before, after = getattr(saved, section), getattr(config, section)
+        changed += [f"{section}.{name}" for name in names if getattr(before, name) != getattr(after, name)]
+    if changed:
+        raise ConfigError(f"--resume: {', '.join(changed)} cannot change within a run; start a new one without --resume")
 
 
 def _supervise(config: Config, run: RunDir, start: int) -> None:
     from megatron_hpt.launch.supervisor import Supervisor  # imports torch
 
-    shutil.rmtree(run.export, ignore_errors=True)
+    with run.lock():
+        shutil.rmtree(run.export, ignore_errors=True)
+        try:
+            Supervisor(config, run, start).run()
+        finally:
+            _report(run)
+
+
+def _report(run: RunDir) -> None:
+    """Draw what there is; a failure to draw must not hide how the run ended."""
     try:
-        Supervisor(config, run, start).run()
-    finally:
-        if read_metrics(run.metrics):
+        if metrics.read(run.metrics):
             write_report(run)
+    except Exception:
+        logger.exception("the report of %s could not be drawn", run.path)

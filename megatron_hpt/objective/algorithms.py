@@ -60,7 +60,12 @@ def dr_grpo(config: AlgorithmConfig, length: int) -> Algorithm:
 
 
 def hpt(config: AlgorithmConfig, length: int) -> Algorithm:
-    """Hybrid post-training (arXiv 2509.04419) as its reference runs it: Dr. GRPO unclipped above the gate, SFT below."""
+    """Hybrid post-training (arXiv 2509.04419): Dr. GRPO above the gate, SFT below.
+
+    As in the reference code the ratio is not clipped, and demonstrations are a token mean. Unlike there, both
+    denominators are global: the reference sums rollouts over rows and averages demonstrations within a micro-batch, so
+    the balance of the two depends on how the batch was cut.
+    """
     without = Choice.ROLLOUTS if config.gate.missing_demonstration == "rollouts" else Choice.SKIPPED
     gate = Switch(config.gate.threshold, without)
     return Algorithm(_centred(length), _likelihood(config), gate, config.entropy_coefficient)

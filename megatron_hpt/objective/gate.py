@@ -48,9 +48,9 @@ def count_solved(rewards: Sequence[float | None]) -> tuple[int, int]:
 class Switch:
     """HPT's hard switch: solved ≤ threshold → demonstration, else rollouts.
 
-    A threshold of 1 or more is a count, as in the reference (0 and 2 of 8); below 1 it is a share of the graded
-    answers. Ungraded answers are left out; a prompt without a single graded answer is skipped, because nothing is
-    known about it.
+    A threshold of 1 or more is a count of the n rollouts, as in the reference (0 and 2 of 8); below 1 it is a share of
+    them. Ungraded answers are left out: the threshold shrinks in proportion. A prompt without a single graded answer
+    is skipped, because nothing is known about it.
     """
 
     threshold: float = 0
@@ -62,8 +62,8 @@ class Switch:
         solved, graded = count_solved(rewards)
         if graded == 0:
             return Decision(prompt_id, solved, graded, Choice.SKIPPED)
-        limit = self.threshold if self.threshold >= 1 else self.threshold * graded
-        if solved > limit:
+        of = len(rewards) if self.threshold >= 1 else 1
+        if solved * of > self.threshold * graded:
             return Decision(prompt_id, solved, graded, Choice.ROLLOUTS)
         if has_demonstration:
             return Decision(prompt_id, solved, graded, Choice.DEMONSTRATION)

@@ -65,4 +65,7 @@ def _equivalent(answer: str, truth: str) -> bool:
 
     # math-verify's own alarms are off: they need the main thread, and the pool's deadline covers the whole call.
     options = {"extraction_config": _extraction(), "fallback_mode": "no_fallback", "parsing_timeout": None}
-    return verify(parse(f"${truth}$", **options), parse(f"${answer}$", **options), timeout_seconds=None)
+    gold = parse(f"${truth}$", **options)
+    if not gold:  # nothing to compare with: ungraded, not wrong
+        raise ValueError(f"the ground truth {truth!r} is not a mathematical expression")
+    return verify(gold, parse(f"${answer}$", **options), timeout_seconds=None, raise_on_error=True)

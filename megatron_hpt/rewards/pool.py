@@ -6,6 +6,7 @@ The outcome is a number or None, "ungraded": it is counted and left out of the g
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import multiprocessing
 import signal
@@ -22,6 +23,7 @@ def _start_grader() -> None:
     """Ctrl-C reaches the whole terminal group; the coordinator decides when its graders end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off; the pool has one
+    importlib.import_module("math_verify")  # seconds on a cold disk, which no answer's deadline should pay for
 
 
 def _grade_all(reward: Reward, answers: list[tuple[str, str]]) -> list[float]:

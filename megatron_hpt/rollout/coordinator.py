@@ -59,7 +59,6 @@ class Coordinator:
         self._source = PromptSource(self._load(config.data.train), config.trainer.prompts_per_step, config.trainer.seed)
         self._held_out = {name: self._load(path) for name, path in config.evaluation.sets.items()}
         self._engines: list[VllmEngine] = []
-        self._final: dict[str, Any] = {}
 
     async def run(self) -> None:
         """Make every batch, and one line of metrics for each step."""
@@ -67,18 +66,21 @@ class Coordinator:
         urls = board.wait("engines", config.deadlines.startup_s, "an engine")
         self._engines = [VllmEngine(url, config.deadlines.rollout_s) for url in urls]
         for step in range(self._start, config.trainer.steps):
-            started = time.monotonic()
-            if not self._ledger.has(step):
-                await self._make_batch(step)
-            board.put(f"batch/{step}", True)
-            await self._record(step, started)
+            watch = Stopwatch()
+            with watch.phase("step"):
+                if not self._ledger.has(step):
+                    await self._make_batch(step, watch)
+                board.put(f"batch/{step}", True)
+                trained = board.wait(f"trained/{step}", config.deadlines.step_s, "the trainer")
+                published = self._weights_at(step + 1)
+            await self._record(step, {**trained, **published}, watch)
         for engine in self._engines:
             await engine.close()
         self._metrics.close()
 
-    async def _make_batch(self, step: int) -> None:
+    async def _make_batch(self, step: int, watch: Stopwatch) -> None:
         self._weights_at(step)
-        watch, evaluation = Stopwatch(), {}
+        evaluation: dict[str, Any] = {}
         if self._evaluates_before(step):
             with watch.phase("eval"):
                 evaluation = await self._evaluate(step)
@@ -88,18 +90,15 @@ class Coordinator:
                 groups = await self._sample([g.prompt for g in groups], self._training_settings, "train", step)
             with watch.phase("reward"):
                 groups = await grade(groups, self._pool, self._tokenizer)
-        metrics = {"time/rollout_s": 0.0, "time/reward_s": 0.0, **watch.seconds, **evaluation, "rollout/policy_version": step}
-        self._ledger.write(assemble(step, groups, self._algorithm, metrics))
+        self._ledger.write(assemble(step, groups, self._algorithm, {**evaluation, "rollout/policy_version": step}))
 
-    async def _record(self, step: int, started: float) -> None:
-        """Wait for the step to be trained and its weights to be served; write its line."""
-        deadlines, last = self._config.deadlines, step + 1 == self._config.trainer.steps
-        trained = self._board.wait(f"trained/{step}", deadlines.step_s, "the trainer")
-        published = self._weights_at(step + 1)
-        line = {"step": step, **self._ledger.read(step).metrics, **trained, **published, "weights/version": step + 1}
-        line["time/step_s"] = time.monotonic() - started - line.get("time/eval_s", 0.0)
+    async def _record(self, step: int, trained: dict[str, Any], watch: Stopwatch) -> None:
+        """Write the step's line; a replayed step took no time to roll out."""
+        seconds = {"time/rollout_s": 0.0, "time/reward_s": 0.0, **watch.seconds}
+        seconds["time/step_s"] -= seconds.get("time/eval_s", 0.0)
+        line = {"step": step, **self._ledger.read(step).metrics, **trained, **seconds, "weights/version": step + 1}
         line["throughput/tokens_per_s"] = line["train/tokens"] / line["time/step_s"]
-        if last:
+        if step + 1 == self._config.trainer.steps:
             self._board.put("status/coordinator", "last evaluation")
             line |= await self._evaluate(step + 1)
         self._metrics.write(line)
@@ -108,8 +107,9 @@ class Coordinator:
         return self._board.wait(f"published/{version}", self._config.deadlines.step_s, "the trainer")
 
     def _evaluates_before(self, step: int) -> bool:
-        every = self._config.evaluation.every
-        return bool(self._held_out) and (step == 0 or bool(every and step % every == 0))
+        every, last = self._config.evaluation.every, step + 1 == self._config.trainer.steps
+        # Not before the last step: its line will hold the evaluation of the final weights.
+        return bool(self._held_out) and (step == 0 or bool(every and step % every == 0 and not last))
 
     async def _evaluate(self, version: int) -> dict[str, Any]:
         """Accuracy of weights `version` on every held-out set; in a step's line it is that of its version, see docs."""

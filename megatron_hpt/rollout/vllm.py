@@ -26,6 +26,8 @@ def server_command(config: Config, port: int) -> list[str]:
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", config.model.dtype, "--tensor-parallel-size", str(config.rollout.tensor_parallel)),
         *("--max-model-len", str(config.max_sequence_length), "--max-num-seqs", str(config.rollout.max_running)),
+        # vLLM 0.32 rewinds a seeded request's generator when it cuts a prompt in two, which the CPU generator cannot do.
+        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(4096, config.max_sequence_length))),
         # Weights come from the trainer before the first request, so none are read here.
         *("--load-format", "dummy", "--weight-transfer-config", json.dumps({"backend": "megatron_hpt"})),
         # The log-probabilities of the distribution that was sampled from, temperature and nucleus applied.
@@ -37,7 +39,7 @@ def server_command(config: Config, port: int) -> list[str]:
 
 def server_environment(config: Config) -> dict[str, str]:
     """Environment of the server, on top of this process's."""
-    environment = {
+    return {
         **os.environ,
         "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; the server listens on loopback only
         "VLLM_PLUGINS": "megatron_hpt",
@@ -45,9 +47,10 @@ def server_environment(config: Config) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    if config.rollout.threads:
-        environment["OMP_NUM_THREADS"] = str(config.rollout.threads)
-    return environment
+
+
+CONNECTIONS = 256
+"""Requests under way at once, below the usual limit of 1024 open files; further ones wait here."""
 
 
 class VllmEngine:
@@ -55,9 +58,8 @@ class VllmEngine:
 
     def __init__(self, url: str, deadline_s: float) -> None:
         self.url, self._deadline_s = url, deadline_s
-        # limit=0: the server queues, not the client. A connection a request: the server closes idle ones after 5 s,
-        # and a training step lasts longer.
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        # A connection a request: the server closes idle ones after 5 s, and a training step lasts longer.
+        connector = aiohttp.TCPConnector(limit=CONNECTIONS, force_close=True)
         self._http = aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=deadline_s), connector=connector)
 
     async def generate(self, request: SamplingRequest) -> list[Sample]:
@@ -90,6 +92,8 @@ class VllmEngine:
             raise DeadlineError(f"engine {self.url} did not answer a request within {self._deadline_s:g} s") from None
         except aiohttp.ClientError as error:
             raise EngineError(f"engine {self.url} cannot be reached: {type(error).__name__} {error}") from None
+        if len(answer["choices"]) != request.samples:
+            raise EngineError(f"engine {self.url} answered {len(answer['choices'])} samples; {request.samples} were asked for")
         return [self._sample(choice) for choice in answer["choices"]]
 
     async def close(self) -> None:
@@ -102,6 +106,8 @@ class VllmEngine:
         versions = {span["version"] for span in choice["weight_versions"] or ()}
         if len(logprobs) != len(tokens) or not tokens:
             raise EngineError(f"engine {self.url} answered {len(tokens)} tokens with {len(logprobs)} log-probabilities")
-        if len(versions) != 1 or not (version := versions.pop()).isdecimal():
+        if len(versions) != 1 or not min(versions).isdecimal():
             raise EngineError(f"engine {self.url} sampled one response with weights {sorted(versions) or 'of no version'}")
-        return Sample(tokens, logprobs, choice["finish_reason"], int(version))
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise EngineError(f"engine {self.url} ended a response with {choice['finish_reason']!r}; it is not whole")
+        return Sample(tokens, logprobs, choice["finish_reason"], int(min(versions)))

@@ -14,13 +14,11 @@ from megatron_hpt.run import RunDir
 
 
 class MetricsLog:
-    """Appends a step's metrics to both; a resumed run replaces the lines from its first step on."""
+    """Appends a step's metrics to both; a resumed run's points replace those of the same steps."""
 
     def __init__(self, run: RunDir, start: int) -> None:
-        kept = [line for line in read(run.metrics) if line["step"] < start]
-        write_whole(run.metrics, "".join(_dump(line) for line in kept))
         self._file = run.metrics.open("a")
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=start or None)
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=start)
 
     def write(self, line: dict[str, Any]) -> None:
         """Add one step."""
@@ -43,6 +41,11 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     *lines, _ = path.read_text().split("\n")
     return [json.loads(line) for line in lines]
+
+
+def truncate(path: Path, start: int) -> None:
+    """Drop the lines of step `start` and later: a resumed run writes them again."""
+    write_whole(path, "".join(_dump(line) for line in read(path) if line["step"] < start))
 
 
 def _dump(line: dict[str, Any]) -> str:

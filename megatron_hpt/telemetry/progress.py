@@ -1,4 +1,4 @@
-"""The live display: a bar with time left on a terminal, one line a step elsewhere."""
+"""The live display: a table of the last steps with time left on a terminal, one line a step elsewhere."""
 
 from __future__ import annotations
 

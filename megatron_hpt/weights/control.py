@@ -43,7 +43,8 @@ class VllmControl:
         self._post("/pause", params={"mode": "keep"})
         self._post("/start_weight_update")
         self._post("/update_weights", {"update_info": {"manifest": manifest.to_json()}})
-        self._post("/reset_prefix_cache")
+        if not self._post("/reset_prefix_cache").json()["success"]:
+            raise TransferError(f"{self.url} did not drop its prefix cache: something still holds blocks of it")
         self._post("/finish_weight_update", {"weight_version": version})
         if self.version() != version:
             raise TransferError(f"{self.url} reports version {self.version()} after an update to {version}")
@@ -57,8 +58,8 @@ class VllmControl:
         """Close the connection."""
         self._http.close()
 
-    def _post(self, route: str, body: dict[str, Any] | None = None, params: dict[str, str] | None = None) -> None:
-        self._call("POST", route, json=body, params=params)
+    def _post(self, route: str, body: dict[str, Any] | None = None, params: dict[str, str] | None = None) -> httpx.Response:
+        return self._call("POST", route, json=body, params=params)
 
     def _call(self, method: str, route: str, **request: Any) -> httpx.Response:
         try:

@@ -4,9 +4,9 @@ A rule looks at one Megatron parameter as it lies on one tensor parallel rank an
 box of the Hugging Face tensor that it holds. Reading the view exports a shard, writing it loads one, so loading,
 conversion, the final export and the weight transfer share the same line, and no tensor has to be gathered to be named.
 
-The layout facts (checked against megatron-core 0.16.1 and transformers 5.19 by logits, tests/actor/test_model.py):
-``linear_qkv`` interleaves by query group, ``[group, (q…q, k, v), head_dim]``; ``linear_fc1`` stacks gate over up on
-every rank.
+The layout facts (megatron-core 0.16.1, transformers 5.19; checked by log-probabilities and gradients in
+tests/actor/test_actor.py): ``linear_qkv`` interleaves by query group, ``[group, (q…q, k, v), head_dim]``;
+``linear_fc1`` stacks gate over up on every rank.
 """
 
 from __future__ import annotations

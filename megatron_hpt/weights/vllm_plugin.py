@@ -70,10 +70,13 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """
         manifest = Manifest.from_json(update_info.manifest)
         self._receiver.verify(manifest)
+        expected = {name for name, _ in self.model.named_parameters()}
         # The host's linear layers are repacked after loading; a layerwise reload undoes and redoes that.
         initialize_layerwise_reload(self.model)
+        loaded = self.model.load_weights(self._receiver.tensors(manifest))
+        if missed := expected - set(loaded):
+            raise TransferError(f"version {manifest.version} brought nothing for {sorted(missed)[:3]} of the engine's model")
         self._loading = True
-        self.model.load_weights(self._receiver.tensors(manifest))
 
     def finish_weight_update(self) -> None:
         """Repack what was loaded.
@@ -84,6 +87,10 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if not self._loading:
             raise TransferError("finish_weight_update without weights: update_weights has not succeeded")
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.model_config.hf_config.tie_word_embeddings:
+            # A tied output layer has no tensor of its own, so the reload leaves the copy that it packed for itself
+            # from the last weights; pack it again from the embedding.
+            self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
         self._loading = False
 
     def shutdown(self) -> None:

@@ -136,7 +136,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Layou
 
 @pytest.fixture(scope="module")
 def one_rank(layouts: Layouts) -> Outcome:
-    return layouts.run("one", "--save", str(layouts.folder / "checkpoints"), last=STEPS)
+    return layouts.run("one", last=STEPS)
 
 
 def assert_same(found: Outcome, expected: Outcome, rtol: float = 2e-5) -> None:

@@ -1,6 +1,6 @@
 """One rank of the real actor, without engines: trains batches of a ledger and reports. Started by torchrun.
 
-usage: worker.py CONFIG.yaml LEDGER OUT FIRST LAST [--load CHECKPOINTS] [--save CHECKPOINTS]
+usage: worker.py CONFIG.yaml LEDGER OUT FIRST LAST [--load CHECKPOINT] [--save CHECKPOINT]
 """
 
 import argparse
@@ -28,12 +28,11 @@ def main() -> None:
     actor = build_actor(config)
     gpt = actor.model.module
     if arguments.load:
-        path = checkpoint.path_of(arguments.load, arguments.first)
-        assert checkpoint.load(path, gpt, actor.optimizer, actor.platform) == arguments.first
+        assert checkpoint.load(arguments.load, gpt, actor.optimizer, actor.platform) == arguments.first
     steps = range(arguments.first, arguments.last)
     metrics = [train_step(actor, Ledger(arguments.ledger).read(step).rows, step) for step in steps]
     if arguments.save:
-        checkpoint.save(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform)
+        checkpoint.save_to(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform)
     shape = model_shape(config.model.path)
     export.export_hf(config.model.path, arguments.out / "hf", model.contributed_views(gpt, shape, actor.ranks))
     if actor.ranks.is_lead:

@@ -41,6 +41,7 @@ def test_a_row_without_demonstration_is_fine(tmp_path: Path, tokenizer) -> None:
     ("change", "message"),
     [
         ({"prompt": [{"role": "user", "content": "  "}]}, r"data\.parquet, row 1, prompt: a message is empty"),
+        ({"target": [{"role": "assistant", "content": "a"}] * 2}, r"row 1, target: 2 messages; a demonstration is one message"),
         ({"prompt": []}, r"data\.parquet, row 1, prompt: given \[\]"),
         ({"prompt": [{"role": "user", "content": "1+" * 30}]}, r"row 1, prompt: 61 tokens; data\.max_prompt_length allows 16"),
         (
@@ -55,6 +56,12 @@ def test_a_bad_row_is_named(tmp_path: Path, tokenizer, change: dict, message: st
     bad = {**GOOD, "extra_info": {"split": "train", "index": "b"}, **change}
     with pytest.raises(DataError, match=message):
         load_prompts(write(tmp_path, GOOD, bad), tokenizer, LIMITS)
+
+
+@pytest.mark.parametrize("field", ["reward_model", "extra_info"])
+def test_a_field_that_is_no_record_is_named(tmp_path: Path, tokenizer, field: str) -> None:
+    with pytest.raises(DataError, match=f"row 0, {field}: given 'text'; expected a record"):
+        load_prompts(write(tmp_path, {**GOOD, field: "text"}), tokenizer, LIMITS)
 
 
 def test_a_missing_column_is_named(tmp_path: Path, tokenizer) -> None:

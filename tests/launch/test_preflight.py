@@ -43,10 +43,32 @@ def test_a_bad_setting_names_key_given_and_allowed(config: Config, section: str,
         preflight.check(changed)
 
 
-def test_a_model_without_tokenizer_is_refused(config: Config, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((Path(config.model.path) / "config.json").read_text())
+def copied(config: Config, folder: Path, *names: str) -> Config:
+    """The configuration with a model folder that has only some of the files."""
+    for name in names:
+        (folder / name).write_bytes((Path(config.model.path) / name).read_bytes())
+    return config.model_copy(update={"model": ModelConfig(path=str(folder))})
+
+
+def test_a_model_without_weights_or_tokenizer_is_refused(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(HptError, match=r"has no \*\.safetensors files"):
+        preflight.check(copied(config, tmp_path, "config.json"))
     with pytest.raises(HptError, match="has no tokenizer"):
-        preflight.check(config.model_copy(update={"model": ModelConfig(path=str(tmp_path))}))
+        preflight.check(copied(config, tmp_path, "config.json", "model.safetensors"))
+
+
+def test_damaged_or_wrong_weights_are_refused_before_anything_starts(config: Config, tmp_path: Path) -> None:
+    changed = copied(config, tmp_path, "config.json", "model.safetensors")
+    weights, text = tmp_path / "model.safetensors", (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"intermediate_size": 128', '"intermediate_size": 64'))
+    with pytest.raises(HptError, match=r"mlp\..*_proj\.weight has shape .*, config\.json implies"):
+        preflight.check(changed)
+    (tmp_path / "config.json").write_text(text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(HptError, match=r"missing tensors \['model\.layers\.2"):
+        preflight.check(changed)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(HptError, match="not a whole safetensors file"):
+        preflight.check(changed)
 
 
 def test_the_command_line_prints_one_message_and_makes_no_run(config: Config, tmp_path: Path) -> None:

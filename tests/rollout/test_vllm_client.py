@@ -64,11 +64,17 @@ def test_tokens_log_probabilities_and_version_come_through() -> None:
         (choice(versions=()), "of no version"),
         (choice(logprobs=(-0.5,)), "2 tokens with 1 log-probabilities"),
         (choice(tokens=(), logprobs=()), "0 tokens"),
+        ({**choice(), "finish_reason": "abort"}, "ended a response with 'abort'"),
     ],
 )
 def test_a_wrong_answer_is_refused(bad: dict, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         ask(answering(bad), lambda engine: engine.generate(REQUEST))
+
+
+def test_fewer_samples_than_asked_for_are_refused() -> None:
+    with pytest.raises(EngineError, match="answered 2 samples; 1 were asked for"):
+        ask(answering(choice(), choice()), lambda engine: engine.generate(REQUEST))
 
 
 def test_a_refusal_and_a_late_answer_are_typed() -> None:
@@ -81,7 +87,7 @@ def test_a_refusal_and_a_late_answer_are_typed() -> None:
 
     with pytest.raises(EngineError, match=r"refused a request \(400\): prompt too long"):
         ask(refuse, lambda engine: engine.generate(REQUEST))
-    with pytest.raises(DeadlineError, match="did not answer a request within 0.3 s"):
+    with pytest.raises(DeadlineError, match=r"did not answer a request within 0\.3 s"):
         ask(sleep, lambda engine: engine.generate(REQUEST), deadline_s=0.3)
 
 
