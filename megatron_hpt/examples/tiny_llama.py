@@ -14,7 +14,15 @@ _TEMPLATE = (
 
 
 def write(
-    folder: Path, *, hidden: int = 384, layers: int = 2, heads: int = 12, kv_heads: int = 6, positions: int = 64, seed: int = 0
+    folder: Path,
+    *,
+    hidden: int = 384,
+    layers: int = 2,
+    heads: int = 12,
+    kv_heads: int = 6,
+    positions: int = 64,
+    tied: bool = False,
+    seed: int = 0,
 ) -> None:
     """Write a Hugging Face folder, whole: configuration, random weights, tokenizer with a chat template."""
     import torch
@@ -30,7 +38,7 @@ def write(
         num_key_value_heads=kv_heads,
         head_dim=hidden // heads,
         max_position_embeddings=positions,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -16,7 +16,7 @@ SECONDS = 20
 def running(tmp_path: Path):
     """A run that has finished its first step, and its processes; fails if it leaves something behind."""
     before = shared_memory()
-    run = Run.start(tmp_path / "work", str(RECIPE), "trainer.steps=1000", "evaluation.sets={}", *SMALL)
+    run = Run.start(tmp_path / "work", str(RECIPE), "trainer.steps=1000", "trainer.save_every=1", "evaluation.sets={}", *SMALL)
     processes = []
     try:
         run.wait_until(lambda: run.lines() >= 1)

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Source
+from megatron_hpt.examples import arithmetic, tiny_llama
 
 from .runs import RECIPE, ROOT, SMALL, Run, shared_memory
 
@@ -115,6 +116,18 @@ def test_resume_trains_the_ledger_again_and_ends_with_the_same_weights(finished:
     ]
     assert [line["step"] for line in timeless] == list(range(STEPS))
     assert timeless[:-1] == expected[:-1]  # the last evaluation samples again
+
+
+def test_tied_embeddings_arrive_from_two_pipeline_stages(tmp_path: Path) -> None:
+    """The engine's tied output layer keeps a copy of its own, packed for the host: it must follow the embedding."""
+    tiny_llama.write(tmp_path / "model", hidden=64, layers=2, heads=4, kv_heads=2, tied=True)
+    arithmetic.write(tmp_path / "data", held_out=8)
+    inputs = [f"model.path={tmp_path}/model", f"data.train={tmp_path}/data/train.parquet", "evaluation.sets={}"]
+    layout = ["parallel={tensor: 1, pipeline: 2}", "trainer.steps=3", "optimizer.lr=0.01"]
+    run = Run.start(tmp_path / "work", str(RECIPE), *SMALL, *inputs, *layout)
+    code, text = run.finish()
+    assert code == 0, text
+    assert all(line["mismatch/k3_kl"] < 1e-9 for line in metrics(run.path))
 
 
 def test_a_complete_run_says_so(finished: Path) -> None:

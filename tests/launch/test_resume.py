@@ -1,0 +1,71 @@
+"""Where a run continues, and what may not change when it does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_hpt.config import Config, DataConfig, ModelConfig, TrainerConfig
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.launch.train import resume_point, resume_run
+from megatron_hpt.run import RunDir, create, newest
+
+
+def make(tmp_path: Path, checkpoints: list[int], lines: int, export: bool = False) -> tuple[RunDir, Config]:
+    config = Config(name="x", model=ModelConfig(path="m"), data=DataConfig(train="t"), trainer=TrainerConfig(steps=10))
+    run = create(config, tmp_path)
+    for step in checkpoints:
+        run.checkpoint(step).mkdir()
+    run.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(lines)))
+    if export:
+        run.export.mkdir()
+    return run, config
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "lines", "export", "start"),
+    [
+        ([], 3, False, 0),
+        ([4, 6], 7, False, 6),
+        ([4, 6], 6, False, 6),
+        ([4, 6], 5, False, 4),  # killed between a checkpoint and its step's line
+        ([4, 6], 2, False, 0),
+        ([8, 10], 10, False, 8),  # killed before the export
+        ([8, 10], 9, False, 8),  # killed before the last line
+        ([8, 10], 10, True, 10),  # complete
+    ],
+)
+def test_the_newest_checkpoint_after_which_nothing_is_lost(
+    tmp_path: Path, checkpoints: list[int], lines: int, export: bool, start: int
+) -> None:
+    assert resume_point(*make(tmp_path, checkpoints, lines, export)) == start
+
+
+def test_half_written_and_renamed_checkpoints_do_not_count(tmp_path: Path) -> None:
+    run, _ = make(tmp_path, [4], 10)
+    for name in (".step_000006.partial", "step_000006.bak", "step_x"):
+        (run.checkpoints / name).mkdir()
+    assert run.checkpoint_steps() == [4]
+
+
+@pytest.mark.parametrize(
+    "override", ["data.train=other.parquet", "rollout.samples_per_prompt=2", "trainer.seed=5", "algorithm.name=grpo"]
+)
+def test_settings_that_the_ledger_depends_on_may_not_change(tmp_path: Path, override: str) -> None:
+    run, _ = make(tmp_path, [4], 5)
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"--resume: .*{key.split('.')[0]}.* cannot change within a run"):
+        resume_run(str(run.path), [override], tmp_path)
+
+
+def test_a_run_directory_is_claimed_by_one_process(tmp_path: Path) -> None:
+    run, _ = make(tmp_path, [], 0)
+    with run.lock(), pytest.raises(ConfigError, match="another process is training in this run directory"):
+        run.lock()
+    run.lock().close()
+
+
+def test_newest_takes_no_run_of_a_longer_name(tmp_path: Path) -> None:
+    run, config = make(tmp_path, [], 0)
+    create(config.model_copy(update={"name": "x-large"}), tmp_path)
+    assert newest("x", tmp_path).path == run.path
