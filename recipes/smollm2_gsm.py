@@ -22,7 +22,7 @@ from megatron_hpt.data.parquet import Problem
 from megatron_hpt.examples import smollm2, word_problems
 
 INPUTS = Path("build/smollm2_gsm")
-MAX_PROMPT, MAX_RESPONSE = 160, 96
+MAX_PROMPT, MAX_RESPONSE = 128, 64
 """Tokens; longer problems are left out, to keep a step under a minute on two cores."""
 
 
@@ -36,9 +36,9 @@ def recipe() -> Config:
         rollout=RolloutConfig(samples_per_prompt=4, max_running=128),
         parallel=ParallelConfig(pipeline=2),
         actor=ActorConfig(micro_batch_tokens=640),
-        optimizer=OptimizerConfig(lr=5e-5, warmup_steps=3, decay_to=0.1),
-        evaluation=EvaluationConfig(sets={"heldout": str(INPUTS / "heldout.parquet")}, every=10, samples=4),
-        trainer=TrainerConfig(steps=30, prompts_per_step=12, save_every=10),
+        optimizer=OptimizerConfig(lr=2e-4, warmup_steps=3, decay_to=0.1),
+        evaluation=EvaluationConfig(sets={"heldout": str(INPUTS / "heldout.parquet")}, every=8, samples=4, temperature=0.6),
+        trainer=TrainerConfig(steps=24, prompts_per_step=12, save_every=8),
     )
 
 
@@ -57,4 +57,4 @@ def prepare(config: Config) -> None:
             response = tokenizer.encode(problem.demonstration, add_special_tokens=False)
             return len(prompt) <= MAX_PROMPT and len(response) < MAX_RESPONSE
 
-        word_problems.write(INPUTS, train=2000, held_out=32, fits=fits)
+        word_problems.write(INPUTS, train=1000, held_out=32, fits=fits)
