@@ -47,7 +47,8 @@ def to_megatron(hf: Path, checkpoint: Path) -> None:
 
     if checkpoint.exists():
         raise ModelError(f"{checkpoint} exists; give a new folder")
-    HfTensors(hf).check(model_shape(hf))
+    wanted = model_shape(hf)
+    HfTensors(hf).check(wanted)
     gpt, shape, ranks, where = _build(hf)
     model.load_hf(gpt, shape, ranks, hf)
     checkpoints.save_to(checkpoint, 0, gpt, None, where)

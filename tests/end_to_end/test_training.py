@@ -120,7 +120,7 @@ def test_resume_trains_the_ledger_again_and_ends_with_the_same_weights(finished:
 
 def test_tied_embeddings_arrive_from_two_pipeline_stages(tmp_path: Path) -> None:
     """The engine's tied output layer keeps a copy of its own, packed for the host: it must follow the embedding."""
-    tiny_llama.write(tmp_path / "model", hidden=64, layers=2, heads=4, kv_heads=2, tied=True)
+    tiny_llama.write(tmp_path / "model", hidden=64, layers=2, heads=2, kv_heads=1, tied=True)
     arithmetic.write(tmp_path / "data", held_out=8)
     inputs = [f"model.path={tmp_path}/model", f"data.train={tmp_path}/data/train.parquet", "evaluation.sets={}"]
     layout = ["parallel={tensor: 1, pipeline: 2}", "trainer.steps=3", "optimizer.lr=0.01"]
