@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_hpt.data.files import whole_folder
 from megatron_hpt.weights.mapping import ShardView
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
@@ -39,13 +40,11 @@ def export_hf(source: str | Path, target: Path, views: Sequence[ShardView]) -> N
     """
     tensors = _gather(views)
     if dist.get_rank() == 0:
-        temporary = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHT_FILES))
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        _record_dtype(temporary / "config.json", next(iter(tensors.values())).dtype)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        with whole_folder(target) as temporary:
+            shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHT_FILES), dirs_exist_ok=True)
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+            _record_dtype(temporary / "config.json", next(iter(tensors.values())).dtype)
+            shutil.rmtree(target, ignore_errors=True)  # an export of the run before it was resumed
     dist.barrier()
 
 

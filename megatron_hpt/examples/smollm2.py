@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_hpt.data.files import whole_folder
 from megatron_hpt.errors import ModelError
 
 _LAYER = {
@@ -46,13 +46,10 @@ def write(folder: Path, gguf_file: Path) -> None:
     from transformers import AutoTokenizer
 
     config, tensors = read_gguf(gguf_file)
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-    AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(temporary)
-    temporary.rename(folder)
+    with whole_folder(folder) as temporary:
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(temporary)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,6 +8,7 @@ from megatron_hpt.config import Config
 from megatron_hpt.data.prompts import Limits, load_prompts
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.objective import algorithms
+from megatron_hpt.objective.gate import Gate
 from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.weights.hf_config import ModelShape, model_shape
 from megatron_hpt.weights.hf_files import HfTensors
@@ -19,13 +20,13 @@ def check(config: Config) -> None:
     Raises:
         ConfigError, ModelError, DataError: with the key or file, what was given and what is allowed.
     """
-    algorithms.build(config.algorithm, config.data.max_response_length)
+    algorithm = algorithms.build(config.algorithm, config.data.max_response_length)
     lookup(config.reward.name)
     shape = model_shape(config.model.path)
     HfTensors(config.model.path).check(shape)
     check_layout(config, shape)
     check_lengths(config, shape)
-    _check_data(config, shape)
+    _check_data(config, shape, algorithm.gate)
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:
@@ -66,7 +67,7 @@ def check_lengths(config: Config, shape: ModelShape) -> None:
         )
 
 
-def _check_data(config: Config, shape: ModelShape) -> None:
+def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
     """Every row of every file loads."""
     tokenizer = load_tokenizer(config.model.path)
     if len(tokenizer) > shape.vocab:
@@ -77,7 +78,6 @@ def _check_data(config: Config, shape: ModelShape) -> None:
     for path in config.evaluation.sets.values():
         load_prompts(path, tokenizer, limits)
     prompts = load_prompts(config.data.train, tokenizer, limits)
-    gate = algorithms.build(config.algorithm, config.data.max_response_length).gate
     if gate.needs_demonstrations and not any(prompt.demonstration for prompt in prompts):
         raise DataError(
             f"{config.data.train}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "

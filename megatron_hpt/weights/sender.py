@@ -6,6 +6,7 @@ pieces (names and places, no weights), makes the manifest and tells every engine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -27,10 +28,7 @@ def lay_out(views: Iterable[ShardView]) -> tuple[list[Piece], int]:
     """
     pieces, position = [], 0
     for view in views:
-        count = 1
-        for size in view.extent:
-            count *= size
-        nbytes = count * view.view.element_size()
+        nbytes = math.prod(view.extent) * view.view.element_size()
         dtype = str(view.view.dtype).removeprefix("torch.")
         pieces.append(Piece(view.name, view.shape, dtype, view.offset, view.extent, 0, position, nbytes, 0))
         position = aligned(position + nbytes)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from megatron_hpt.data.files import whole
+from megatron_hpt.data.files import whole, whole_folder
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Batch, Row, Source
 from megatron_hpt.errors import DataError
@@ -48,3 +48,15 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_folder_leaves_nothing_and_an_existing_one_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "folder") as temporary:  # noqa: PT012
+        (temporary / "half").touch()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with whole_folder(tmp_path / "folder") as temporary:
+        (temporary / "first").touch()
+    with pytest.raises(OSError, match="not empty"), whole_folder(tmp_path / "folder"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "first"]
