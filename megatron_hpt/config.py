@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_hpt.errors import ConfigError
 
@@ -45,24 +45,144 @@ class DataConfig(Section):
     """Longest rollout or demonstration in tokens, end-of-sequence included; a longer demonstration is refused."""
 
 
+Share = typing.Annotated[float, Field(ge=0, le=1)]
+
+
+def _count_or_share(value: float) -> float:
+    if value < -1 or (isinstance(value, float) and not 0 <= value <= 1):
+        raise ValueError("a whole number is a count of the rollouts (-1: never), a fraction from 0.0 to 1.0 a share of them")
+    return value
+
+
+Threshold = typing.Annotated[int | float, AfterValidator(_count_or_share)]
+"""A whole number is a count of the n rollouts (-1: never reached), a fraction such as 0.25 a share of them."""
+Schedule = str | list[NonNegativeFloat]
+"""``up`` or ``down`` (linear in the share solved), a list of factors at equal distances, or ``module:function``."""
+
+
+class SourceGateConfig(Section):
+    threshold: Threshold
+    """As algorithm.gate.threshold, for the prompts of one data source."""
+    off_policy_threshold: Threshold | None = None
+    """As algorithm.gate.off_policy_threshold."""
+
+
 class GateConfig(Section):
-    threshold: NonNegativeFloat = 0
-    """Prompts solved at most this often (a count, or a share of n when below 1) learn from their demonstration."""
+    threshold: Threshold = 0
+    """Prompts solved at most this often learn from their demonstration: a whole number is a count, a fraction a share."""
+    strict: bool = False
+    """A prompt solved exactly `threshold` times goes to the other side."""
+    off_policy_threshold: Threshold | None = None
+    """Prompts above `threshold` and solved at most this often train their demonstration by off-policy RL."""
+    hysteresis: Threshold = 0
+    """A prompt last taught by its demonstration leaves it only when solved this much more often than `threshold`."""
+    by_source: dict[str, SourceGateConfig] = {}
+    """Other thresholds for some data sources: name in the data's `data_source` column → thresholds."""
+    soft: bool = False
+    """Both losses live on one prompt: rollouts with factor f(P), the demonstration with g(P), P the share solved."""
+    rollout_schedule: Schedule = "up"
+    """f of a soft gate; must not fall: up, a list over P = 0 … 1, or module:function."""
+    demonstration_schedule: Schedule = "down"
+    """g of a soft gate; must not rise: down, a list over P = 0 … 1, or module:function."""
     missing_demonstration: Literal["rollouts", "skip"] = "rollouts"
     """What a prompt at or below the threshold does when the data has no demonstration for it."""
 
 
+class ClipConfig(Section):
+    low: NonNegativeFloat | None = None
+    """Trust region 1 - low of the ratio; default: what the algorithm was published with (megatron-hpt algorithms NAME)."""
+    high: NonNegativeFloat | None = None
+    """Trust region 1 + high of the ratio; default as for `low`."""
+    dual: typing.Annotated[float, Field(gt=1)] | None = None
+    """PPO's dual clip: bound on the ratio where the advantage is negative; default: none."""
+
+
+class EntropyConfig(Section):
+    coefficient: NonNegativeFloat = 0.0
+    """Factor on the entropy bonus, the mean over trained response tokens."""
+    demonstrations: bool = True
+    """Demonstration tokens are in the bonus, as in the reference code."""
+    target: PositiveFloat | None = None
+    """Entropy in nats that an adaptive coefficient steers to, starting from `coefficient`; default: fixed coefficient."""
+    rate: PositiveFloat = 0.01
+    """How fast the adaptive coefficient moves: it is multiplied by exp(rate · (target - entropy)) after every step."""
+
+
+class KlConfig(Section):
+    coefficient: NonNegativeFloat = 0.0
+    """Factor on the KL to a frozen reference model over rollout tokens; 0: no reference model is built."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """log-ratio, half its square, or the unbiased one that is never negative."""
+    place: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or subtracted from the reward of each rollout before advantages are estimated."""
+    reference: str | None = None
+    """Hugging Face folder of the reference model, of the actor's shape; default: model.path, where training starts."""
+
+
+class MismatchConfig(Section):
+    correction: Literal["none", "tis", "mis", "icepop"] = "none"
+    """Weight of a rollout token by trainer/engine probability: truncated, dropped outside, or kept and weighted inside."""
+    level: Literal["token", "sequence"] = "token"
+    """Each token by its own ratio, or by the geometric mean over its response."""
+    low: NonNegativeFloat = 0.5
+    """Smallest trainer/engine ratio that icepop keeps."""
+    high: PositiveFloat = 2.0
+    """Largest ratio that mis and icepop keep, and tis's bound."""
+    stop_above: PositiveFloat | None = None
+    """Kill-switch: a step whose mismatch/k3_kl is above this is not taken (see optimizer.stop_after_skipped)."""
+
+
+class OverlongConfig(Section):
+    buffer: NonNegativeInt = 0
+    """Tokens before data.max_response_length over which a reward falls linearly (DAPO); 0: no penalty."""
+    penalty: PositiveFloat = 1.0
+    """What a response at the limit loses."""
+    mask: bool = False
+    """Responses that hit the limit do not train."""
+
+
+class MixtureConfig(Section):
+    start: Share = 0.9
+    """Weight of the demonstrations at the first step of a global mixture; rollouts have the rest."""
+    end: Share = 0.1
+    """Weight after `steps` steps."""
+    steps: NonNegativeInt = 0
+    """Steps of the linear schedule; 0: all of trainer.steps."""
+
+
 class AlgorithmConfig(Section):
     name: str = "hpt"
-    """A row of the table in megatron_hpt/objective/algorithms.py."""
+    """A row of the table (megatron-hpt algorithms), or module:function for one of your own."""
     gate: GateConfig = GateConfig()
     """The per-prompt switch between demonstration and rollouts (used by algorithms that have both)."""
     demonstration_coefficient: NonNegativeFloat = 1.0
-    """Factor on the demonstration term."""
-    entropy_coefficient: NonNegativeFloat = 0.0
-    """Factor on the entropy bonus over all trained response tokens."""
+    """Factor on the likelihood term of demonstrations."""
+    off_policy_coefficient: NonNegativeFloat = 1.0
+    """Factor on the off-policy RL term of demonstrations."""
+    shaping_gamma: PositiveFloat = 0.1
+    """γ of the shaping p / (p + γ) of demonstrations under off-policy RL (LUFFY)."""
+    clip: ClipConfig = ClipConfig()
+    """Trust region of the rollout term."""
     constant_length: PositiveInt | None = None
     """Divisor of `constant_length` aggregation in tokens; default: data.max_response_length."""
+    discount: Share = 1.0
+    """Discount of token rewards in returns (REINFORCE++, GAE)."""
+    gae_lambda: Share = 1.0
+    """λ of generalised advantage estimation (PPO)."""
+    sft_steps: NonNegativeInt = 0
+    """Steps of the first phase of sft_grpo."""
+    mixture: MixtureConfig = MixtureConfig()
+    """Schedule of the global mixture (chord)."""
+    max_rounds: PositiveInt = 4
+    """Dynamic sampling: rounds of prompts a step may take until enough of them are informative (DAPO)."""
+    overlong: OverlongConfig = OverlongConfig()
+    """What happens to responses that are near or at the length limit."""
+    entropy: EntropyConfig = EntropyConfig()
+    """The entropy bonus."""
+    kl: KlConfig = KlConfig()
+    """The KL to a reference policy."""
+    mismatch: MismatchConfig = MismatchConfig()
+    """Correction of what separates the engine's probabilities from the trainer's."""
 
 
 class RewardConfig(Section):
@@ -127,6 +247,10 @@ class OptimizerConfig(Section):
     """Decoupled weight decay."""
     clip_grad: PositiveFloat = 1.0
     """Global gradient norm above which gradients are scaled down."""
+    skip_above: PositiveFloat | None = None
+    """A step whose gradient norm before clipping is above this is not taken; default: only one that is not finite."""
+    stop_after_skipped: PositiveInt = 3
+    """The run stops after this many steps in a row that were not taken."""
 
 
 class EvaluationConfig(Section):
@@ -265,14 +389,17 @@ def _parse(key: str, text: str) -> Any:
     return value
 
 
+_FREE_MAPPINGS = (["evaluation", "sets"], ["algorithm", "gate", "by_source"])
+"""Their keys are the user's own names."""
+
+
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     node: Any = tree
     for part in path[:-1]:
         if not isinstance(node, dict) or part not in node:
             raise ConfigError(unknown_key(path))
         node = node[part]
-    # evaluation.sets is the one free mapping: its keys are the user's own names
-    if not isinstance(node, dict) or (path[-1] not in node and path[:-1] != ["evaluation", "sets"]):
+    if not isinstance(node, dict) or (path[-1] not in node and path[:-1] not in _FREE_MAPPINGS):
         raise ConfigError(unknown_key(path))
     node[path[-1]] = value
 

@@ -41,6 +41,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def skipped(self) -> Path:
+        """Batches of steps that were not taken, each with its reason."""
+        return self.path / "skipped"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard event files."""
         return self.path / "tensorboard"

@@ -25,17 +25,36 @@ from megatron_hpt.run import RunDir
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def save(run: RunDir, step: int, model: GPTModel, optimizer: MegatronOptimizer, platform: Platform, keep: int) -> None:
+def save(
+    run: RunDir,
+    step: int,
+    model: GPTModel,
+    optimizer: MegatronOptimizer,
+    platform: Platform,
+    keep: int,
+    state: dict[str, Any],
+) -> None:
     """Write the checkpoint of a step into a run and remove all but the newest `keep`; collective over all ranks."""
-    save_to(run.checkpoint(step), step, model, optimizer, platform)
+    save_to(run.checkpoint(step), step, model, optimizer, platform, state)
     if dist.get_rank() == 0:
         for old in run.checkpoint_steps()[:-keep]:
             shutil.rmtree(run.checkpoint(old))
     dist.barrier()
 
 
-def save_to(final: Path, step: int, model: GPTModel, optimizer: MegatronOptimizer | None, platform: Platform) -> None:
-    """Write one checkpoint, whole; without an optimizer the weights alone (a converted model)."""
+def save_to(
+    final: Path,
+    step: int,
+    model: GPTModel,
+    optimizer: MegatronOptimizer | None,
+    platform: Platform,
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Write one checkpoint, whole; without an optimizer the weights alone (a converted model).
+
+    Args:
+        state: small values that training depends on besides weights and optimizer; JSON.
+    """
     temporary = final.with_name(f".{final.name}.partial")
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -46,7 +65,8 @@ def save_to(final: Path, step: int, model: GPTModel, optimizer: MegatronOptimize
     _end_helper_process()
     dist.barrier()
     if dist.get_rank() == 0:
-        (temporary / "megatron_hpt.json").write_text(json.dumps({"step": step, "optimizer": optimizer is not None}))
+        meta = {**(state or {}), "step": step, "optimizer": optimizer is not None}
+        (temporary / "megatron_hpt.json").write_text(json.dumps(meta))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     dist.barrier()
@@ -61,11 +81,11 @@ def _end_helper_process() -> None:
         filesystem_async._results_queue = None
 
 
-def load(path: Path, model: GPTModel, optimizer: MegatronOptimizer | None, platform: Platform) -> int:
+def load(path: Path, model: GPTModel, optimizer: MegatronOptimizer | None, platform: Platform) -> dict[str, Any]:
     """Load a checkpoint into this layout; collective over all ranks.
 
     Returns:
-        The optimizer steps that it contains.
+        ``step``, the optimizer steps that it contains, and the small values that were saved with it.
 
     Raises:
         CheckpointError: not a checkpoint of this project, or saved without the optimizer that is to be loaded.
@@ -81,7 +101,7 @@ def load(path: Path, model: GPTModel, optimizer: MegatronOptimizer | None, platf
         model.load_state_dict(state["model"])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
-    return meta["step"]
+    return meta
 
 
 def _state(model: GPTModel, optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:

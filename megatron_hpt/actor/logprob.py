@@ -52,7 +52,7 @@ def logprob_and_entropy(
     """Log-probability of each target and entropy of each distribution, at the sampling temperature.
 
     Args:
-        logits: [tokens, local vocabulary], this rank's columns; float32 arithmetic is used whatever their dtype.
+        logits: [tokens, local vocabulary], this rank's columns; arithmetic is in float32, or float64 where they are.
         targets: [tokens], token ids.
         temperature: what the engine sampled with.
         vocab: real size of the vocabulary; columns beyond it only pad and get no probability.
@@ -60,9 +60,9 @@ def logprob_and_entropy(
         group: tensor parallel ranks.
 
     Returns:
-        Two float32 tensors [tokens], nats; the same on every rank of `group`.
+        Two tensors [tokens], nats, float32 (float64 where `logits` are); the same on every rank of `group`.
     """
-    scaled = logits.float() / temperature
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     padding = first + logits.shape[1] - vocab
     if padding > 0:
         keep = torch.arange(logits.shape[1], device=logits.device) < logits.shape[1] - padding

@@ -24,16 +24,20 @@ class MicroBatch:
     targets: Tensor
     """[positions] ids to predict."""
     packing: PackedSeqParams
-    old_logprobs: Tensor
-    """[positions]; all of the following are zero or False outside the trained or measured response."""
+    rows: Tensor
+    """[positions] index of the row here; this and all of the following lie with the position that predicts the token."""
+    roles: Tensor
+    """[positions] `Role` of the row."""
+    behaviour_logprobs: Tensor
+    """[positions]; this and all of the following are zero or False outside the trained or measured response."""
     advantages: Tensor
     weights: Tensor
     row_lengths: Tensor
-    demonstration: Tensor
     measured: Tensor
     """bool: a rollout's response token, whose engine log-probability is known."""
 
 
+_FLOATS = ("behaviour_logprobs", "advantages", "weights", "row_lengths")
 FILLER = Row("", 0, Source.DEMONSTRATION, (0, 0), 1, None, None, None, 0.0, None)
 """A row that keeps a rank busy when others have more micro-batches; its weight of 0 makes its gradient exactly zero."""
 
@@ -45,24 +49,24 @@ def pack(rows: Sequence[Row], device: torch.device) -> MicroBatch:
     ends = np.cumsum(lengths)
     total = int(ends[-1])
     tokens, targets, places = (np.empty(total, dtype=np.int64) for _ in range(3))
-    floats = {name: np.zeros(total, dtype=np.float32) for name in ("old_logprobs", "advantages", "weights", "row_lengths")}
-    demonstration, measured = np.zeros(total, dtype=bool), np.zeros(total, dtype=bool)
+    floats = {name: np.zeros(total, dtype=np.float32) for name in _FLOATS}
+    measured = np.zeros(total, dtype=bool)
     for row, length, end in zip(rows, lengths, ends, strict=True):
         start, response = end - length, slice(end - row.response_length, end)
         tokens[start:end], targets[start:end], places[start:end] = row.tokens[:-1], row.tokens[1:], range(length)
         floats["weights"][response] = row.weight
-        floats["advantages"][response] = row.advantage or 0.0
+        floats["advantages"][response] = row.token_advantages if row.token_advantages is not None else row.advantage or 0.0
         floats["row_lengths"][response] = row.response_length
-        demonstration[start:end] = row.source is Source.DEMONSTRATION
         if row.behaviour_logprobs is not None:
-            floats["old_logprobs"][response] = row.behaviour_logprobs
+            floats["behaviour_logprobs"][response] = row.behaviour_logprobs
             measured[response] = True
     return MicroBatch(
         tokens=torch.from_numpy(tokens)[None].to(device),
         positions=torch.from_numpy(places)[None].to(device),
         targets=torch.from_numpy(targets).to(device),
         packing=_packing(ends, int(lengths.max()), device),
-        demonstration=torch.from_numpy(demonstration).to(device),
+        rows=torch.from_numpy(np.repeat(np.arange(len(rows)), lengths)).to(device),
+        roles=torch.from_numpy(np.repeat([int(row.role) for row in rows], lengths)).to(device),
         measured=torch.from_numpy(measured).to(device),
         **{name: torch.from_numpy(values).to(device) for name, values in floats.items()},
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_hpt.actor.attention import PackedAttention
 from megatron_hpt.actor.parallel import Ranks
 from megatron_hpt.actor.platform import Platform
-from megatron_hpt.config import ModelConfig, ParallelConfig
-from megatron_hpt.weights.hf_config import ModelShape
+from megatron_hpt.config import Config, ModelConfig, ParallelConfig
+from megatron_hpt.weights.hf_config import ModelShape, model_shape
 from megatron_hpt.weights.hf_files import HfTensors
 from megatron_hpt.weights.mapping import ShardView, shard_views
 
@@ -82,6 +82,15 @@ def build(shape: ModelShape, config: TransformerConfig, ranks: Ranks, platform: 
     return model.to(platform.device)
 
 
+def load(folder: str, config: Config, ranks: Ranks, platform: Platform) -> GPTModel:
+    """This rank's part of the model in a Hugging Face folder, in the run's layout."""
+    shape = model_shape(folder)
+    settings = transformer_config(shape, config.model, config.parallel, platform)
+    gpt = build(shape, settings, ranks, platform)
+    load_hf(gpt, shape, ranks, folder)
+    return gpt
+
+
 def padded_vocabulary(vocab: int, tensor: int) -> int:
     """Rows of the embedding so that it divides by the tensor parallel ranks."""
     return -(-vocab // tensor) * tensor
@@ -97,20 +106,33 @@ def global_parameters(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
         yield name, parameter
 
 
-def views(model: GPTModel, shape: ModelShape, ranks: Ranks, *, loading: bool = False) -> list[ShardView]:
-    """Every Hugging Face box that this rank's parameters hold."""
+def views(
+    model: GPTModel,
+    shape: ModelShape,
+    ranks: Ranks,
+    *,
+    loading: bool = False,
+    of: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> list[ShardView]:
+    """Every Hugging Face box that this rank's parameters hold.
+
+    Args:
+        of: what of a parameter is looked at: itself, or a tensor of its shape (its gradient).
+    """
     return [
         view
         for name, parameter in global_parameters(model)
-        for view in shard_views(name, parameter.detach(), shape, ranks.tensor, loading=loading)
+        for view in shard_views(name, of(parameter), shape, ranks.tensor, loading=loading)
     ]
 
 
-def contributed_views(model: GPTModel, shape: ModelShape, ranks: Ranks) -> list[ShardView]:
+def contributed_views(
+    model: GPTModel, shape: ModelShape, ranks: Ranks, of: Callable[[Tensor], Tensor] = Tensor.detach
+) -> list[ShardView]:
     """The boxes that this rank contributes to an export: each box of the model is contributed exactly once."""
     if ranks.data > 0:
         return []
-    mine = views(model, shape, ranks)
+    mine = views(model, shape, ranks, of=of)
     return [view for view in mine if ranks.tensor.rank == 0 or view.extent != view.shape]
 
 

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_hpt.actor.logprob import logprob_and_entropy
+from megatron_hpt.actor import guard
+from megatron_hpt.actor.frozen import penalised, reference_logprobs
 from megatron_hpt.actor.microbatch import MicroBatch, pack
 from megatron_hpt.actor.optimizer import learning_rate
 from megatron_hpt.actor.parallel import Ranks
 from megatron_hpt.actor.platform import Platform
+from megatron_hpt.actor.predictions import model_logprobs
+from megatron_hpt.actor.timing import ObjectiveTimer
 from megatron_hpt.config import Config
 from megatron_hpt.data.packing import plan_micro_batches
 from megatron_hpt.data.rows import Row, Source
-from megatron_hpt.errors import HptError
-from megatron_hpt.objective.algorithms import Algorithm
-from megatron_hpt.objective.estimator import Denominators, Tokens, count, unified_loss
+from megatron_hpt.objective.algorithm import Algorithm
+from megatron_hpt.objective.estimator import Loss, part_names, unified_loss
+from megatron_hpt.objective.roles import Role
+from megatron_hpt.objective.tokens import Denominators, Tokens, count
 
 PROBE_ROWS = 8
 """Rollouts whose log-probabilities are compared with the engine's in every step, trained or not."""
-_SUMS = ("loss", "loss_rollouts", "loss_demonstrations", "entropy", "masked", "k3", "measured", "logprob_gap")
+_MISMATCH = ("k3", "measured", "logprob_gap")
 
 
 @dataclass
@@ -42,125 +45,158 @@ class Actor:
     optimizer: MegatronOptimizer
     ranks: Ranks
     platform: Platform
+    reference: GPTModel | None
+    """The frozen reference policy of the KL, laid out like the actor."""
+    entropy_coefficient: float
+    """Where an adaptive coefficient stands."""
+    skipped_in_a_row: int = 0
+    timer: ObjectiveTimer = field(default_factory=ObjectiveTimer)
 
 
-def selected_rows(rows: Sequence[Row]) -> list[Row]:
-    """Trained rows, and as many untrained rollouts as the measurement of the mismatch needs."""
-    trained = [row for row in rows if row.weight != 0]
+def selected_rows(rows: Sequence[Row], in_reward: bool = False) -> list[Row]:
+    """Trained rows, and as many untrained rollouts as the measurement of the mismatch needs.
+
+    Args:
+        in_reward: a penalty enters the rewards, so rows that only others' advantages are compared with are needed too.
+    """
+    trained = [row for row in rows if row.weight != 0 or (in_reward and row.is_estimated)]
     rollouts = sum(row.source is Source.ROLLOUT for row in trained)
-    spare = [row for row in rows if row.weight == 0 and row.source is Source.ROLLOUT and row.response_length]
+    spare = [row for row in rows if row.weight == 0 and row.source is Source.ROLLOUT and not row.is_estimated]
     return trained + spare[: max(0, PROBE_ROWS - rollouts)]
 
 
-def train_step(actor: Actor, rows: Sequence[Row], step: int) -> dict[str, float | None]:
+def train_step(actor: Actor, rows: Sequence[Row], step: int) -> dict[str, float | str | None]:
     """Train one batch; collective over all ranks, which all give the same rows.
+
+    A step that must not be taken (see `guard`) leaves weights and optimizer as they are and says so in its metrics.
 
     Returns:
         Metrics, the same on every rank.
-
-    Raises:
-        HptError: the gradient norm is not finite; the actor must not be used or saved after that.
     """
-    rows = selected_rows(rows)
-    denominators = count((row.source is Source.DEMONSTRATION, row.response_length, row.weight) for row in rows)
-    sums = _forward_backward(actor, rows, denominators)
+    sums, denominators = accumulate(actor, rows)
     lr = learning_rate(actor.config.optimizer, step, actor.config.trainer.steps)
     for group in actor.optimizer.param_groups:
         group["lr"] = lr
-    grad_norm = _update(actor, step)
-    measured, rollout_tokens = sums["measured"], denominators.rollouts.tokens
+    update = guard.update(actor, denominators, _mean(sums["k3"], sums["measured"]))
+    metrics = _metrics(actor, sums, denominators) | {"train/lr": lr} | update
+    if not update["train/skipped"]:
+        actor.entropy_coefficient = actor.algorithm.entropy.next_coefficient(actor.entropy_coefficient, sums["entropy"])
+    return metrics
+
+
+def accumulate(actor: Actor, rows: Sequence[Row]) -> tuple[dict[str, float], Denominators]:
+    """Put the gradient of a batch into the model's gradient buffers; collective.
+
+    Returns:
+        Global sums by name (the loss, its parts, the mismatch), and the counts that divided them.
+    """
+    kl = actor.algorithm.kl
+    rows = selected_rows(rows, kl is not None and kl.in_reward)
+    plan = plan_micro_batches(
+        [len(row.tokens) - 1 for row in rows], actor.ranks.data_size, actor.config.actor.micro_batch_tokens
+    )[actor.ranks.data]
+    references: list[Tensor] = []
+    if actor.reference is not None:
+        references = reference_logprobs(actor.reference, actor, _packed(rows, plan, actor))
+        rows = penalised(rows, plan, references, actor) if kl is not None and kl.in_reward else rows
+    denominators = count(((row.role, row.response_length, row.weight) for row in rows), actor.ranks.data_size)
+    return _forward_backward(actor, _packed(rows, plan, actor), references, denominators), denominators
+
+
+def _metrics(actor: Actor, sums: dict[str, float], denominators: Denominators) -> dict[str, float | None]:
+    rollout_tokens = denominators.of([Role.ROLLOUT]).tokens
+    losses = {f"train/{name}": value for name, value in sums.items() if name.startswith("loss")}
+    kl = {"train/kl": sums["kl"]} if actor.algorithm.kl is not None else {}
     return {
-        "train/loss": sums["loss"],
-        "train/loss_rollouts": sums["loss_rollouts"],
-        "train/loss_demonstrations": sums["loss_demonstrations"],
+        **losses,
+        **kl,
         "train/entropy": sums["entropy"],
-        "train/masked_share": sums["masked"] / rollout_tokens if rollout_tokens else 0.0,
-        "train/grad_norm": grad_norm,
-        "train/lr": lr,
+        "train/entropy_coefficient": actor.entropy_coefficient,
+        "train/masked_share": _mean(sums["masked"], rollout_tokens) or 0.0,
         "train/tokens": denominators.tokens,
-        "train/rows": denominators.rollouts.rows + denominators.demonstrations.rows,
-        "mismatch/k3_kl": sums["k3"] / measured if measured else None,
-        "mismatch/logprob_gap": sums["logprob_gap"] / measured if measured else None,
-        "mismatch/tokens": measured,
+        "train/rows": denominators.rows,
+        "mismatch/k3_kl": _mean(sums["k3"], sums["measured"]),
+        "mismatch/logprob_gap": _mean(sums["logprob_gap"], sums["measured"]),
+        "mismatch/tokens": sums["measured"],
+        "mismatch/dropped_share": _mean(sums["dropped"], rollout_tokens) or 0.0,
+        "time/objective_s": actor.timer.collect(actor.platform.device),
     }
 
 
-def _forward_backward(actor: Actor, rows: Sequence[Row], denominators: Denominators) -> dict[str, float]:
-    """Gradients of the whole batch into the buffers; returns the global sums of `_SUMS`."""
-    plan = plan_micro_batches(
-        [len(row.tokens) - 1 for row in rows], actor.ranks.data_size, actor.config.actor.micro_batch_tokens
-    )
-    mine = [[rows[index] for index in indices] for indices in plan[actor.ranks.data]]
+def _mean(total: float, number: float) -> float | None:
+    return total / number if number else None
+
+
+def _packed(rows: Sequence[Row], plan: Sequence[Sequence[int]], actor: Actor) -> list[MicroBatch]:
+    return [pack([rows[index] for index in indices], actor.platform.device) for indices in plan]
+
+
+def _forward_backward(
+    actor: Actor, batches: Sequence[MicroBatch], references: Sequence[Tensor], denominators: Denominators
+) -> dict[str, float]:
+    """Gradients of the whole batch into the buffers; returns global sums by name."""
     actor.model.zero_grad_buffer()
     actor.optimizer.zero_grad()
     parts = get_forward_backward_func()(
         forward_step_func=lambda data, model: _forward(actor, denominators, next(data), model),
-        data_iterator=_packed(mine, actor.platform.device),
+        data_iterator=iter(list(_with_references(batches, references))),
         model=actor.model,
-        num_microbatches=len(mine),
+        num_microbatches=len(batches),
         seq_length=actor.config.max_sequence_length,  # shapes are exchanged (variable_seq_lengths); this bounds none
         micro_batch_size=1,
         forward_only=False,
     )
-    total = torch.zeros(len(_SUMS), dtype=torch.float64, device=actor.platform.device)
+    names = (*part_names(actor.algorithm), *_MISMATCH)
+    total = torch.zeros(len(names), dtype=torch.float64, device=actor.platform.device)
     if actor.ranks.reports:
         total += torch.stack([part["sums"] for part in parts]).sum(dim=0)
     dist.all_reduce(total)
-    return dict(zip(_SUMS, total.tolist(), strict=True))
+    return dict(zip(names, total.tolist(), strict=True))
 
 
-def _packed(micro_batches: Sequence[Sequence[Row]], device: torch.device) -> Iterator[MicroBatch]:
-    return (pack(rows, device) for rows in micro_batches)
+def _with_references(batches: Sequence[MicroBatch], references: Sequence[Tensor]):
+    """Micro-batches with the reference model's log-probabilities, where this stage has them."""
+    return zip(batches, references or [None] * len(batches), strict=True)
 
 
-def _forward(actor: Actor, denominators: Denominators, batch: MicroBatch, model: torch.nn.Module):
+def _forward(actor: Actor, denominators: Denominators, data: tuple[MicroBatch, Tensor | None], model: torch.nn.Module):
     """Megatron's forward step: this stage's output, and the loss as a function of the last stage's."""
+    batch, reference = data
     output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
 
     def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        value, sums = _loss(actor, denominators, batch, logits.flatten(0, 1))
+        value, sums = _loss(actor, denominators, batch, reference, logits.flatten(0, 1))
         return value, torch.ones((), dtype=torch.int, device=value.device), {"sums": sums}
 
     return output, loss
 
 
-def _loss(actor: Actor, denominators: Denominators, batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of one micro-batch from its logits [positions, local vocabulary], and its part of `_SUMS`."""
-    logprobs, entropy = logprob_and_entropy(
-        logits,
-        batch.targets,
-        temperature=actor.config.rollout.temperature,
-        vocab=actor.vocab,
-        first=actor.ranks.tensor.rank * logits.shape[1],
-        group=parallel_state.get_tensor_model_parallel_group(),
-    )
-    tokens = Tokens(
-        logprobs, entropy, batch.old_logprobs, batch.advantages, batch.weights, batch.row_lengths, batch.demonstration
-    )
-    loss = unified_loss(actor.algorithm, tokens, denominators)
-    gap = torch.where(batch.measured, logprobs.detach() - batch.old_logprobs, 0.0).double()
+def _loss(
+    actor: Actor, denominators: Denominators, batch: MicroBatch, reference: Tensor | None, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss of one micro-batch from its logits [positions, local vocabulary], and its sums in the order of their names."""
+    logprobs, entropy = model_logprobs(logits, batch.targets, actor)
+    with actor.timer.forward():
+        loss = _objective(actor, denominators, batch, reference, logprobs, entropy)
+    actor.timer.watch_backward(loss.total, (logprobs, entropy))
+    gap = torch.where(batch.measured, logprobs.detach() - batch.behaviour_logprobs, 0.0).double()
     k3 = (torch.expm1(gap) - gap).sum()  # http://joschu.net/blog/kl-approx.html: KL(engine ‖ trainer), never negative
-    parts = (
-        loss.total.detach(),
-        loss.rollouts,
-        loss.demonstrations,
-        loss.entropy,
-        loss.masked,
-        k3,
-        batch.measured.sum(),
-        gap.abs().sum(),
+    sums = (*loss.parts.values(), k3, batch.measured.sum(), gap.abs().sum())
+    return loss.total, torch.stack([part.double() for part in sums])
+
+
+def _objective(
+    actor: Actor, denominators: Denominators, batch: MicroBatch, reference: Tensor | None, logprobs: Tensor, entropy: Tensor
+) -> Loss:
+    tokens = Tokens(
+        logprobs=logprobs,
+        entropy=entropy,
+        behaviour_logprobs=batch.behaviour_logprobs,
+        advantages=batch.advantages,
+        weights=batch.weights,
+        row_lengths=batch.row_lengths,
+        rows=batch.rows,
+        roles=batch.roles,
+        reference_logprobs=reference,
     )
-    return loss.total, torch.stack([part.double() for part in parts])
-
-
-def _update(actor: Actor, step: int) -> float:
-    """Clip and step; returns the gradient norm before clipping."""
-    with actor.platform.building():
-        succeeded, grad_norm, _ = actor.optimizer.step()
-    norm = math.nan if grad_norm is None else float(grad_norm)
-    if not succeeded or not math.isfinite(norm):
-        raise HptError(
-            f"step {step}: the gradient norm is {norm}; the run stops here, its last checkpoint and this step's batch "
-            "are untouched"
-        )
-    return norm
+    return unified_loss(actor.algorithm, tokens, denominators, actor.entropy_coefficient)

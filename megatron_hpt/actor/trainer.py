@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_hpt.actor import checkpoint, export, model, optimizer, parallel, platform
+from megatron_hpt.actor import checkpoint, export, guard, model, optimizer, parallel, platform
 from megatron_hpt.actor.train_step import Actor, train_step
 from megatron_hpt.blackboard import Blackboard
 from megatron_hpt.config import Config, load_yaml
+from megatron_hpt.data.files import whole, write_whole
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.objective import algorithms
 from megatron_hpt.process import die_with_parent, log_to
@@ -31,19 +34,23 @@ def build_actor(config: Config) -> Actor:
     where = platform.detect(config.actor.threads)
     ranks = parallel.initialize(config.parallel, where, config.trainer.seed, config.deadlines.step_s)
     shape = model_shape(config.model.path)
-    settings = model.transformer_config(shape, config.model, config.parallel, where)
-    gpt = model.build(shape, settings, ranks, where)
-    model.load_hf(gpt, shape, ranks, config.model.path)
-    wrapped = optimizer.wrap(gpt)
+    algorithm = algorithms.of_run(config)
+    wrapped = optimizer.wrap(model.load(config.model.path, config, ranks, where))
     wrapped.train()
+    reference = None
+    if algorithm.kl is not None:
+        path = config.algorithm.kl.reference or config.model.path
+        reference = model.load(path, config, ranks, where).requires_grad_(False).eval()
     return Actor(
         config=config,
-        algorithm=algorithms.build(config.algorithm, config.data.max_response_length),
+        algorithm=algorithm,
         vocab=shape.vocab,
         model=wrapped,
         optimizer=optimizer.build(config.optimizer, wrapped, where),
         ranks=ranks,
         platform=where,
+        reference=reference,
+        entropy_coefficient=algorithm.entropy.coefficient,
     )
 
 
@@ -56,7 +63,9 @@ class Trainer:
         self._ledger = Ledger(run.batches)
         self._actor = build_actor(self._config)
         if start:
-            checkpoint.load(run.checkpoint(start), self._gpt, self._actor.optimizer, self._actor.platform)
+            state = checkpoint.load(run.checkpoint(start), self._gpt, self._actor.optimizer, self._actor.platform)
+            self._actor.entropy_coefficient = state.get("entropy_coefficient", self._actor.entropy_coefficient)
+            self._actor.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self._sender = self._make_sender()
 
     def run(self) -> None:
@@ -68,6 +77,7 @@ class Trainer:
             started = time.monotonic()
             metrics: dict[str, Any] = train_step(self._actor, self._ledger.read(step).rows, step)
             metrics["time/train_s"] = time.monotonic() - started
+            self._keep_if_skipped(step, metrics)
             self._maybe_save(step + 1)
             self._tell(f"trained/{step}", metrics)
             self._publish(step + 1)
@@ -101,7 +111,24 @@ class Trainer:
         every, last = self._config.trainer.save_every, self._config.trainer.steps
         if step == last or (every and step % every == 0):
             keep = self._config.trainer.keep_checkpoints
-            checkpoint.save(self._run, step, self._gpt, self._actor.optimizer, self._actor.platform, keep)
+            state = {
+                "entropy_coefficient": self._actor.entropy_coefficient,
+                "skipped_in_a_row": self._actor.skipped_in_a_row,
+            }
+            checkpoint.save(self._run, step, self._gpt, self._actor.optimizer, self._actor.platform, keep, state)
+
+    def _keep_if_skipped(self, step: int, metrics: dict[str, Any]) -> None:
+        """Keep the batch of a step that was not taken, and stop when there are too many in a row."""
+        reason = metrics["train/skip_reason"]
+        if reason is None:
+            return
+        logger.warning("step %d was not taken: %s", step, reason)
+        if self._actor.ranks.is_lead and reason != guard.EMPTY:
+            kept = self._run.skipped / self._ledger.path(step).name
+            with whole(kept) as temporary:
+                shutil.copyfile(self._ledger.path(step), temporary)
+            write_whole(kept.with_suffix(".json"), json.dumps(metrics, indent=1))
+        guard.check(self._actor, step, reason)
 
     def _tell(self, key: str, value: Any) -> None:
         if self._actor.ranks.is_lead:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from megatron_hpt.data.files import whole
-from megatron_hpt.data.rows import Batch, from_table, to_table
+from megatron_hpt.data.rows import Batch, from_schema, from_table, to_table
 from megatron_hpt.errors import DataError
 
 
@@ -37,9 +40,25 @@ class Ledger:
         Raises:
             DataError: missing or damaged; names the file.
         """
+        return self._open(step, lambda reader: from_table(reader.read_all()))
+
+    def read_meta(self, step: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The gate's decisions and the metrics of a batch, without its rows.
+
+        Raises:
+            DataError: missing or damaged; names the file.
+        """
+        return self._open(step, lambda reader: from_schema(reader.schema))
+
+    def steps(self) -> list[int]:
+        """Steps whose batches are there, in order."""
+        matches = (re.fullmatch(r"step_(\d{6,})\.arrow", path.name) for path in self.folder.glob("step_*.arrow"))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _open(self, step: int, use: Callable[[pa.ipc.RecordBatchFileReader], Any]) -> Any:
         path = self.path(step)
         try:
             with pa.memory_map(str(path)) as source:
-                return from_table(pa.ipc.open_file(source).read_all())
+                return use(pa.ipc.open_file(source))
         except (OSError, pa.ArrowInvalid, KeyError) as error:
             raise DataError(f"{path}: cannot be read as a batch: {error}") from None

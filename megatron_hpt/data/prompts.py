@@ -127,24 +127,33 @@ def _demonstration(value: Any, where: str, tokenizer: Tokenizer, limits: Limits)
     if len(messages) != 1:
         raise DataError(f"{where}: {len(messages)} messages; a demonstration is one message")
     text = messages[0]["content"]
-    tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    if len(tokens) > limits.response:
-        raise DataError(
-            f"{where}: {len(tokens)} tokens with end-of-sequence; data.max_response_length allows {limits.response}"
-        )
-    return tokens
+    return demonstration_tokens(
+        tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id, limits.response, where
+    )
+
+
+def demonstration_tokens(tokens: Sequence[int], end: int, limit: int, where: str) -> list[int] | None:
+    """The response that a demonstration is: its tokens and end-of-sequence; None if it is empty.
+
+    Raises:
+        DataError: longer than `limit`. Cut, it would teach the policy not to end (the reference does so).
+    """
+    if not tokens:
+        return None
+    if len(tokens) + 1 > limit:
+        raise DataError(f"{where}: {len(tokens) + 1} tokens with end-of-sequence; data.max_response_length allows {limit}")
+    return [*tokens, end]
 
 
 class PromptSource:
     """Prompts in a shuffled order that is a pure function of seed and position: nothing has to be saved to resume."""
 
-    def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int) -> None:
-        self._prompts, self._batch_size, self._seed = prompts, batch_size, seed
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        self._prompts, self._seed = prompts, seed
 
-    def take(self, step: int) -> list[Prompt]:
-        """The prompts of a step; every epoch is another permutation, and a batch may span two epochs."""
-        first = step * self._batch_size
-        return [self._at(position) for position in range(first, first + self._batch_size)]
+    def take(self, first: int, number: int) -> list[Prompt]:
+        """The prompts at some positions; every epoch is another permutation, and a batch may span two epochs."""
+        return [self._at(position) for position in range(first, first + number)]
 
     def _at(self, position: int) -> Prompt:
         epoch, place = divmod(position, len(self._prompts))

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from megatron_hpt.errors import DataError
+from megatron_hpt.objective.roles import Role
 
 
 class Source(StrEnum):
@@ -34,14 +35,30 @@ class Row:
     behaviour_logprobs: Sequence[float] | None
     """log π of the engine for every response token; None for a demonstration."""
     reward: float | None
-    """None: ungraded, or a demonstration."""
+    """None: ungraded; a demonstration is graded only where its advantage depends on it."""
     advantage: float | None
-    """None where there is no reward to estimate it from; such a row has weight 0."""
+    """Â of every token; None where it is not estimated (nothing is trained, or no reward), or differs from token to token."""
     weight: float
     """Factor of the row in the loss; 0: recorded, not trained."""
     policy_version: int | None
     """Version of the weights that sampled it; None for a demonstration."""
     finish_reason: str | None = None
+    off_policy: bool = False
+    """A demonstration that trains by off-policy RL instead of being imitated."""
+    token_advantages: Sequence[float] | None = None
+    """Â of each response token, where it differs between them."""
+
+    @property
+    def role(self) -> Role:
+        """Which terms of the loss it is for."""
+        if self.source is Source.ROLLOUT:
+            return Role.ROLLOUT
+        return Role.OFF_POLICY if self.off_policy else Role.DEMONSTRATION
+
+    @property
+    def is_estimated(self) -> bool:
+        """It has an advantage."""
+        return self.advantage is not None or self.token_advantages is not None
 
     @property
     def response_length(self) -> int:
@@ -62,6 +79,8 @@ SCHEMA = pa.schema(
         pa.field("weight", pa.float64(), nullable=False),
         pa.field("policy_version", pa.int32()),
         pa.field("finish_reason", pa.string()),
+        pa.field("off_policy", pa.bool_(), nullable=False),
+        pa.field("token_advantages", pa.list_(pa.float64())),
     ]
 )
 _META = b"megatron_hpt"
@@ -92,6 +111,16 @@ def from_table(table: pa.Table) -> Batch:
     """
     if not table.schema.equals(SCHEMA, check_metadata=False):
         raise DataError(f"not a batch of this project: columns {table.schema.names}, expected {SCHEMA.names}")
-    meta = json.loads((table.schema.metadata or {})[_META])
+    meta = _meta(table.schema)
     rows = [Row(**{**row, "source": Source(row["source"])}) for row in table.to_pylist()]
     return Batch(meta["step"], rows, meta["decisions"], meta["metrics"])
+
+
+def from_schema(schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Decisions and metrics of what `to_table` wrote."""
+    meta = _meta(schema)
+    return meta["decisions"], meta["metrics"]
+
+
+def _meta(schema: pa.Schema) -> dict[str, Any]:
+    return json.loads((schema.metadata or {})[_META])

@@ -8,7 +8,8 @@ from megatron_hpt.config import Config
 from megatron_hpt.data.prompts import Limits, load_prompts
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.objective import algorithms
-from megatron_hpt.objective.gate import Gate
+from megatron_hpt.objective.algorithm import Algorithm
+from megatron_hpt.objective.gate import Gate, Phases, Union
 from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.weights.hf_config import ModelShape, model_shape
 from megatron_hpt.weights.hf_files import HfTensors
@@ -20,13 +21,42 @@ def check(config: Config) -> None:
     Raises:
         ConfigError, ModelError, DataError: with the key or file, what was given and what is allowed.
     """
-    algorithm = algorithms.build(config.algorithm, config.data.max_response_length)
+    algorithm = algorithms.of_run(config)
+    check_algorithm(config, algorithm)
     lookup(config.reward.name)
     shape = model_shape(config.model.path)
     HfTensors(config.model.path).check(shape)
+    _check_reference_model(config, shape)
     check_layout(config, shape)
     check_lengths(config, shape)
     _check_data(config, shape, algorithm.gate)
+
+
+def check_algorithm(config: Config, algorithm: Algorithm) -> None:
+    """The algorithm can be trained with these settings.
+
+    Raises:
+        ConfigError: it needs what is not there; names the key.
+    """
+    name, samples = config.algorithm.name, config.rollout.samples_per_prompt
+    if algorithm.needs_values:
+        raise ConfigError(
+            f"algorithm.name: {name} estimates advantages from a critic's values, and there is no critic model yet; "
+            "grpo, rloo and reinforce_pp need none"
+        )
+    if isinstance(algorithm.gate, Phases) and not 0 < algorithm.gate.at < config.trainer.steps:
+        raise ConfigError(
+            f"algorithm.sft_steps: given {algorithm.gate.at}; the first phase takes 1 to {config.trainer.steps - 1} steps"
+        )
+    if isinstance(algorithm.gate, Union) and samples < 2:
+        raise ConfigError(
+            f"rollout.samples_per_prompt: given {samples}; {name} puts a demonstration in place of one: at least 2"
+        )
+    if config.algorithm.overlong.buffer >= config.data.max_response_length:
+        raise ConfigError(
+            f"algorithm.overlong.buffer: given {config.algorithm.overlong.buffer}; must be below data.max_response_length "
+            f"({config.data.max_response_length})"
+        )
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:
@@ -52,6 +82,16 @@ def check_layout(config: Config, shape: ModelShape) -> None:
                     f"{key}: given {given}, which does not divide the model's {size} {what}; "
                     f"allowed: {', '.join(map(str, allowed))}"
                 )
+
+
+def _check_reference_model(config: Config, shape: ModelShape) -> None:
+    """The KL's reference model has the actor's shape and its weights are whole."""
+    path = config.algorithm.kl.reference
+    if not config.algorithm.kl.coefficient or path is None:
+        return
+    if model_shape(path) != shape:
+        raise ConfigError(f"algorithm.kl.reference: the model in {path} has another shape than that in {config.model.path}")
+    HfTensors(path).check(shape)
 
 
 def check_lengths(config: Config, shape: ModelShape) -> None:

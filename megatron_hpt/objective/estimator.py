@@ -1,4 +1,4 @@
-"""The one loss: Σ over terms of −coefficient · Σ_t weight · mask · Â · f(surrogate) / global denominator.
+"""The one loss: Σ over terms of −coefficient · Σ_t weight · mask · Â · f(π_θ/π_ref) / global denominator.
 
 Its gradient is the unified policy-gradient estimator, mask · 1/π_ref · Â · ∇π_θ (arXiv 2509.04419, eq. 6). All
 denominators are global counts, so the loss of a batch is the sum of the losses of its parts however it is cut.
@@ -6,95 +6,137 @@ denominators are global counts, so the loss of a batch is the sum of the losses 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_hpt.objective.aggregation import Counts
-from megatron_hpt.objective.algorithms import Algorithm, Term
+from megatron_hpt.objective.aggregation import TokenMean
+from megatron_hpt.objective.algorithm import Algorithm, Term
+from megatron_hpt.objective.roles import Role
+from megatron_hpt.objective.tokens import Denominators, Tokens
 
-
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens of some rows, flat; all fields are [tokens]. Positions that are not trained have weight 0."""
-
-    logprobs: Tensor
-    """log π_θ, differentiable."""
-    entropy: Tensor
-    """Entropy of π_θ at each position in nats, differentiable."""
-    old_logprobs: Tensor
-    """log π of the policy that sampled the token (0 on demonstrations)."""
-    advantages: Tensor
-    """Â of the token's row."""
-    weights: Tensor
-    """The row's weight on response tokens, 0 elsewhere."""
-    row_lengths: Tensor
-    """Response length of the token's row, as a float."""
-    demonstration: Tensor
-    """bool: the token belongs to a demonstration."""
-
-
-@dataclass(frozen=True)
-class Denominators:
-    """Global counts of both terms, made before the first forward."""
-
-    rollouts: Counts
-    demonstrations: Counts
-
-    @property
-    def tokens(self) -> int:
-        """All trained response tokens."""
-        return self.rollouts.tokens + self.demonstrations.tokens
-
-
-def count(rows: Iterable[tuple[bool, int, float]]) -> Denominators:
-    """Count the whole batch; rows are (is demonstration, response length, weight), weight 0 is not trained."""
-    tokens, number = {True: 0, False: 0}, {True: 0, False: 0}
-    for demonstration, length, weight in rows:
-        if weight != 0:
-            tokens[demonstration] += length
-            number[demonstration] += 1
-    return Denominators(Counts(tokens[False], number[False]), Counts(tokens[True], number[True]))
+ROLLOUTS = frozenset({Role.ROLLOUT})
+_BESIDE_TERMS = ("loss", "entropy", "kl", "masked", "dropped")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what it is made of; the parts are detached and add up over micro-batches and ranks."""
+    """A loss and what it is made of."""
 
     total: Tensor
-    rollouts: Tensor
-    demonstrations: Tensor
-    entropy: Tensor
-    """This part's share of the mean entropy over all trained tokens."""
-    masked: Tensor
-    """Rollout tokens whose gradient the stabilisation mask switched off."""
+    parts: dict[str, Tensor]
+    """Detached scalars that add up over micro-batches and ranks, by `part_names`: the loss, every term's
+    (``loss_<name>``), this part's share of the mean entropy and of the KL, rollout tokens that a stabilisation mask
+    switched off, and those that a mismatch correction dropped."""
 
 
-def unified_loss(algorithm: Algorithm, tokens: Tokens, denominators: Denominators) -> Loss:
+@dataclass(frozen=True)
+class TermTokens:
+    """One term before it is added up; all [tokens]."""
+
+    active: Tensor
+    """bool: the term applies."""
+    losses: Tensor
+    """−Â · f(π_θ/π_ref) after mask and correction, differentiable; 0 where the term does not apply."""
+    surrogate: Tensor
+    """f(π_θ/π_ref) before the mask."""
+    kept: Tensor
+    """bool: the stabilisation mask."""
+    factors: Tensor
+    """Of the mismatch correction."""
+
+
+def part_names(algorithm: Algorithm) -> tuple[str, ...]:
+    """Keys of `Loss.parts`, the same on every rank, whether it computes a loss or not."""
+    return (*_BESIDE_TERMS, *(f"loss_{term.name}" for term in algorithm.terms))
+
+
+def unified_loss(
+    algorithm: Algorithm, tokens: Tokens, denominators: Denominators, entropy_coefficient: float | None = None
+) -> Loss:
     """Loss of some rows of a batch.
 
     Rows of any mixture are allowed, none included: a term without tokens is an exact zero whose backward still runs,
     so no rank waits for another.
+
+    Args:
+        denominators: of the whole batch, whose rows these are some of.
+        entropy_coefficient: where an adaptive coefficient stands; default: the algorithm's own.
     """
-    rollouts, kept = _term(algorithm.rollouts, tokens, ~tokens.demonstration, denominators.rollouts)
-    demonstrations, _ = _term(algorithm.demonstrations, tokens, tokens.demonstration, denominators.demonstrations)
-    trained = tokens.weights != 0
-    entropy = torch.where(trained, tokens.entropy, 0.0).sum() / max(denominators.tokens, 1)
-    # Demonstration tokens are in the bonus, as in the reference (mix_actor.py:436).
-    total = rollouts + demonstrations - algorithm.entropy_coefficient * entropy
-    masked = (trained & ~tokens.demonstration & ~kept).sum()
-    return Loss(total, rollouts.detach(), demonstrations.detach(), entropy.detach(), masked)
+    total = tokens.logprobs.new_zeros(())
+    parts = {}
+    masked = dropped = torch.zeros_like(tokens.trained)
+    for term in algorithm.terms:
+        term_tokens = evaluate(term, tokens)
+        value = _aggregate(term, term_tokens, tokens, denominators)
+        total = total + value
+        parts[f"loss_{term.name}"] = value
+        rollout = term_tokens.active & (tokens.roles == Role.ROLLOUT)
+        masked, dropped = masked | (rollout & ~term_tokens.kept), dropped | (rollout & (term_tokens.factors == 0))
+    entropy, bonus = _entropy(algorithm, tokens, denominators)
+    coefficient = algorithm.entropy.coefficient if entropy_coefficient is None else entropy_coefficient
+    kl, penalty = _kl(algorithm, tokens, denominators)
+    total = total - coefficient * bonus + penalty
+    parts |= {"loss": total, "entropy": entropy, "kl": kl, "masked": masked.sum(), "dropped": dropped.sum()}
+    return Loss(total, {name: parts[name].detach() for name in part_names(algorithm)})
 
 
-def _term(term: Term, tokens: Tokens, member: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
-    """One term's loss and its stabilisation mask."""
-    active = member & (tokens.weights != 0)
+def evaluate(term: Term, tokens: Tokens) -> TermTokens:
+    """One term at every token."""
+    active = tokens.of(term.roles)
     # Inputs of other tokens are replaced before exp(): an overflow there would turn 0 · inf into NaN on the way back.
-    logprobs = torch.where(active, tokens.logprobs, 0.0)
-    old_logprobs = torch.where(active, tokens.old_logprobs, 0.0)
-    surrogate = term.shaping(term.reference(logprobs, old_logprobs))
-    kept = term.stability(logprobs, old_logprobs, tokens.advantages)
-    scale = active * kept * tokens.weights * tokens.advantages * term.aggregation(tokens.row_lengths, counts)
-    return -term.coefficient * (scale * surrogate).sum(), kept
+    tokens = _only(tokens, active)
+    old_logprobs, factors = term.correction(tokens)
+    advantages = term.advantage.apply(tokens)
+    surrogate = term.reference(tokens, old_logprobs, term.shaping)
+    stabilised = term.stability(surrogate, advantages, tokens)
+    losses = torch.where(active, -advantages * factors * stabilised.surrogate, 0.0)
+    return TermTokens(active, losses, surrogate, stabilised.kept, factors)
+
+
+def _only(tokens: Tokens, active: Tensor) -> Tokens:
+    """The tokens with neutral values wherever a term does not apply."""
+
+    def neutral(values: Tensor) -> Tensor:
+        return torch.where(active, values, 0.0)
+
+    return Tokens(
+        logprobs=neutral(tokens.logprobs),
+        entropy=neutral(tokens.entropy),
+        behaviour_logprobs=neutral(tokens.behaviour_logprobs),
+        advantages=neutral(tokens.advantages),
+        weights=neutral(tokens.weights),
+        row_lengths=tokens.row_lengths,
+        rows=tokens.rows,
+        roles=tokens.roles,
+    )
+
+
+def _aggregate(term: Term, term_tokens: TermTokens, tokens: Tokens, denominators: Denominators) -> Tensor:
+    shares = term.aggregation(tokens, tokens.of(term.counted), denominators.of(term.counted))
+    return term.coefficient * (tokens.weights * shares * term_tokens.losses).sum()
+
+
+def _entropy(algorithm: Algorithm, tokens: Tokens, denominators: Denominators) -> tuple[Tensor, Tensor]:
+    """This part's share of the mean entropy over all trained tokens, and of the bonus before its coefficient.
+
+    Rows count fully in it whatever their weight: a soft gate weighs what a row teaches, not the policy's spread.
+    """
+    roles = frozenset(Role) if algorithm.entropy.demonstrations else ROLLOUTS
+    counted = tokens.of(roles)
+    shares = algorithm.entropy_aggregation(tokens, counted, denominators.of(roles))
+    mean = torch.where(tokens.trained, tokens.entropy, 0.0) * TokenMean()(tokens, tokens.trained, denominators.of(Role))
+    return mean.sum(), (shares * torch.where(counted, tokens.entropy, 0.0)).sum()
+
+
+def _kl(algorithm: Algorithm, tokens: Tokens, denominators: Denominators) -> tuple[Tensor, Tensor]:
+    """This part's share of the mean KL over rollout tokens, and of the penalty in the loss."""
+    zero = tokens.logprobs.new_zeros(())
+    if algorithm.kl is None or tokens.reference_logprobs is None:
+        return zero, zero
+    counted = tokens.of(ROLLOUTS)
+    log_ratio = torch.where(counted, tokens.logprobs - tokens.reference_logprobs, 0.0)
+    shares = TokenMean()(tokens, counted, denominators.of(ROLLOUTS))
+    kl = (shares * torch.where(counted, algorithm.kl.estimator(log_ratio), 0.0)).sum()
+    return kl, zero if algorithm.kl.in_reward else algorithm.kl.coefficient * kl

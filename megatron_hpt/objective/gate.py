@@ -1,10 +1,15 @@
-"""The gate: for each prompt, its own success decides what it learns from (arXiv 2509.04419, eq. 10)."""
+"""The gate: for each prompt, its own success decides what it learns from (arXiv 2509.04419, eq. 10).
+
+A gate is a pure function of what is known of a prompt; what it remembers (hysteresis) and the step (phases, global
+mixtures) are given to it. Every decision is recorded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
+from fractions import Fraction
 from typing import Protocol
 
 
@@ -13,7 +18,39 @@ class Choice(StrEnum):
 
     ROLLOUTS = "rollouts"
     DEMONSTRATION = "demonstration"
+    OFF_POLICY = "off_policy"
+    """Its demonstration, by off-policy RL."""
+    BOTH = "both"
     SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What is known of a prompt."""
+
+    prompt_id: str
+    rewards: Sequence[float | None]
+    """Of its rollouts; None where ungraded."""
+    has_demonstration: bool
+    step: int = 0
+    data_source: str = ""
+    previous: Choice | None = None
+    """What was decided when the prompt was last seen; None the first time."""
+
+    @property
+    def solved(self) -> int:
+        """Correct answers: a reward of exactly 1, as in the reference."""
+        return sum(reward == 1.0 for reward in self.rewards)
+
+    @property
+    def graded(self) -> int:
+        """Answers that have a reward."""
+        return sum(reward is not None for reward in self.rewards)
+
+    @property
+    def share(self) -> float:
+        """Solved of graded; 0 without any."""
+        return self.solved / self.graded if self.graded else 0.0
 
 
 @dataclass(frozen=True)
@@ -21,74 +58,303 @@ class Decision:
     """One prompt's outcome, as it is recorded."""
 
     prompt_id: str
+    data_source: str
     solved: int
     graded: int
     choice: Choice
+    rollout_weight: float
+    """α: factor of its rollouts in the loss."""
+    demonstration_weight: float
+    """β: factor of its demonstration."""
+    has_demonstration: bool
     missing_demonstration: bool = False
     """The gate asked for a demonstration that the data does not have."""
 
 
 class Gate(Protocol):
-    """A rule from rewards to a choice."""
+    """A rule from a situation to a decision."""
 
-    needs_rollouts: bool
+    @property
+    def formula(self) -> str:
+        """The rule, for people."""
+
     needs_demonstrations: bool
+    refills: bool
+    """Prompts that were skipped are replaced by others (dynamic sampling)."""
 
-    def __call__(self, prompt_id: str, rewards: Sequence[float | None], has_demonstration: bool) -> Decision:
-        """Decide for one prompt; rewards are those of its n rollouts, None where ungraded."""
+    def samples(self, wanted: int, has_demonstration: bool, step: int) -> int:
+        """How many rollouts a prompt needs, of the recipe's n; 0: nothing is generated."""
 
-
-def count_solved(rewards: Sequence[float | None]) -> tuple[int, int]:
-    """Correct and graded answers: correct is a reward of exactly 1, as in the reference."""
-    graded = [r for r in rewards if r is not None]
-    return sum(r == 1.0 for r in graded), len(graded)
+    def __call__(self, situation: Situation) -> Decision:
+        """Decide for one prompt."""
 
 
 @dataclass(frozen=True)
-class Switch:
-    """HPT's hard switch: solved ≤ threshold → demonstration, else rollouts.
+class _Rule:
+    """What most gates share: n rollouts a prompt, no refills."""
 
-    A threshold of 1 or more is a count of the n rollouts, as in the reference (0 and 2 of 8); below 1 it is a share of
-    them. Ungraded answers are left out: the threshold shrinks in proportion. A prompt without a single graded answer
-    is skipped, because nothing is known about it.
+    refills = False
+
+    def samples(self, wanted: int, has_demonstration: bool, step: int) -> int:
+        """The recipe's n."""
+        return wanted
+
+
+def _decide(situation: Situation, choice: Choice, rollouts: float = 0.0, demonstration: float = 0.0) -> Decision:
+    return Decision(
+        situation.prompt_id,
+        situation.data_source,
+        situation.solved,
+        situation.graded,
+        choice,
+        rollouts,
+        demonstration,
+        situation.has_demonstration,
+    )
+
+
+def _rollouts(situation: Situation) -> Decision:
+    return _decide(situation, Choice.ROLLOUTS, rollouts=1.0)
+
+
+def _skipped(situation: Situation) -> Decision:
+    return _decide(situation, Choice.SKIPPED)
+
+
+def _missing(situation: Situation, instead: Choice) -> Decision:
+    """The gate wants a demonstration that is not there."""
+    decision = _rollouts(situation) if instead is Choice.ROLLOUTS and situation.graded else _skipped(situation)
+    return Decision(**{**decision.__dict__, "missing_demonstration": True})
+
+
+Threshold = int | float
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """At or below `demonstration` the demonstration is imitated; at or below `off_policy` it trains by off-policy RL.
+
+    A whole number is a count of the n rollouts (0 and 2 of 8 in the reference), a fraction a share of them. Ungraded
+    answers are left out: a count shrinks in proportion.
     """
 
-    threshold: float = 0
-    without_demonstration: Choice = Choice.ROLLOUTS
-    needs_rollouts: bool = True
-    needs_demonstrations: bool = True
+    demonstration: Threshold = 0
+    off_policy: Threshold | None = None
+    strict: bool = False
 
-    def __call__(self, prompt_id: str, rewards: Sequence[float | None], has_demonstration: bool) -> Decision:
-        solved, graded = count_solved(rewards)
-        if graded == 0:
-            return Decision(prompt_id, solved, graded, Choice.SKIPPED)
-        of = len(rewards) if self.threshold >= 1 else 1
-        if solved * of > self.threshold * graded:
-            return Decision(prompt_id, solved, graded, Choice.ROLLOUTS)
-        if has_demonstration:
-            return Decision(prompt_id, solved, graded, Choice.DEMONSTRATION)
-        return Decision(prompt_id, solved, graded, self.without_demonstration, missing_demonstration=True)
+    def choose(self, situation: Situation, raised_by: Threshold = 0) -> Choice:
+        """The side that a prompt is on, if thresholds were higher by `raised_by`."""
+        if self._reaches(situation, self.demonstration, raised_by):
+            return Choice.DEMONSTRATION
+        if self.off_policy is not None and self._reaches(situation, self.off_policy, raised_by):
+            return Choice.OFF_POLICY
+        return Choice.ROLLOUTS
+
+    def _reaches(self, situation: Situation, threshold: Threshold, raised_by: Threshold) -> bool:
+        """P ≤ γ (strict: P < γ), in whole numbers where the thresholds are."""
+        at, allowed = self._scaled(situation, threshold, raised_by)
+        return at < allowed if self.strict else at <= allowed
+
+    @staticmethod
+    def _scaled(situation: Situation, threshold: Threshold, raised_by: Threshold) -> tuple[Fraction, Fraction]:
+        n = len(situation.rewards)
+        # 0.7 means 7/10: with its binary value, 7 of 10 would be below it.
+        counts = [Fraction(t).limit_denominator(10**6) * (1 if isinstance(t, int) else n) for t in (threshold, raised_by)]
+        return Fraction(situation.solved * n), sum(counts) * situation.graded
+
+    @property
+    def formula(self) -> str:
+        """For people."""
+        sign, band = "<" if self.strict else "≤", ""
+        if self.off_policy is not None:
+            band = f", off-policy RL on it if P {sign} {_shown(self.off_policy)}"
+        return f"demonstration if P {sign} {_shown(self.demonstration)}{band}, else rollouts"
+
+
+def _shown(threshold: Threshold) -> str:
+    return f"{threshold} of n" if isinstance(threshold, int) else f"{threshold:g}"
 
 
 @dataclass(frozen=True)
-class AlwaysRollouts:
+class Switch(_Rule):
+    """HPT's hard switch: solved ≤ threshold → demonstration, else rollouts.
+
+    With hysteresis a prompt that was last taught by its demonstration leaves it only when it is solved that much more
+    often. A prompt without a single graded answer is skipped, because nothing is known about it.
+    """
+
+    thresholds: Thresholds = Thresholds()
+    without_demonstration: Choice = Choice.ROLLOUTS
+    by_source: Mapping[str, Thresholds] = field(default_factory=dict)
+    hysteresis: Threshold = 0
+    needs_demonstrations = True
+
+    @property
+    def formula(self) -> str:
+        """For people."""
+        others = "".join(f"; {source}: {t.formula}" for source, t in self.by_source.items())
+        sticky = f"; {_shown(self.hysteresis)} more to leave the demonstration" if self.hysteresis else ""
+        return f"{self.thresholds.formula}{sticky}{others}"
+
+    def __call__(self, situation: Situation) -> Decision:
+        """Decide."""
+        if situation.graded == 0:
+            return _skipped(situation)
+        thresholds = self.by_source.get(situation.data_source, self.thresholds)
+        taught = situation.previous in (Choice.DEMONSTRATION, Choice.OFF_POLICY)
+        choice = thresholds.choose(situation, self.hysteresis if taught else 0)
+        if choice is Choice.ROLLOUTS:
+            return _rollouts(situation)
+        if not situation.has_demonstration:
+            return _missing(situation, self.without_demonstration)
+        return _decide(situation, choice, demonstration=1.0)
+
+
+@dataclass(frozen=True)
+class Soft(_Rule):
+    """Both losses live on one prompt: α = f(P) on its rollouts, β = g(P) on its demonstration (eq. 10 before the switch)."""
+
+    rollouts: Callable[[float], float]
+    demonstration: Callable[[float], float]
+    without_demonstration: Choice = Choice.ROLLOUTS
+    formula: str = "α = f(P) on rollouts and β = g(P) on the demonstration"
+    needs_demonstrations = True
+
+    def __call__(self, situation: Situation) -> Decision:
+        """Weigh."""
+        if situation.graded == 0:
+            return _skipped(situation)
+        alpha, beta = self.rollouts(situation.share), self.demonstration(situation.share)
+        if beta and not situation.has_demonstration:
+            return _missing(situation, self.without_demonstration)
+        return _decide(situation, _side(alpha, beta), alpha, beta)
+
+
+def _side(alpha: float, beta: float) -> Choice:
+    if alpha and beta:
+        return Choice.BOTH
+    return Choice.ROLLOUTS if alpha else Choice.DEMONSTRATION if beta else Choice.SKIPPED
+
+
+@dataclass(frozen=True)
+class AlwaysRollouts(_Rule):
     """Pure RL."""
 
-    needs_rollouts: bool = True
-    needs_demonstrations: bool = False
+    formula: str = "rollouts"
+    needs_demonstrations = False
 
-    def __call__(self, prompt_id: str, rewards: Sequence[float | None], has_demonstration: bool) -> Decision:
-        solved, graded = count_solved(rewards)
-        return Decision(prompt_id, solved, graded, Choice.ROLLOUTS if graded else Choice.SKIPPED)
+    def __call__(self, situation: Situation) -> Decision:
+        """Rollouts, if any is graded."""
+        return _rollouts(situation) if situation.graded else _skipped(situation)
 
 
 @dataclass(frozen=True)
-class AlwaysDemonstrations:
+class Informative(_Rule):
+    """DAPO's dynamic sampling (arXiv 2503.14476, eq. 11): only prompts neither always nor never solved; others take
+    the place of the rest."""
+
+    formula: str = "rollouts if 0 < P < 1, else another prompt"
+    needs_demonstrations = False
+    refills = True
+
+    def __call__(self, situation: Situation) -> Decision:
+        """Keep or skip."""
+        return _rollouts(situation) if 0 < situation.solved < situation.graded else _skipped(situation)
+
+
+@dataclass(frozen=True)
+class AlwaysDemonstrations(_Rule):
     """Pure SFT; nothing is generated."""
 
-    needs_rollouts: bool = False
-    needs_demonstrations: bool = True
+    formula: str = "demonstration"
+    needs_demonstrations = True
 
-    def __call__(self, prompt_id: str, rewards: Sequence[float | None], has_demonstration: bool) -> Decision:
-        choice = Choice.DEMONSTRATION if has_demonstration else Choice.SKIPPED
-        return Decision(prompt_id, 0, 0, choice, missing_demonstration=not has_demonstration)
+    def samples(self, wanted: int, has_demonstration: bool, step: int) -> int:
+        """None."""
+        return 0
+
+    def __call__(self, situation: Situation) -> Decision:
+        """The demonstration, if there is one."""
+        if not situation.has_demonstration:
+            return _missing(situation, Choice.SKIPPED)
+        return _decide(situation, Choice.DEMONSTRATION, demonstration=1.0)
+
+
+@dataclass(frozen=True)
+class Union(_Rule):
+    """Every group is its rollouts and one demonstration (LUFFY, SRFT): n - 1 rollouts make room for it.
+
+    Rollouts that are all ungraded leave the demonstration; a prompt without one has n rollouts.
+    """
+
+    formula: str = "n-1 rollouts and the demonstration"
+    needs_demonstrations = True
+
+    def samples(self, wanted: int, has_demonstration: bool, step: int) -> int:
+        """One less than the recipe's n where there is a demonstration."""
+        return wanted - 1 if has_demonstration else wanted
+
+    def __call__(self, situation: Situation) -> Decision:
+        """Both."""
+        if not situation.has_demonstration:
+            return _missing(situation, Choice.ROLLOUTS)
+        return _decide(situation, _side(float(situation.graded > 0), 1.0), float(situation.graded > 0), 1.0)
+
+
+@dataclass(frozen=True)
+class Mixture(_Rule):
+    """A global mixture: the same weights for every prompt, moving from demonstrations to rollouts by step
+    (μ of CHORD, arXiv 2508.11408)."""
+
+    start: float
+    end: float
+    steps: int
+    needs_demonstrations = True
+
+    @property
+    def formula(self) -> str:
+        """For people."""
+        return f"1-μ on rollouts, μ on the demonstration, μ: {self.start:g} → {self.end:g} in {self.steps} steps"
+
+    def weight(self, step: int) -> float:
+        """μ of a step."""
+        done = min(1.0, step / self.steps)
+        return self.start + (self.end - self.start) * done
+
+    def __call__(self, situation: Situation) -> Decision:
+        """Both."""
+        mu = self.weight(situation.step)
+        if not situation.has_demonstration:
+            return _missing(situation, Choice.ROLLOUTS)
+        alpha = (1 - mu) * (situation.graded > 0)
+        return _decide(situation, _side(alpha, mu), alpha, mu)
+
+
+@dataclass(frozen=True)
+class Phases(_Rule):
+    """One gate until a step, another from there on (SFT → GRPO)."""
+
+    first: Gate
+    then: Gate
+    at: int
+
+    @property
+    def formula(self) -> str:
+        """For people."""
+        return f"{self.first.formula} before step {self.at}, then {self.then.formula}"
+
+    @property
+    def needs_demonstrations(self) -> bool:
+        """Either phase does."""
+        return self.first.needs_demonstrations or self.then.needs_demonstrations
+
+    def samples(self, wanted: int, has_demonstration: bool, step: int) -> int:
+        """As the phase's gate."""
+        return self._of(step).samples(wanted, has_demonstration, step)
+
+    def __call__(self, situation: Situation) -> Decision:
+        """As the phase's gate."""
+        return self._of(situation.step)(situation)
+
+    def _of(self, step: int) -> Gate:
+        return self.first if step < self.at else self.then

@@ -1,41 +1,109 @@
 """Reference-policy denominators: the π_ref in mask · 1/π_ref · Â · ∇π_θ.
 
-Each returns a surrogate whose gradient with respect to log π_θ is π_θ/π_ref; where π_ref = π_θ that weight is one and
-the surrogate is log π_θ itself, so that the value of an SFT term reads as a negative log-likelihood.
-(arXiv 2509.04419, section 2.2 and table 1.)
+Each gives the surrogate of every token: a differentiable function whose derivative by log π_θ is the weight of
+∇ log π_θ. Without shaping that weight is π_θ/π_ref. (arXiv 2509.04419, section 2.2 and table 1.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
+
+from megatron_hpt.objective.shaping import Shaping
+from megatron_hpt.objective.tokens import Tokens
 
 
 class Reference(Protocol):
     """A choice of π_ref."""
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-        """Surrogate of each token.
+    symbol: ClassVar[str]
+    surrogate: ClassVar[str]
+    """The formula; f is the shaping."""
+    shapes: ClassVar[bool]
+    """False: π_ref = π_θ leaves nothing to shape."""
+
+    def __call__(self, tokens: Tokens, old_logprobs: Tensor, shaping: Shaping) -> Tensor:
+        """Surrogate, [tokens].
 
         Args:
-            logprobs: log π_θ of the tokens, [tokens], differentiable.
-            old_logprobs: log π of the policy that sampled them, [tokens]; unused where there was none.
+            old_logprobs: log π_θold, [tokens], without gradient.
+            shaping: applied to the logarithm of π_θ/π_ref.
         """
 
 
 @dataclass(frozen=True)
 class Current:
-    """π_ref = π_θ: SFT and REINFORCE."""
+    """π_ref = π_θ: SFT and REINFORCE. The weight is one; the surrogate is log π_θ, so SFT's value is a likelihood."""
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-        return logprobs
+    symbol: ClassVar[str] = "π_θ"
+    surrogate: ClassVar[str] = "log π_θ"
+    shapes: ClassVar[bool] = False
+
+    def __call__(self, tokens: Tokens, old_logprobs: Tensor, shaping: Shaping) -> Tensor:
+        return tokens.logprobs
 
 
 @dataclass(frozen=True)
 class Old:
     """π_ref = π_θold, the policy that sampled: the PPO family."""
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-        return (logprobs - old_logprobs).exp()
+    symbol: ClassVar[str] = "π_θold"
+    surrogate: ClassVar[str] = "f(π_θ/π_θold)"
+    shapes: ClassVar[bool] = True
+
+    def __call__(self, tokens: Tokens, old_logprobs: Tensor, shaping: Shaping) -> Tensor:
+        return shaping(tokens.logprobs - old_logprobs)
+
+
+@dataclass(frozen=True)
+class OldSequence:
+    """GSPO (arXiv 2507.18071): every token has its sequence's ratio s = exp(mean_t log π_θ/π_θold).
+
+    Under `SequenceMean` its derivative on token t is s · Â / |y|, that is π_ref = π_θ · (π_θold(y)/π_θ(y))^(1/|y|).
+    """
+
+    symbol: ClassVar[str] = "π_θ·(π_θold(y)/π_θ(y))^1/|y|"
+    surrogate: ClassVar[str] = "f((π_θ(y)/π_θold(y))^1/|y|)"
+    shapes: ClassVar[bool] = True
+
+    def __call__(self, tokens: Tokens, old_logprobs: Tensor, shaping: Shaping) -> Tensor:
+        return shaping(tokens.row_mean(tokens.logprobs - old_logprobs))
+
+
+@dataclass(frozen=True)
+class One:
+    """π_ref = 1: off-policy RL on demonstrations whose writer's probabilities are unknown (LUFFY, SRFT)."""
+
+    symbol: ClassVar[str] = "1"
+    surrogate: ClassVar[str] = "f(π_θ)"
+    shapes: ClassVar[bool] = True
+
+    def __call__(self, tokens: Tokens, old_logprobs: Tensor, shaping: Shaping) -> Tensor:
+        return shaping(tokens.logprobs)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """π_ref = the probability of whoever wrote the demonstration, where it is known (LUFFY's π_φ)."""
+
+    epsilon: float = 0.0
+    symbol: ClassVar[str] = "π_φ"
+    surrogate: ClassVar[str] = "f(π_θ/π_φ)"
+    shapes: ClassVar[bool] = True
+
+    def __call__(self, tokens: Tokens, old_logprobs: Tensor, shaping: Shaping) -> Tensor:
+        return shaping(tokens.logprobs - (tokens.behaviour_logprobs.exp() + self.epsilon).log())
+
+
+@dataclass(frozen=True)
+class OldShaped:
+    """The ratio of shaped probabilities f(π_θ)/f(π_θold), as the reference reshapes rollouts with p/(p+c)."""
+
+    symbol: ClassVar[str] = "f(π_θold)"
+    surrogate: ClassVar[str] = "f(π_θ)/f(π_θold)"
+    shapes: ClassVar[bool] = True
+
+    def __call__(self, tokens: Tokens, old_logprobs: Tensor, shaping: Shaping) -> Tensor:
+        return shaping(tokens.logprobs) / shaping(old_logprobs)

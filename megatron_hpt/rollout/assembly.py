@@ -1,16 +1,20 @@
-"""From graded groups to the rows of a batch: a pure function."""
+"""From graded groups to the rows of a batch: pure functions."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from megatron_hpt.config import OverlongConfig
+from megatron_hpt.data.estimation import with_advantages
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.data.rows import Batch, Row, Source
-from megatron_hpt.objective.algorithms import Algorithm
-from megatron_hpt.objective.gate import Choice, Decision
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.objective.algorithm import Algorithm
+from megatron_hpt.objective.gate import Choice, Decision, Situation
 from megatron_hpt.rollout.engine import Sample
 
 
@@ -21,24 +25,78 @@ class Group:
     prompt: Prompt
     samples: Sequence[Sample] = ()
     rewards: Sequence[float | None] = ()
+    demonstration_reward: float | None = None
+    """Of the prompt's demonstration, where the algorithm compares with it."""
 
 
-def assemble(step: int, groups: Sequence[Group], algorithm: Algorithm, metrics: dict[str, Any]) -> Batch:
+@dataclass(frozen=True)
+class Plan:
+    """How groups become rows."""
+
+    algorithm: Algorithm
+    prompts: int
+    """Groups that train; beyond them (dynamic sampling) groups are recorded, not trained."""
+    max_response_length: int
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
+
+
+def decide(step: int, groups: Sequence[Group], plan: Plan, previous: Mapping[str, Choice]) -> list[Decision]:
+    """The gate's decision on each group; those that dynamic sampling brought beyond the step's prompts are skipped."""
+    decisions, full = [], 0
+    for group in groups:
+        decision = plan.algorithm.gate(_situation(step, group, previous))
+        if plan.algorithm.gate.refills and decision.choice is not Choice.SKIPPED:
+            full += 1
+            if full > plan.prompts:
+                skipped = {"choice": Choice.SKIPPED, "rollout_weight": 0.0, "demonstration_weight": 0.0}
+                decision = Decision(**{**decision.__dict__, **skipped})
+        decisions.append(decision)
+    return decisions
+
+
+def _situation(step: int, group: Group, previous: Mapping[str, Choice]) -> Situation:
+    prompt = group.prompt
+    return Situation(
+        prompt_id=prompt.prompt_id,
+        rewards=group.rewards,
+        has_demonstration=prompt.demonstration is not None,
+        step=step,
+        data_source=prompt.data_source,
+        previous=previous.get(prompt.prompt_id),
+    )
+
+
+def assemble(
+    step: int,
+    groups: Sequence[Group],
+    plan: Plan,
+    metrics: dict[str, Any],
+    previous: Mapping[str, Choice] | None = None,
+) -> Batch:
     """Decide each group and lay out its rows.
 
     Every rollout is recorded; those that do not train have weight 0. A demonstration is a row of its own.
+    The gate judges rewards as the verifier gave them; the overlong penalty is in the rows' rewards.
+
+    Args:
+        previous: what was decided when each prompt was last seen.
     """
-    decisions = [algorithm.gate(g.prompt.prompt_id, g.rewards, g.prompt.demonstration is not None) for g in groups]
+    decisions = decide(step, groups, plan, previous or {})
     rows = [
         row
         for index, (group, decision) in enumerate(zip(groups, decisions, strict=True))
-        for row in _rows(index, group, decision.choice, algorithm)
+        for row in _rows(index, group, decision, plan)
     ]
-    return Batch(step, rows, [asdict(d) for d in decisions], {**rollout_metrics(groups), **_gate_metrics(decisions), **metrics})
+    _check_roles(rows, plan.algorithm)
+    rows = with_advantages(rows, [index for index, row in enumerate(rows) if row.weight], plan.algorithm)
+    rows = [replace(row, weight=0.0) if _is_left_out(row, plan) else row for row in rows]
+    numbers = {**rollout_metrics(groups), **_gate_metrics(decisions), **_overlong_metrics(rows, plan), **metrics}
+    return Batch(step, rows, [asdict(decision) for decision in decisions], numbers)
 
 
-def _rows(index: int, group: Group, choice: Choice, algorithm: Algorithm) -> list[Row]:
-    prompt, advantages = group.prompt, algorithm.rollouts.advantage(group.rewards)
+def _rows(index: int, group: Group, decision: Decision, plan: Plan) -> list[Row]:
+    """The rows of a group without advantages, weighed as decided."""
+    prompt = group.prompt
     rows = [
         Row(
             prompt_id=prompt.prompt_id,
@@ -47,21 +105,58 @@ def _rows(index: int, group: Group, choice: Choice, algorithm: Algorithm) -> lis
             tokens=[*prompt.tokens, *sample.tokens],
             prompt_length=len(prompt.tokens),
             behaviour_logprobs=sample.logprobs,
-            reward=reward,
-            advantage=advantage,
-            weight=1.0 if choice is Choice.ROLLOUTS and advantage is not None else 0.0,
+            reward=None if reward is None else reward - overlong_penalty(len(sample.tokens), plan),
+            advantage=None,
+            weight=decision.rollout_weight,
             policy_version=sample.version,
             finish_reason=sample.finish_reason,
         )
-        for sample, reward, advantage in zip(group.samples, group.rewards, advantages, strict=True)
+        for sample, reward in zip(group.samples, group.rewards, strict=True)
     ]
-    if choice is Choice.DEMONSTRATION and prompt.demonstration is not None:
-        advantage = algorithm.demonstrations.advantage([1.0])[0]
-        tokens = [*prompt.tokens, *prompt.demonstration]
+    if decision.demonstration_weight and prompt.demonstration is not None:
         rows.append(
-            Row(prompt.prompt_id, index, Source.DEMONSTRATION, tokens, len(prompt.tokens), None, None, advantage, 1.0, None)
+            Row(
+                prompt_id=prompt.prompt_id,
+                group=index,
+                source=Source.DEMONSTRATION,
+                tokens=[*prompt.tokens, *prompt.demonstration],
+                prompt_length=len(prompt.tokens),
+                behaviour_logprobs=None,
+                reward=group.demonstration_reward,
+                advantage=None,
+                weight=decision.demonstration_weight,
+                policy_version=None,
+                off_policy=decision.choice is Choice.OFF_POLICY,
+            )
         )
     return rows
+
+
+def overlong_penalty(length: int, plan: Plan) -> float:
+    """DAPO's soft punishment (arXiv 2503.14476, eq. 13): from 0 to `penalty` over the last `buffer` tokens."""
+    buffer = plan.overlong.buffer
+    if not buffer:
+        return 0.0
+    beyond = length - (plan.max_response_length - buffer)
+    return plan.overlong.penalty * min(1.0, max(0.0, beyond / buffer))
+
+
+def _is_left_out(row: Row, plan: Plan) -> bool:
+    """A rollout that nothing can be learnt from: ungraded, or cut off at the limit where the recipe masks those."""
+    if row.source is Source.DEMONSTRATION:
+        return False
+    return not row.is_estimated or (plan.overlong.mask and row.finish_reason == "length")
+
+
+def _check_roles(rows: Sequence[Row], algorithm: Algorithm) -> None:
+    """Nothing is dropped in silence: every trained row has a term.
+
+    Raises:
+        ConfigError: the gate chose something that no term of the algorithm trains.
+    """
+    trained = {role for term in algorithm.terms for role in term.roles}
+    for role in {row.role for row in rows if row.weight} - trained:
+        raise ConfigError(f"algorithm: its gate chose {role.name.lower()} rows, and none of its terms trains them")
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
@@ -79,12 +174,27 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
 
 
 def _gate_metrics(decisions: Sequence[Decision]) -> dict[str, float]:
-    def share(choice: Choice) -> float:
-        return statistics.fmean(decision.choice is choice for decision in decisions)
-
+    chosen = Counter(decision.choice for decision in decisions)
+    shares = {choice: chosen[choice] / max(1, len(decisions)) for choice in Choice}
     return {
-        "gate/sft_share": share(Choice.DEMONSTRATION),
-        "gate/rl_share": share(Choice.ROLLOUTS),
-        "gate/skipped_share": share(Choice.SKIPPED),
+        "gate/sft_share": shares[Choice.DEMONSTRATION],
+        "gate/rl_share": shares[Choice.ROLLOUTS],
+        "gate/off_policy_share": shares[Choice.OFF_POLICY],
+        "gate/both_share": shares[Choice.BOTH],
+        "gate/skipped_share": shares[Choice.SKIPPED],
+        "gate/prompts": len(decisions),
+        "gate/rollout_weight": statistics.fmean(d.rollout_weight for d in decisions) if decisions else 0.0,
+        "gate/demonstration_weight": statistics.fmean(d.demonstration_weight for d in decisions) if decisions else 0.0,
         "gate/missing_demonstrations": sum(decision.missing_demonstration for decision in decisions),
+    }
+
+
+def _overlong_metrics(rows: Sequence[Row], plan: Plan) -> dict[str, float]:
+    if not plan.overlong.buffer and not plan.overlong.mask:
+        return {}
+    rollouts = [row for row in rows if row.source is Source.ROLLOUT]
+    penalties = [overlong_penalty(row.response_length, plan) for row in rollouts]
+    return {
+        "overlong/penalty": statistics.fmean(penalties) if penalties else 0.0,
+        "overlong/masked": sum(row.is_estimated and not row.weight for row in rollouts),
     }

@@ -20,10 +20,12 @@ from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.prompts import Limits, Prompt, PromptSource, load_prompts
 from megatron_hpt.evaluation.metrics import average_at_k, solved_share
 from megatron_hpt.objective import algorithms
+from megatron_hpt.objective.gate import Choice
 from megatron_hpt.process import die_with_parent, log_to
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.registry import lookup
-from megatron_hpt.rollout.assembly import Group, assemble, rollout_metrics
+from megatron_hpt.rollout.assembly import Group, Plan, assemble, decide, rollout_metrics
+from megatron_hpt.rollout.history import History
 from megatron_hpt.rollout.sampling import Settings, grade, sample
 from megatron_hpt.rollout.vllm import VllmEngine
 from megatron_hpt.run import RunDir
@@ -54,9 +56,13 @@ class Coordinator:
         self._board, self._start, self._pool = board, start, pool
         self._config = config = load_yaml(run.config)
         self._ledger, self._metrics = Ledger(run.batches), MetricsLog(run, start)
-        self._algorithm = algorithms.build(config.algorithm, config.data.max_response_length)
+        self._algorithm = algorithms.of_run(config)
+        self._plan = Plan(
+            self._algorithm, config.trainer.prompts_per_step, config.data.max_response_length, config.algorithm.overlong
+        )
+        self._history = History(self._ledger, start)
         self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        self._source = PromptSource(self._load(config.data.train), config.trainer.prompts_per_step, config.trainer.seed)
+        self._source = PromptSource(self._load(config.data.train), config.trainer.seed)
         self._held_out = {name: self._load(path) for name, path in config.evaluation.sets.items()}
         self._engines: list[VllmEngine] = []
 
@@ -70,6 +76,7 @@ class Coordinator:
             with watch.phase("step"):
                 if not self._ledger.has(step):
                     await self._make_batch(step, watch)
+                self._history.add(step)
                 board.put(f"batch/{step}", True)
                 trained = board.wait(f"trained/{step}", config.deadlines.step_s, "the trainer")
                 published = self._weights_at(step + 1)
@@ -84,13 +91,25 @@ class Coordinator:
         if self._evaluates_before(step):
             with watch.phase("eval"):
                 evaluation = await self._evaluate(step)
-        groups = [Group(prompt) for prompt in self._source.take(step)]
-        if self._algorithm.gate.needs_rollouts:
+        groups, position = await self._groups(step, watch)
+        metrics = {**evaluation, "rollout/policy_version": step, "data/next_prompt": position}
+        self._ledger.write(assemble(step, groups, self._plan, metrics, self._history.choices))
+
+    async def _groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], int]:
+        """Graded groups enough for the step, and the position of the next prompt."""
+        wanted, position = self._plan.prompts, self._history.next_prompt
+        groups: list[Group] = []
+        for round_ in range(self._config.algorithm.max_rounds if self._algorithm.gate.refills else 1):
+            taken = [Group(prompt) for prompt in self._source.take(position, wanted)]
+            position += wanted
             with watch.phase("rollout"):
-                groups = await self._sample([g.prompt for g in groups], self._training_settings, "train", step)
+                taken = await self._sample([g.prompt for g in taken], self._training_settings(step), f"train/{round_}", step)
             with watch.phase("reward"):
-                groups = await grade(groups, self._pool, self._tokenizer)
-        self._ledger.write(assemble(step, groups, self._algorithm, {**evaluation, "rollout/policy_version": step}))
+                groups += await grade(taken, self._pool, self._tokenizer, self._algorithm.grades_demonstrations)
+            decided = decide(step, groups, self._plan, self._history.choices)
+            if sum(decision.choice is not Choice.SKIPPED for decision in decided) == self._plan.prompts:
+                break
+        return groups, position
 
     async def _record(self, step: int, trained: dict[str, Any], watch: Stopwatch) -> None:
         """Write the step's line; a replayed step took no time to roll out."""
@@ -115,7 +134,7 @@ class Coordinator:
         """Accuracy of weights `version` on every held-out set; in a step's line it is that of its version, see docs."""
         evaluation = self._config.evaluation
         settings = Settings(
-            evaluation.samples,
+            lambda _: evaluation.samples,
             evaluation.temperature,
             evaluation.top_p,
             self._config.data.max_response_length,
@@ -124,7 +143,7 @@ class Coordinator:
         metrics: dict[str, Any] = {}
         for name, prompts in self._held_out.items():
             groups = await self._sample(prompts, settings, f"eval/{name}", version)
-            groups = await grade(groups, self._pool, self._tokenizer)
+            groups = await grade(groups, self._pool, self._tokenizer, demonstrations=False)
             rewards = [group.rewards for group in groups]
             metrics[f"eval/{name}/avg@{evaluation.samples}"] = average_at_k(rewards)
             metrics[f"eval/{name}/solved@{evaluation.samples}"] = solved_share(rewards)
@@ -135,12 +154,13 @@ class Coordinator:
         seed = (self._config.trainer.seed, purpose, version)
         return await sample(self._engines, prompts, settings, seed, version)
 
-    @property
-    def _training_settings(self) -> Settings:
-        rollout = self._config.rollout
-        return Settings(
-            rollout.samples_per_prompt, rollout.temperature, 1.0, self._config.data.max_response_length, self._stop_token
-        )
+    def _training_settings(self, step: int) -> Settings:
+        rollout, gate = self._config.rollout, self._algorithm.gate
+
+        def samples(prompt: Prompt) -> int:
+            return gate.samples(rollout.samples_per_prompt, prompt.demonstration is not None, step)
+
+        return Settings(samples, rollout.temperature, 1.0, self._config.data.max_response_length, self._stop_token)
 
     @property
     def _stop_token(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from megatron_hpt.rollout.engine import Engine, SamplingRequest
 class Settings:
     """How to sample."""
 
-    samples: int
+    samples: Callable[[Prompt], int]
+    """How many of each prompt; none: no request."""
     temperature: float
     top_p: float
     max_tokens: int
@@ -46,9 +47,12 @@ async def sample(
     """
 
     async def one(place: int, prompt: Prompt) -> Group:
+        wanted = settings.samples(prompt)
+        if not wanted:
+            return Group(prompt)
         request = SamplingRequest(
             tokens=prompt.tokens,
-            samples=settings.samples,
+            samples=wanted,
             seed=seed_of(*seed, place),
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -69,12 +73,19 @@ async def sample(
     return [task.result() for task in pending]
 
 
-async def grade(groups: Sequence[Group], pool: GraderPool, tokenizer: Any) -> list[Group]:
-    """The groups with their rewards."""
+async def grade(groups: Sequence[Group], pool: GraderPool, tokenizer: Any, demonstrations: bool) -> list[Group]:
+    """The groups with their rewards.
+
+    Args:
+        demonstrations: grade the prompts' demonstrations too; a verifier need not agree with whoever wrote them.
+    """
 
     async def one(group: Group) -> Group:
-        texts = tokenizer.batch_decode([s.tokens for s in group.samples], skip_special_tokens=True)
+        own = group.prompt.demonstration if demonstrations else None
+        responses = [sample.tokens for sample in group.samples] + ([own] if own else [])
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         rewards = await pool.grade([(text, group.prompt.ground_truth) for text in texts])
-        return Group(group.prompt, group.samples, rewards)
+        number = len(group.samples)
+        return Group(group.prompt, group.samples, rewards[:number], rewards[number] if own else None)
 
     return await asyncio.gather(*(one(group) for group in groups))

@@ -17,6 +17,7 @@ from megatron_hpt.config import (
     AlgorithmConfig,
     Config,
     DataConfig,
+    EntropyConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -48,13 +49,28 @@ class Layouts:
         for step in range(STEPS):
             ledger.write(Batch(step, make_rows(model, seed=step)))
 
-    def run(self, name: str, *options: str, first: int = 0, last: int = STEPS, budget: int = 64, **parallel: int) -> Outcome:
+    def run(
+        self,
+        name: str,
+        *options: str,
+        first: int = 0,
+        last: int = STEPS,
+        budget: int = 64,
+        ledger: str = "ledger",
+        sections: dict | None = None,
+        **parallel: int,
+    ) -> Outcome:
+        """Run the actor.
+
+        Args:
+            sections: parts of the configuration in place of the usual ones.
+        """
         out = self.folder / name
         out.mkdir()
-        config = self.config(budget, **parallel)
+        config = self.config(budget, **parallel).model_copy(update=sections or {})
         (out / "config.yaml").write_text(dump_yaml(config))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.parallel.ranks}"]
-        arguments = [WORKER, out / "config.yaml", self.folder / "ledger", out, first, last, *options]
+        arguments = [WORKER, out / "config.yaml", self.folder / ledger, out, first, last, *options]
         done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         metrics = json.loads((out / "metrics.json").read_text())
@@ -65,7 +81,7 @@ class Layouts:
             name="parity",
             model=ModelConfig(path=str(self.model)),
             data=DataConfig(train="unused", max_prompt_length=8, max_response_length=MAX_RESPONSE),
-            algorithm=AlgorithmConfig(name="hpt", entropy_coefficient=0.01, demonstration_coefficient=0.5),
+            algorithm=AlgorithmConfig(name="hpt", entropy=EntropyConfig(coefficient=0.01), demonstration_coefficient=0.5),
             rollout=RolloutConfig(temperature=TEMPERATURE),
             parallel=ParallelConfig(**parallel),
             actor=ActorConfig(micro_batch_tokens=budget),

@@ -7,12 +7,30 @@ import argparse
 import json
 from pathlib import Path
 
+import torch.distributed as dist
+from megatron.core import parallel_state
+
 from megatron_hpt.actor import checkpoint, export, model, parallel
-from megatron_hpt.actor.train_step import train_step
+from megatron_hpt.actor.train_step import Actor, accumulate, train_step
 from megatron_hpt.actor.trainer import build_actor
 from megatron_hpt.config import load_yaml
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.weights.hf_config import model_shape
+
+
+def write_gradients(actor: Actor, rows, out: Path) -> None:
+    """Loss, and the gradient under Hugging Face names, gathered from all ranks."""
+    sums, _ = accumulate(actor, rows)
+    group = parallel_state.get_data_parallel_group()
+    for buffer in actor.model.buffers:
+        for bucket in buffer.buckets:  # every data parallel rank holds the sum of its own shard
+            shards = bucket.grad_data.chunk(actor.ranks.data_size)
+            dist.all_gather([shard for shard in shards], shards[actor.ranks.data].clone(), group=group)
+    shape = model_shape(actor.config.model.path)
+    gradients = model.contributed_views(actor.model.module, shape, actor.ranks, of=lambda parameter: parameter.main_grad)
+    export.export_hf(actor.config.model.path, out / "hf", gradients)
+    if actor.ranks.is_lead:
+        (out / "metrics.json").write_text(json.dumps([sums]))
 
 
 def main() -> None:
@@ -23,12 +41,17 @@ def main() -> None:
     parser.add_argument("last", type=int)
     parser.add_argument("--load", type=Path)
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--gradients", action="store_true", help="export the first batch's gradient, train nothing")
     arguments = parser.parse_args()
     config = load_yaml(arguments.config)
     actor = build_actor(config)
     gpt = actor.model.module
     if arguments.load:
-        assert checkpoint.load(arguments.load, gpt, actor.optimizer, actor.platform) == arguments.first
+        assert checkpoint.load(arguments.load, gpt, actor.optimizer, actor.platform)["step"] == arguments.first
+    if arguments.gradients:
+        write_gradients(actor, Ledger(arguments.ledger).read(arguments.first).rows, arguments.out)
+        parallel.shutdown()
+        return
     steps = range(arguments.first, arguments.last)
     metrics = [train_step(actor, Ledger(arguments.ledger).read(step).rows, step) for step in steps]
     if arguments.save:

@@ -14,6 +14,8 @@ ROWS = [
     Row("a", 0, Source.ROLLOUT, [5, 6, 7], 1, [-0.5, -0.25], 1.0, 0.5, 1.0, 3, "stop"),
     Row("a", 0, Source.ROLLOUT, [5, 6], 1, [-0.5], None, None, 0.0, 3, "length"),
     Row("b", 1, Source.DEMONSTRATION, [5, 6, 1], 1, None, None, 1.0, 1.0, None),
+    Row("c", 2, Source.DEMONSTRATION, [5, 6, 1], 1, None, 1.0, 1.0, 1.0, None, off_policy=True),
+    Row("d", 3, Source.ROLLOUT, [5, 6, 7], 1, [-0.5, -0.25], 1.0, None, 1.0, 3, "stop", token_advantages=[0.5, -0.5]),
 ]
 BATCH = Batch(12, ROWS, [{"prompt_id": "a", "solved": 1}], {"rollout/accuracy": 0.5})
 
@@ -25,12 +27,24 @@ def test_a_batch_reads_back_equal(tmp_path: Path) -> None:
     assert ledger.read(12) == BATCH
 
 
+def test_decisions_and_metrics_are_read_without_the_rows(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write(BATCH)
+    assert ledger.read_meta(12) == (list(BATCH.decisions), BATCH.metrics)
+    assert ledger.steps() == [12]
+
+
+def test_a_row_has_the_role_that_the_gate_gave_it() -> None:
+    roles = ["ROLLOUT", "ROLLOUT", "DEMONSTRATION", "OFF_POLICY", "ROLLOUT"]
+    assert [row.role.name for row in ROWS] == roles
+
+
 def test_the_file_is_plain_arrow(tmp_path: Path) -> None:
     Ledger(tmp_path).write(BATCH)
     with pa.memory_map(str(tmp_path / "step_000012.arrow")) as source:
         table = pa.ipc.open_file(source).read_all()
-    assert table.column("reward").to_pylist() == [1.0, None, None]
-    assert table.column("policy_version").to_pylist() == [3, 3, None]
+    assert table.column("reward").to_pylist() == [1.0, None, None, 1.0, 1.0]
+    assert table.column("policy_version").to_pylist() == [3, 3, None, None, 3]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"not arrow"])

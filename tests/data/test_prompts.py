@@ -80,15 +80,15 @@ def test_no_file_no_parquet_no_rows(tmp_path: Path, tokenizer) -> None:
         load_prompts(str(tmp_path / "empty.parquet"), tokenizer, LIMITS)
 
 
-def test_the_order_is_a_function_of_seed_and_step(tmp_path: Path, tokenizer) -> None:
+def test_the_order_is_a_function_of_seed_and_position(tmp_path: Path, tokenizer) -> None:
     write_problems(tmp_path / "p.parquet", [Problem(f"1+{i}", str(i + 1), None) for i in range(10)], "x", "train")
     prompts = load_prompts(str(tmp_path / "p.parquet"), tokenizer, LIMITS)
-    source = PromptSource(prompts, 4, seed=1)
-    taken = [p.prompt_id for step in range(5) for p in source.take(step)]
+    source = PromptSource(prompts, seed=1)
+    taken = [p.prompt_id for step in range(5) for p in source.take(4 * step, 4)]
     assert sorted(taken[:10]) == sorted(p.prompt_id for p in prompts)  # an epoch is a permutation
     assert sorted(taken[10:]) == sorted(p.prompt_id for p in prompts)
     assert taken[:10] != taken[10:]
     steps = list(range(5))
     random.Random(0).shuffle(steps)  # in any order of asking
-    again = PromptSource(prompts, 4, seed=1)
-    assert {s: [p.prompt_id for p in again.take(s)] for s in steps} == {s: taken[4 * s : 4 * s + 4] for s in range(5)}
+    again = PromptSource(prompts, seed=1)
+    assert {s: [p.prompt_id for p in again.take(4 * s, 4)] for s in steps} == {s: taken[4 * s : 4 * s + 4] for s in range(5)}

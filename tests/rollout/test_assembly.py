@@ -1,23 +1,32 @@
 """From graded groups to rows."""
 
+from dataclasses import replace
+
 import pytest
 
-from megatron_hpt.config import AlgorithmConfig, GateConfig
+from megatron_hpt.config import AlgorithmConfig, GateConfig, OverlongConfig
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.data.rows import Source
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.objective import advantage as a
 from megatron_hpt.objective.algorithms import build
-from megatron_hpt.rollout.assembly import Group, assemble
+from megatron_hpt.objective.gate import Choice
+from megatron_hpt.rollout.assembly import Group, Plan, assemble
 from megatron_hpt.rollout.engine import Sample
 
+LENGTH = 16
 
-def group(name: str, rewards: list, demonstration: list | None = (8, 1)) -> Group:
+
+def group(name: str, rewards: list, demonstration: list | None = (8, 1), reward: float | None = None) -> Group:
     prompt = Prompt(name, [5, 6], list(demonstration) if demonstration else None, "7", "")
     samples = [Sample([7] * (i + 1), [-0.1] * (i + 1), "stop", 3) for i in range(len(rewards))]
-    return Group(prompt, samples, rewards)
+    return Group(prompt, samples, rewards, reward)
 
 
-def make(groups: list[Group], **settings):
-    return assemble(3, groups, build(AlgorithmConfig(name="hpt", **settings), 16), {"extra": 1})
+def make(groups: list[Group], name: str = "hpt", prompts: int = 8, previous=None, overlong=None, **settings):
+    algorithm = build(AlgorithmConfig(name=name, **settings), LENGTH)
+    plan = Plan(algorithm, prompts, LENGTH, overlong or OverlongConfig())
+    return assemble(3, groups, plan, {"extra": 1}, previous)
 
 
 def test_hpt_teaches_each_prompt_by_what_its_own_success_says() -> None:
@@ -27,11 +36,15 @@ def test_hpt_teaches_each_prompt_by_what_its_own_success_says() -> None:
         rows[row.prompt_id, row.source].append((row.weight, row.advantage))
     assert rows == {
         ("solved", Source.ROLLOUT): [(1.0, 0.5), (1.0, -0.5)],
-        ("failed", Source.ROLLOUT): [(0.0, 0.0), (0.0, 0.0)],
+        ("failed", Source.ROLLOUT): [(0.0, None), (0.0, None)],
         ("failed", Source.DEMONSTRATION): [(1.0, 1.0)],
         ("unknown", Source.ROLLOUT): [(0.0, None), (0.0, None)],
     }
-    assert [d["choice"] for d in batch.decisions] == ["rollouts", "demonstration", "skipped"]
+    assert [(d["prompt_id"], d["solved"], d["choice"]) for d in batch.decisions] == [
+        ("solved", 1, "rollouts"),
+        ("failed", 0, "demonstration"),
+        ("unknown", 0, "skipped"),
+    ]
     assert batch.metrics["gate/sft_share"] == pytest.approx(1 / 3)
     assert batch.metrics["rollout/accuracy"] == 0.25
     assert batch.metrics["rollout/ungraded"] == 2
@@ -63,7 +76,76 @@ def test_a_row_holds_prompt_response_and_version() -> None:
 
 
 def test_sft_needs_no_rollouts() -> None:
-    groups = [Group(group("p", []).prompt)]
-    batch = assemble(0, groups, build(AlgorithmConfig(name="sft"), 16), {})
+    batch = make([Group(group("p", []).prompt)], name="sft")
     assert [row.source for row in batch.rows] == [Source.DEMONSTRATION]
     assert batch.metrics["rollout/accuracy"] is None
+
+
+def test_the_band_trains_the_demonstration_off_policy() -> None:
+    """What the reference intends and never reaches: the flag arrives at the row, with the demonstration's own reward."""
+    gate = GateConfig(threshold=0, off_policy_threshold=1)
+    batch = make([group("p", [1.0, 0.0, 0.0], reward=1.0)], gate=gate)
+    (row,) = [row for row in batch.rows if row.weight]
+    assert (row.source, row.off_policy, row.role.name, row.advantage) == (Source.DEMONSTRATION, True, "OFF_POLICY", 1.0)
+    assert batch.metrics["gate/off_policy_share"] == 1.0
+
+
+def test_luffy_compares_within_the_union() -> None:
+    batch = make([group("p", [1.0, 0.0, 0.0], reward=1.0)], name="luffy")
+    outcomes = [a.Outcome(0, reward, 1, demonstration=i == 3) for i, reward in enumerate([1.0, 0.0, 0.0, 1.0])]
+    assert [row.advantage for row in batch.rows] == a.GroupStandardised(union=True).estimate(outcomes)
+    assert batch.decisions[0]["choice"] == "both"
+
+
+def test_a_soft_gate_weighs_rows() -> None:
+    batch = make([group("p", [1.0, 0.0, 0.0, 0.0])], gate=GateConfig(soft=True))
+    assert [row.weight for row in batch.rows] == [0.25] * 4 + [0.75]
+
+
+def test_dynamic_sampling_trains_as_many_prompts_as_a_step_has() -> None:
+    groups = [group(str(i), [1.0, float(i % 2)]) for i in range(8)]  # every other one is informative
+    batch = make(groups, name="dapo", prompts=3)
+    assert [d["choice"] for d in batch.decisions] == ["rollouts", "skipped"] * 3 + ["skipped"] * 2
+    assert {row.prompt_id for row in batch.rows if row.weight} == {"0", "2", "4"}
+    assert len(batch.rows) == 16  # all of them are recorded
+
+
+@pytest.mark.parametrize(("length", "penalty"), [(12, 0.0), (13, 0.125), (14, 0.25), (16, 0.5)])
+def test_overlong_responses_lose_reward_but_not_the_gates_favour(length: int, penalty: float) -> None:
+    samples = [Sample([7] * length, [-0.1] * length, "stop", 3), Sample([7], [-0.1], "stop", 3)]
+    batch = make([Group(group("p", []).prompt, samples, [1.0, 1.0])], overlong=OverlongConfig(buffer=4, penalty=0.5))
+    assert batch.rows[0].reward == 1.0 - penalty
+    assert batch.rows[0].advantage == pytest.approx(-penalty / 2)
+    assert batch.decisions[0]["solved"] == 2
+    assert batch.metrics["overlong/penalty"] == pytest.approx(penalty / 2)
+
+
+def test_truncated_responses_may_be_masked() -> None:
+    samples = [Sample([7] * 16, [-0.1] * 16, "length", 3), Sample([7], [-0.1], "stop", 3)]
+    batch = make([Group(group("p", []).prompt, samples, [0.0, 1.0])], overlong=OverlongConfig(mask=True))
+    assert [(row.weight, row.advantage) for row in batch.rows] == [(0.0, -0.5), (1.0, 0.5)]
+    assert batch.metrics["overlong/masked"] == 1
+
+
+def test_hysteresis_remembers_the_last_decision() -> None:
+    gate = GateConfig(threshold=0, hysteresis=1)
+    groups = [group("p", [1.0, 0.0])]
+    assert make(groups, gate=gate).decisions[0]["choice"] == "rollouts"
+    again = make(groups, gate=gate, previous={"p": Choice.DEMONSTRATION})
+    assert again.decisions[0]["choice"] == "demonstration"
+
+
+def test_token_wise_advantages_are_kept_where_they_differ() -> None:
+    batch = make([group("p", [1.0, 0.0])], name="reinforce_pp", discount=0.5)
+    one_token, two_tokens = batch.rows
+    assert one_token.advantage is not None
+    assert two_tokens.advantage is not None  # a reward of 0 discounts to 0 everywhere
+    batch = make([group("p", [0.0, 1.0])], name="reinforce_pp", discount=0.5)
+    assert batch.rows[1].advantage is None
+    assert len(batch.rows[1].token_advantages) == 2
+
+
+def test_a_choice_that_no_term_trains_is_an_error() -> None:
+    algorithm = replace(build(AlgorithmConfig(name="sft"), LENGTH), gate=build(AlgorithmConfig(name="grpo"), LENGTH).gate)
+    with pytest.raises(ConfigError, match="its gate chose rollout rows, and none of its terms trains them"):
+        assemble(0, [group("p", [1.0, 0.0])], Plan(algorithm, 1, LENGTH), {})

@@ -105,8 +105,9 @@ def test_an_engine_that_is_gone_is_typed() -> None:
 
 def test_a_sample_of_other_weights_is_refused() -> None:
     prompts = [Prompt("p", [1], None, "1", "")]
+    settings = Settings(lambda _: 1, 1.0, 1.0, 4, 0)
     with pytest.raises(EngineError, match=r"prompt p was sampled with weights \[3\]; the batch needs 4"):
-        ask(answering(choice()), lambda engine: sample([engine], prompts, Settings(1, 1.0, 1.0, 4, 0), (0,), version=4))
+        ask(answering(choice()), lambda engine: sample([engine], prompts, settings, (0,), version=4))
 
 
 def test_seeds_differ_and_stay() -> None:

@@ -1,0 +1,74 @@
+"""The frozen reference policy of a KL penalty: its log-probabilities, and the penalty on rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_hpt.actor.microbatch import MicroBatch
+from megatron_hpt.actor.predictions import model_logprobs
+from megatron_hpt.data.estimation import with_advantages
+from megatron_hpt.data.rows import Row, Source
+
+if TYPE_CHECKING:
+    from megatron_hpt.actor.train_step import Actor
+
+
+@torch.no_grad()
+def reference_logprobs(model: GPTModel, actor: Actor, batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """log π_ref of every target of every micro-batch; empty on ranks that are not on the last stage. Collective."""
+    parts = get_forward_backward_func()(
+        forward_step_func=lambda data, stage: _forward(actor, next(data), stage),
+        data_iterator=iter(batches),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=actor.config.max_sequence_length,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    return [part["logprobs"] for part in parts] if actor.ranks.is_last_stage else []
+
+
+def _forward(actor: Actor, batch: MicroBatch, model: torch.nn.Module):
+    output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
+
+    def collect(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logprobs, _ = model_logprobs(logits.flatten(0, 1), batch.targets, actor)
+        nothing = torch.zeros((), device=logits.device)
+        return nothing, torch.ones((), dtype=torch.int, device=logits.device), {"logprobs": logprobs}
+
+    return output, collect
+
+
+def penalised(rows: Sequence[Row], plan: Sequence[Sequence[int]], references: Sequence[Tensor], actor: Actor) -> list[Row]:
+    """The rows with advantages estimated again, from rewards less coefficient · KL at every rollout token. Collective.
+
+    The KL is that of the policy that sampled, so it does not depend on the step being taken.
+
+    Args:
+        plan: this rank's micro-batches, as indices of rows.
+        references: log π_ref of their targets.
+    """
+    kl = actor.algorithm.kl
+    mine: dict[int, list[float]] = {}
+    if actor.ranks.reports:
+        for indices, logprobs in zip(plan, references, strict=True):
+            end = 0
+            for index in indices:
+                row = rows[index]
+                end += len(row.tokens) - 1
+                if row.source is Source.ROLLOUT:
+                    behaviour = torch.tensor(row.behaviour_logprobs, dtype=torch.float64)
+                    log_ratio = behaviour - logprobs[end - row.response_length : end].double().cpu()
+                    mine[index] = (-kl.coefficient * kl.estimator(log_ratio)).tolist()
+    everyone: list[dict[int, list[float]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    penalties = {index: penalty for part in everyone for index, penalty in part.items()}
+    estimated = [index for index, row in enumerate(rows) if row.is_estimated]
+    return with_advantages(rows, estimated, actor.algorithm, penalties)

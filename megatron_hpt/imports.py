@@ -1,0 +1,29 @@
+"""Functions of the user's own, named in a recipe as ``package.module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_hpt.errors import ConfigError
+
+
+def import_function(path: str, key: str) -> Callable[..., Any]:
+    """Import a function; modules of the working directory are found too, as they are by ``python -m``.
+
+    Raises:
+        ConfigError: it cannot be imported or called; names the recipe's key.
+    """
+    module, _, name = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}: {path!r} cannot be imported: {error}; expected package.module:function") from None
+    if not callable(function):
+        raise ConfigError(f"{key}: {path!r} is a {type(function).__name__}, not a function")
+    return function

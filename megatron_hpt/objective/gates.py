@@ -1,0 +1,77 @@
+"""From the recipe's gate to the gate object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+from megatron_hpt.config import GateConfig, Schedule
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.imports import import_function
+from megatron_hpt.objective.gate import Choice, Gate, Soft, Switch, Thresholds
+
+_GRID = [k / 64 for k in range(65)]
+"""Where a schedule is checked to be monotone."""
+
+
+def hybrid(config: GateConfig) -> Gate:
+    """The gate of algorithms that have both sides.
+
+    Raises:
+        ConfigError: thresholds in the wrong order, a schedule that is not monotone or cannot be imported.
+    """
+    without = Choice.ROLLOUTS if config.missing_demonstration == "rollouts" else Choice.SKIPPED
+    if config.soft:
+        rollouts = schedule(config.rollout_schedule, "algorithm.gate.rollout_schedule", rising=True)
+        demonstration = schedule(config.demonstration_schedule, "algorithm.gate.demonstration_schedule", rising=False)
+        return Soft(rollouts, demonstration, without)
+    by_source = {
+        name: _thresholds(c, config.strict, f"algorithm.gate.by_source.{name}") for name, c in config.by_source.items()
+    }
+    return Switch(_thresholds(config, config.strict, "algorithm.gate"), without, by_source, config.hysteresis)
+
+
+def _thresholds(config, strict: bool, key: str) -> Thresholds:
+    low, high = config.threshold, config.off_policy_threshold
+    if high is not None and isinstance(low, int) == isinstance(high, int) and high < low:
+        raise ConfigError(f"{key}.off_policy_threshold: given {high}, below the threshold {low}; the band would be empty")
+    return Thresholds(low, high, strict)
+
+
+def schedule(given: Schedule, key: str, rising: bool) -> Callable[[float], float]:
+    """A monotone, non-negative function of the share solved.
+
+    Raises:
+        ConfigError: it is not, or cannot be had.
+    """
+    function = _table(given, key) if isinstance(given, list) else _named(given, key)
+    values = [function(share) for share in _GRID]
+    if any(value < 0 for value in values):
+        raise ConfigError(f"{key}: {given!r} gives {min(values):g} somewhere; factors must not be negative")
+    if any((after < before) if rising else (after > before) for before, after in pairwise(values)):
+        raise ConfigError(f"{key}: {given!r} must not {'fall' if rising else 'rise'} with the share solved")
+    return function
+
+
+_NAMED: dict[str, Callable[[float], float]] = {"up": lambda share: share, "down": lambda share: 1 - share}
+
+
+def _named(given: str, key: str) -> Callable[[float], float]:
+    if ":" in given:
+        return import_function(given, key)
+    if given not in _NAMED:
+        raise ConfigError(f"{key}: given {given!r}; allowed: {', '.join(_NAMED)}, a list of factors, or module:function")
+    return _NAMED[given]
+
+
+def _table(factors: list[float], key: str) -> Callable[[float], float]:
+    """Factors at equal distances over P = 0 … 1, linear between them; n + 1 of them say what each count of n gets."""
+    if len(factors) < 2:
+        raise ConfigError(f"{key}: given {factors!r}; a table needs at least two factors, for P = 0 and P = 1")
+
+    def look_up(share: float) -> float:
+        place = share * (len(factors) - 1)
+        left = min(int(place), len(factors) - 2)
+        return factors[left] + (place - left) * (factors[left + 1] - factors[left])
+
+    return look_up

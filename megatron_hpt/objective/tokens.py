@@ -1,0 +1,106 @@
+"""What the estimator sees of a batch: flat tokens, each with its row, and what every row is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_hpt.objective.roles import Role
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of some rows, flat; all fields are [tokens]. Positions that are not trained have weight 0."""
+
+    logprobs: Tensor
+    """log π_θ, differentiable."""
+    entropy: Tensor
+    """Entropy of π_θ at each position in nats, differentiable."""
+    behaviour_logprobs: Tensor
+    """log π of whoever wrote the token: the engine on rollouts, a teacher on demonstrations where it is known, else 0."""
+    advantages: Tensor
+    """Â, estimated from rewards."""
+    weights: Tensor
+    """The row's weight on response tokens, 0 elsewhere."""
+    row_lengths: Tensor
+    """Response length of the token's row, as a float."""
+    rows: Tensor
+    """int64: index of the token's row among the rows given here."""
+    roles: Tensor
+    """int64: `Role` of the token's row."""
+    reference_logprobs: Tensor | None = None
+    """log π of the frozen reference model; None without a KL term."""
+
+    @property
+    def trained(self) -> Tensor:
+        """bool: has a weight."""
+        return self.weights != 0
+
+    def of(self, roles: Iterable[Role]) -> Tensor:
+        """bool: trained tokens of some roles."""
+        member = torch.zeros_like(self.roles, dtype=torch.bool)
+        for role in roles:
+            member |= self.roles == role
+        return member & self.trained
+
+    def row_mean(self, values: Tensor) -> Tensor:
+        """Mean of `values` over the trained tokens of each token's row, [tokens], differentiable.
+
+        Rows lie whole in one batch part, so this needs no communication.
+        """
+        number = int(self.rows.max()) + 1 if self.rows.numel() else 0
+        trained = self.trained.to(values.dtype)
+        sums = values.new_zeros(number).index_add(0, self.rows, torch.where(self.trained, values, 0.0))
+        counts = values.new_zeros(number).index_add(0, self.rows, trained).clamp(min=1)
+        return (sums / counts)[self.rows]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Trained response tokens and rows, in the whole batch."""
+
+    tokens: int = 0
+    rows: int = 0
+    ranks: int = 1
+    """Data parallel ranks; only the reference's as-run means depend on it."""
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Global counts by role, over all micro-batches and ranks, made before the first forward."""
+
+    by_role: Mapping[Role, Counts]
+    ranks: int = 1
+
+    def of(self, roles: Iterable[Role]) -> Counts:
+        """Counts of some roles together."""
+        counts = [self.by_role.get(role, Counts()) for role in roles]
+        return Counts(sum(c.tokens for c in counts), sum(c.rows for c in counts), self.ranks)
+
+    @property
+    def tokens(self) -> int:
+        """All trained response tokens."""
+        return self.of(Role).tokens
+
+    @property
+    def rows(self) -> int:
+        """All trained rows."""
+        return self.of(Role).rows
+
+
+def count(rows: Iterable[tuple[Role, int, float]], ranks: int = 1) -> Denominators:
+    """Count the whole batch.
+
+    Args:
+        rows: role, response length and weight of each row; weight 0 is not trained.
+        ranks: data parallel ranks that share the batch.
+    """
+    tokens, number = dict.fromkeys(Role, 0), dict.fromkeys(Role, 0)
+    for role, length, weight in rows:
+        if weight != 0:
+            tokens[role] += length
+            number[role] += 1
+    return Denominators({role: Counts(tokens[role], number[role]) for role in Role}, ranks)

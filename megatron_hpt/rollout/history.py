@@ -1,0 +1,24 @@
+"""What the coordinator remembers from step to step; all of it can be read from the ledger."""
+
+from __future__ import annotations
+
+from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.objective.gate import Choice
+
+
+class History:
+    """Last decision on every prompt, and where the data goes on."""
+
+    def __init__(self, ledger: Ledger, start: int) -> None:
+        """Read the steps before `start`."""
+        self._ledger = ledger
+        self.choices: dict[str, Choice] = {}
+        self.next_prompt = 0
+        for step in range(start):
+            self.add(step)
+
+    def add(self, step: int) -> None:
+        """Take over a step that is in the ledger."""
+        decisions, metrics = self._ledger.read_meta(step)
+        self.choices |= {decision["prompt_id"]: Choice(decision["choice"]) for decision in decisions}
+        self.next_prompt = metrics["data/next_prompt"]

@@ -1,0 +1,43 @@
+"""The reference's graders: this project's `math` against its version 6, the one that HPT reports with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_hpt.errors import DataError
+from megatron_hpt.rewards.math import grade
+from megatron_hpt.vectors.check import Outcome
+
+VERSION = "6"
+
+
+def check_graders(path: Path) -> Outcome:
+    """Grade every answer.
+
+    Raises:
+        DataError: not a file of grader vectors.
+    """
+    outcome = Outcome(f"grader: math (version {VERSION})")
+    try:
+        cases = json.loads(path.read_text())["cases"]
+        graded = [(c["name"], c["response"], c["ground_truth"], c["score"][VERSION]) for c in cases]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a file of grader vectors: {type(error).__name__}: {error}") from None
+    for name, response, truth, theirs in graded:
+        outcome.cases += 1
+        outcome.quantities += 1
+        ours = _grade(response, truth)
+        if ours != theirs:
+            outcome.misses.append(f"{name}: ours {ours}, theirs {theirs} (ground truth {truth!r})")
+    return outcome
+
+
+def _grade(response: str, truth: Any) -> bool | str:
+    """Our verdict; the reference also takes numbers and lists of accepted answers, which our data never holds."""
+    accepted = truth if isinstance(truth, list) else [truth]
+    try:
+        return any(grade(response, str(one)) == 1.0 for one in accepted)
+    except Exception as error:  # the pool would call it ungraded
+        return f"ungraded ({type(error).__name__}: {error})"

@@ -1,0 +1,192 @@
+"""Gates: every rule against its definition."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_hpt.config import AlgorithmConfig, GateConfig
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.objective.algorithms import build
+from megatron_hpt.objective.gate import (
+    AlwaysDemonstrations,
+    AlwaysRollouts,
+    Choice,
+    Decision,
+    Informative,
+    Mixture,
+    Phases,
+    Situation,
+    Switch,
+    Thresholds,
+    Union,
+)
+from megatron_hpt.objective.gates import hybrid, schedule
+
+REWARDS = st.lists(st.sampled_from([0.0, 1.0, None]), min_size=1, max_size=16)
+
+
+def solved(number: int, n: int = 8, **known) -> Situation:
+    return Situation("p", [1.0] * number + [0.0] * (n - number), **{"has_demonstration": True, **known})
+
+
+def choices(config: GateConfig, n: int = 8, **known) -> str:
+    """One letter for each count of solved answers: d(emonstration), o(ff-policy), r(ollouts), b(oth), s(kipped)."""
+    gate = hybrid(config)
+    return "".join(gate(solved(k, n, **known)).choice[0] for k in range(n + 1))
+
+
+@given(rewards=REWARDS, threshold=st.integers(-1, 8), strict=st.booleans())
+def test_switch_teaches_by_demonstration_exactly_at_or_below_the_threshold(rewards: list, threshold: int, strict: bool) -> None:
+    decision = Switch(Thresholds(threshold, strict=strict))(Situation("p", rewards, True))
+    right, graded = rewards.count(1.0), len(rewards) - rewards.count(None)
+    if not graded:
+        assert decision.choice is Choice.SKIPPED
+    else:
+        share, limit = Fraction(right, graded), Fraction(threshold, len(rewards))  # 4 of 4 graded is not 4 of 8
+        taught = share < limit if strict else share <= limit
+        assert decision.choice is (Choice.DEMONSTRATION if taught else Choice.ROLLOUTS)
+    assert (decision.solved, decision.graded) == (right, graded)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GateConfig(threshold=2), "dddrrrrrr"),
+        (GateConfig(threshold=0.25), "dddrrrrrr"),
+        (GateConfig(threshold=0.25, strict=True), "ddrrrrrrr"),
+        (GateConfig(threshold=-1), "rrrrrrrrr"),  # pure RL
+        (GateConfig(threshold=8), "ddddddddd"),  # pure SFT with the prompts of RL
+        (GateConfig(threshold=1.0), "ddddddddd"),
+        (GateConfig(threshold=0, off_policy_threshold=3), "dooorrrrr"),
+        (GateConfig(threshold=0, off_policy_threshold=0.5, strict=True), "oooorrrrr"),
+    ],
+)
+def test_thresholds(config: GateConfig, expected: str) -> None:
+    assert choices(config) == expected
+
+
+@pytest.mark.parametrize("tenths", range(11))
+def test_a_decimal_share_is_what_it_says(tenths: int) -> None:
+    """7 of 10 is not below 0.7, whatever the nearest binary number is."""
+    assert choices(GateConfig(threshold=tenths / 10), n=10) == "d" * (tenths + 1) + "r" * (10 - tenths)
+    assert choices(GateConfig(threshold=tenths / 10, strict=True), n=10) == "d" * tenths + "r" * (11 - tenths)
+
+
+def test_hysteresis_holds_a_prompt_that_was_taught() -> None:
+    config = GateConfig(threshold=1, hysteresis=2)
+    assert choices(config) == "ddrrrrrrr"
+    assert choices(config, previous=Choice.ROLLOUTS) == "ddrrrrrrr"
+    assert choices(config, previous=Choice.DEMONSTRATION) == "ddddrrrrr"
+    assert choices(GateConfig(threshold=0.25, hysteresis=0.25), previous=Choice.DEMONSTRATION) == "dddddrrrr"
+
+
+def test_a_data_source_has_its_own_thresholds() -> None:
+    config = GateConfig(threshold=0, by_source={"olympiad": {"threshold": 3, "off_policy_threshold": 5}})
+    assert choices(config) == "drrrrrrrr"
+    assert choices(config, data_source="olympiad") == "ddddoorrr"
+
+
+def test_soft_gates_weigh_both_losses_of_one_prompt() -> None:
+    gate = hybrid(GateConfig(soft=True))
+    found = [gate(solved(k, 4)) for k in range(5)]
+    assert [(d.rollout_weight, d.demonstration_weight) for d in found] == [
+        (0, 1),
+        (0.25, 0.75),
+        (0.5, 0.5),
+        (0.75, 0.25),
+        (1, 0),
+    ]
+    assert "".join(d.choice[0] for d in found) == "dbbbr"
+
+
+def test_a_table_is_linear_between_its_factors() -> None:
+    table = schedule([0, 0, 1, 1, 2], "f", rising=True)
+    assert [table(k / 4) for k in range(5)] == [0, 0, 1, 1, 2]
+    assert table(0.375) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "rising", "message"),
+    [
+        ("down", True, "f: 'down' must not fall with the share solved"),
+        ([0, 1, 0.5], True, r"must not fall"),
+        ([0.5, 1], False, r"must not rise"),
+        ("sideways", True, "f: given 'sideways'; allowed: up, down, a list of factors, or module:function"),
+        ("no_such_module:f", True, "f: 'no_such_module:f' cannot be imported"),
+        ([1.0], True, "needs at least two factors"),
+        ("math:cos", True, "must not fall"),
+        ("math:pi", True, "not a function"),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused(given, rising: bool, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        schedule(given, "f", rising)
+
+
+def test_a_function_by_import_path_is_a_schedule() -> None:
+    assert schedule("math:sqrt", "f", rising=True)(0.25) == 0.5
+
+
+def test_an_empty_band_is_refused() -> None:
+    with pytest.raises(ConfigError, match="given 1, below the threshold 2"):
+        hybrid(GateConfig(threshold=2, off_policy_threshold=1))
+
+
+@pytest.mark.parametrize(("value", "message"), [(2.5, "fraction from 0.0 to 1.0"), (-2, "count of the rollouts")])
+def test_a_threshold_is_a_count_or_a_share(value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GateConfig(threshold=value)
+
+
+@pytest.mark.parametrize("rule", ["rollouts", "skip"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_missing_demonstration_follows_the_rule_and_is_counted(rule: str, soft: bool) -> None:
+    decision = hybrid(GateConfig(missing_demonstration=rule, soft=soft))(solved(0, has_demonstration=False))
+    assert decision.choice == {"rollouts": "rollouts", "skip": "skipped"}[rule]
+    assert decision.missing_demonstration
+
+
+def test_pure_gates() -> None:
+    assert AlwaysRollouts()(solved(0)).choice is Choice.ROLLOUTS
+    assert AlwaysRollouts()(Situation("p", [None], True)).choice is Choice.SKIPPED
+    assert AlwaysDemonstrations()(Situation("p", [], True)).choice is Choice.DEMONSTRATION
+    assert AlwaysDemonstrations()(Situation("p", [], False)).choice is Choice.SKIPPED
+    assert AlwaysDemonstrations().samples(8, True, 0) == 0
+
+
+def test_dynamic_sampling_keeps_what_teaches() -> None:
+    assert "".join(Informative()(solved(k, 4)).choice[0] for k in range(5)) == "srrrs"
+    assert Informative().refills
+
+
+def test_the_union_makes_room_for_the_demonstration() -> None:
+    gate = Union()
+    assert (gate.samples(8, True, 0), gate.samples(8, False, 0)) == (7, 8)
+    both = gate(solved(0))
+    assert (both.choice, both.rollout_weight, both.demonstration_weight) == (Choice.BOTH, 1.0, 1.0)
+    assert gate(Situation("p", [None], True)).choice is Choice.DEMONSTRATION
+    assert gate(solved(1, has_demonstration=False)).choice is Choice.ROLLOUTS
+
+
+def test_a_global_mixture_moves_by_step() -> None:
+    gate = Mixture(0.9, 0.1, 4)
+    found = [gate(solved(1, step=step)) for step in (0, 2, 4, 9)]
+    assert [d.demonstration_weight for d in found] == pytest.approx([0.9, 0.5, 0.1, 0.1])
+    assert [d.rollout_weight for d in found] == pytest.approx([0.1, 0.5, 0.9, 0.9])
+
+
+def test_phases_hand_over_at_a_step() -> None:
+    gate = Phases(AlwaysDemonstrations(), AlwaysRollouts(), 2)
+    assert [gate(solved(0, step=step)).choice for step in (0, 1, 2)] == ["demonstration", "demonstration", "rollouts"]
+    assert [gate.samples(8, True, step) for step in (1, 2)] == [0, 8]
+
+
+@pytest.mark.parametrize("name", ["hpt", "sft", "grpo", "dapo", "luffy", "chord", "sft_grpo"])
+def test_a_decision_is_whole(name: str) -> None:
+    algorithm = build(AlgorithmConfig(name=name, sft_steps=1), 8)
+    decision = algorithm.gate(solved(1, data_source="s"))
+    assert isinstance(decision, Decision)
+    assert (decision.prompt_id, decision.data_source, decision.has_demonstration) == ("p", "s", True)
+    assert (decision.choice is Choice.SKIPPED) == (decision.rollout_weight == decision.demonstration_weight == 0)

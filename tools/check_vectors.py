@@ -1,0 +1,44 @@
+"""Check the objective against numbers of the reference code: one line a function, exit code 1 on any miss.
+
+tools/check_vectors.py LOSS.json [--grader GRADER.json]
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_hpt.errors import HptError
+from megatron_hpt.vectors.check import Outcome, check_file
+from megatron_hpt.vectors.graders import check_graders
+
+
+def main(
+    losses: Annotated[Path, typer.Argument(help="vectors of losses, advantages and gates")],
+    grader: Annotated[Path | None, typer.Option(help="vectors of graders")] = None,
+) -> None:
+    try:
+        outcomes = check_file(losses) + ([check_graders(grader)] if grader else [])
+    except HptError as error:
+        print(f"error: {error}")
+        raise typer.Exit(2) from None
+    for outcome in outcomes:
+        report(outcome)
+    missed = sum(bool(outcome.misses) for outcome in outcomes)
+    print(
+        f"{sum(o.cases for o in outcomes)} cases, {sum(o.quantities for o in outcomes)} quantities, {missed} functions missed"
+    )
+    raise typer.Exit(1 if missed else 0)
+
+
+def report(outcome: Outcome) -> None:
+    verdict = f"MISSED {len(outcome.misses)}" if outcome.misses else "ok"
+    print(f"{outcome.function:<50} {outcome.cases:3d} cases  {outcome.quantities:4d} quantities  {verdict}")
+    for miss in outcome.misses:
+        print(f"    missed   {miss}")
+    for reason, cases in outcome.treated.items():
+        print(f"    treated  {reason}: {', '.join(cases)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

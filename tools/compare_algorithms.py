@@ -1,0 +1,103 @@
+"""Train several algorithms from the same start, over several seeds, and compare what they reached.
+
+tools/compare_algorithms.py [recipes/quickstart.py] [trainer.steps=100 …]
+
+Every run is a run directory below --out; call it again to continue after an interruption: finished runs are kept,
+others go on from their ledgers. Writes comparison.md (the table), comparison.png (the curves) and comparison.json.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_hpt.config import Config
+from megatron_hpt.data.files import write_whole
+from megatron_hpt.errors import ConfigError, HptError
+from megatron_hpt.evaluation.comparison import draw, reached, table
+from megatron_hpt.launch.supervisor import Interrupted
+from megatron_hpt.launch.train import resume_point, resume_run, start_run
+from megatron_hpt.recipe import load
+from megatron_hpt.run import RunDir, newest
+from megatron_hpt.telemetry import metrics
+from megatron_hpt.telemetry.progress import duration
+
+ALGORITHMS = "sft,grpo,sft_grpo,luffy,srft,hpt"
+START_SEED = 1000
+"""Of the SFT run that makes the common start; different from the seeds that are compared."""
+
+
+def main(
+    recipe: Annotated[str, typer.Argument(help="recipe whose task and model are used")] = "recipes/quickstart.py",
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings of every run, e.g. trainer.steps=100")] = None,
+    algorithms: Annotated[str, typer.Option(help="rows of the table, separated by commas")] = ALGORITHMS,
+    seeds: Annotated[str, typer.Option(help="seeds of data order and sampling, separated by commas")] = "0,1,2",
+    start_steps: Annotated[int, typer.Option(help="SFT steps that make the start from the recipe's model; 0: none")] = 45,
+    out: Annotated[Path, typer.Option(help="folder of the runs")] = Path("runs/comparison"),
+) -> None:
+    try:
+        _compare(recipe, overrides or [], algorithms.split(","), [int(seed) for seed in seeds.split(",")], start_steps, out)
+    except Interrupted as error:
+        print(f"{error}; the same command continues")
+        raise typer.Exit(130) from None
+    except HptError as error:
+        print(f"error: {error}")
+        raise typer.Exit(1) from None
+
+
+def _compare(recipe: str, overrides: list[str], algorithms: list[str], seeds: list[int], start_steps: int, out: Path) -> None:
+    start = _start(recipe, start_steps, out) if start_steps else []
+    jobs = [(algorithm, seed) for seed in seeds for algorithm in algorithms]  # one seed of each before the next
+    began, lines = time.monotonic(), {}
+    for done, (algorithm, seed) in enumerate(jobs):
+        left = duration((time.monotonic() - began) / done * (len(jobs) - done)) if done else "unknown"
+        print(f"run {done + 1} of {len(jobs)}: {algorithm}, seed {seed}; time left {left}", flush=True)
+        settings = [*start, *_settings(recipe, [*start, *overrides], algorithm), f"trainer.seed={seed}", "trainer.export=false"]
+        run = _finish(recipe, f"{algorithm}_seed{seed}", [*settings, *overrides], out)
+        lines[algorithm, seed] = metrics.read(run.metrics)
+        _write({name: [lines[name, s] for s in seeds if (name, s) in lines] for name in algorithms}, out)
+    print((out / "comparison.md").read_text())
+
+
+def _start(recipe: str, steps: int, out: Path) -> list[str]:
+    """Settings that begin every run from the same briefly imitating model."""
+    settings = ["algorithm.name=sft", f"trainer.steps={steps}", f"trainer.seed={START_SEED}", "evaluation.every=0"]
+    run = _finish(recipe, "start", settings, out)
+    return [f"model.path={run.export}"]
+
+
+def _settings(recipe: str, overrides: list[str], algorithm: str) -> list[str]:
+    """What only this algorithm is given."""
+    steps = load(recipe, overrides).config.trainer.steps
+    own = {"sft_grpo": [f"algorithm.sft_steps={steps // 2}"]}
+    return [f"algorithm.name={algorithm}", *own.get(algorithm, [])]
+
+
+def _finish(recipe: str, name: str, settings: list[str], out: Path) -> RunDir:
+    """A finished run of a name: as it is, continued, or from its first step."""
+    settings = [f"name={name}", *settings]
+    try:
+        run = newest(name, out)
+    except ConfigError:
+        return start_run(recipe, settings, out)
+    config: Config = load(str(run.path), []).config
+    wanted = load(recipe, settings).config
+    if config != wanted:
+        raise ConfigError(f"{run.path} has other settings than asked for; name another folder with --out")
+    return run if resume_point(run, config) == config.trainer.steps else resume_run(str(run.path), [], out)
+
+
+def _write(runs: dict[str, list], out: Path) -> None:
+    """Table, curves and numbers of the runs so far."""
+    runs = {name: seeds for name, seeds in runs.items() if seeds}
+    write_whole(out / "comparison.md", table(runs))
+    draw(runs, out / "comparison.png")
+    numbers = {name: [asdict(reached(lines)) for lines in seeds] for name, seeds in runs.items()}
+    write_whole(out / "comparison.json", json.dumps(numbers, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)
