@@ -52,6 +52,31 @@ def config(
     sys.stdout.write(dump_yaml(load(recipe, overrides or []).config))
 
 
+@app.command()
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="a row to explain, or module:function for one of your own")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="its settings, e.g. gate.threshold=2")] = None,
+) -> None:
+    """Print the table of algorithms, or explain one of them with its formula."""
+    from megatron_hpt.objective.explain import explain, print_table
+
+    if name is None:
+        print_table(Console())
+    else:
+        sys.stdout.write(explain(name, overrides or []))
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    gate: Annotated[list[str], typer.Option(help="a setting of the other gate, e.g. threshold=2; may be repeated")],
+) -> None:
+    """Show what another gate would have decided on a run's rollouts, per step, from its ledger alone."""
+    from megatron_hpt.telemetry.replay import print_replay
+
+    print_replay(run, gate, Console())
+
+
 def main() -> None:
     """Entry point; an error of this project is one message and exit code 1 (130 when interrupted)."""
     from megatron_hpt.launch.supervisor import Interrupted

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_hpt.actor.microbatch import MicroBatch
 from megatron_hpt.actor.predictions import model_logprobs
-from megatron_hpt.data.estimation import with_advantages
+from megatron_hpt.data.estimation import overlong_penalties, with_advantages
 from megatron_hpt.data.rows import Row, Source
 
 if TYPE_CHECKING:
@@ -71,4 +71,4 @@ def penalised(rows: Sequence[Row], plan: Sequence[Sequence[int]], references: Se
     dist.all_gather_object(everyone, mine)
     penalties = {index: penalty for part in everyone for index, penalty in part.items()}
     estimated = [index for index, row in enumerate(rows) if row.is_estimated]
-    return with_advantages(rows, estimated, actor.algorithm, penalties)
+    return with_advantages(rows, estimated, actor.algorithm, penalties, overlong_penalties(rows, actor.config))

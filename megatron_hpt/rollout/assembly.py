@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_hpt.config import OverlongConfig
-from megatron_hpt.data.estimation import with_advantages
+from megatron_hpt.config import Config
+from megatron_hpt.data.estimation import TokenRewards, overlong_penalties, with_advantages
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.data.rows import Batch, Row, Source
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.objective.algorithm import Algorithm
-from megatron_hpt.objective.gate import Choice, Decision, Situation
+from megatron_hpt.objective.gate import Choice, Decision, Gate, Situation
 from megatron_hpt.rollout.engine import Sample
 
 
@@ -29,25 +30,14 @@ class Group:
     """Of the prompt's demonstration, where the algorithm compares with it."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How groups become rows."""
-
-    algorithm: Algorithm
-    prompts: int
-    """Groups that train; beyond them (dynamic sampling) groups are recorded, not trained."""
-    max_response_length: int
-    overlong: OverlongConfig = field(default_factory=OverlongConfig)
-
-
-def decide(step: int, groups: Sequence[Group], plan: Plan, previous: Mapping[str, Choice]) -> list[Decision]:
+def decide(step: int, groups: Sequence[Group], gate: Gate, prompts: int, previous: Mapping[str, Choice]) -> list[Decision]:
     """The gate's decision on each group; those that dynamic sampling brought beyond the step's prompts are skipped."""
     decisions, full = [], 0
     for group in groups:
-        decision = plan.algorithm.gate(_situation(step, group, previous))
-        if plan.algorithm.gate.refills and decision.choice is not Choice.SKIPPED:
+        decision = gate(_situation(step, group, previous))
+        if gate.refills and decision.choice is not Choice.SKIPPED:
             full += 1
-            if full > plan.prompts:
+            if full > prompts:
                 skipped = {"choice": Choice.SKIPPED, "rollout_weight": 0.0, "demonstration_weight": 0.0}
                 decision = Decision(**{**decision.__dict__, **skipped})
         decisions.append(decision)
@@ -69,32 +59,34 @@ def _situation(step: int, group: Group, previous: Mapping[str, Choice]) -> Situa
 def assemble(
     step: int,
     groups: Sequence[Group],
-    plan: Plan,
+    algorithm: Algorithm,
+    config: Config,
     metrics: dict[str, Any],
     previous: Mapping[str, Choice] | None = None,
 ) -> Batch:
     """Decide each group and lay out its rows.
 
     Every rollout is recorded; those that do not train have weight 0. A demonstration is a row of its own.
-    The gate judges rewards as the verifier gave them; the overlong penalty is in the rows' rewards.
+    Rewards are recorded, and judged by the gate, as the verifier gave them; penalties are in the advantages.
 
     Args:
         previous: what was decided when each prompt was last seen.
     """
-    decisions = decide(step, groups, plan, previous or {})
+    decisions = decide(step, groups, algorithm.gate, config.trainer.prompts_per_step, previous or {})
     rows = [
         row
         for index, (group, decision) in enumerate(zip(groups, decisions, strict=True))
-        for row in _rows(index, group, decision, plan)
+        for row in _rows(index, group, decision)
     ]
-    _check_roles(rows, plan.algorithm)
-    rows = with_advantages(rows, [index for index, row in enumerate(rows) if row.weight], plan.algorithm)
-    rows = [replace(row, weight=0.0) if _is_left_out(row, plan) else row for row in rows]
-    numbers = {**rollout_metrics(groups), **_gate_metrics(decisions), **_overlong_metrics(rows, plan), **metrics}
+    _check_roles(rows, algorithm)
+    penalties = overlong_penalties(rows, config)
+    rows = with_advantages(rows, [index for index, row in enumerate(rows) if row.weight], algorithm, penalties)
+    rows = [replace(row, weight=0.0) if _is_left_out(row, config.algorithm.overlong.mask) else row for row in rows]
+    numbers = {**rollout_metrics(groups), **_gate_metrics(decisions), **_overlong_metrics(rows, penalties), **metrics}
     return Batch(step, rows, [asdict(decision) for decision in decisions], numbers)
 
 
-def _rows(index: int, group: Group, decision: Decision, plan: Plan) -> list[Row]:
+def _rows(index: int, group: Group, decision: Decision) -> list[Row]:
     """The rows of a group without advantages, weighed as decided."""
     prompt = group.prompt
     rows = [
@@ -105,7 +97,7 @@ def _rows(index: int, group: Group, decision: Decision, plan: Plan) -> list[Row]
             tokens=[*prompt.tokens, *sample.tokens],
             prompt_length=len(prompt.tokens),
             behaviour_logprobs=sample.logprobs,
-            reward=None if reward is None else reward - overlong_penalty(len(sample.tokens), plan),
+            reward=reward,
             advantage=None,
             weight=decision.rollout_weight,
             policy_version=sample.version,
@@ -132,20 +124,11 @@ def _rows(index: int, group: Group, decision: Decision, plan: Plan) -> list[Row]
     return rows
 
 
-def overlong_penalty(length: int, plan: Plan) -> float:
-    """DAPO's soft punishment (arXiv 2503.14476, eq. 13): from 0 to `penalty` over the last `buffer` tokens."""
-    buffer = plan.overlong.buffer
-    if not buffer:
-        return 0.0
-    beyond = length - (plan.max_response_length - buffer)
-    return plan.overlong.penalty * min(1.0, max(0.0, beyond / buffer))
-
-
-def _is_left_out(row: Row, plan: Plan) -> bool:
+def _is_left_out(row: Row, mask_truncated: bool) -> bool:
     """A rollout that nothing can be learnt from: ungraded, or cut off at the limit where the recipe masks those."""
     if row.source is Source.DEMONSTRATION:
         return False
-    return not row.is_estimated or (plan.overlong.mask and row.finish_reason == "length")
+    return not row.is_estimated or (mask_truncated and row.finish_reason == "length")
 
 
 def _check_roles(rows: Sequence[Row], algorithm: Algorithm) -> None:
@@ -189,12 +172,9 @@ def _gate_metrics(decisions: Sequence[Decision]) -> dict[str, float]:
     }
 
 
-def _overlong_metrics(rows: Sequence[Row], plan: Plan) -> dict[str, float]:
-    if not plan.overlong.buffer and not plan.overlong.mask:
-        return {}
+def _overlong_metrics(rows: Sequence[Row], penalties: TokenRewards) -> dict[str, float]:
     rollouts = [row for row in rows if row.source is Source.ROLLOUT]
-    penalties = [overlong_penalty(row.response_length, plan) for row in rollouts]
     return {
-        "overlong/penalty": statistics.fmean(penalties) if penalties else 0.0,
+        "overlong/penalty": -math.fsum(penalty[-1] for penalty in penalties.values()) / max(1, len(rollouts)),
         "overlong/masked": sum(row.is_estimated and not row.weight for row in rollouts),
     }

@@ -24,7 +24,7 @@ from megatron_hpt.objective.gate import Choice
 from megatron_hpt.process import die_with_parent, log_to
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.registry import lookup
-from megatron_hpt.rollout.assembly import Group, Plan, assemble, decide, rollout_metrics
+from megatron_hpt.rollout.assembly import Group, assemble, decide, rollout_metrics
 from megatron_hpt.rollout.history import History
 from megatron_hpt.rollout.sampling import Settings, grade, sample
 from megatron_hpt.rollout.vllm import VllmEngine
@@ -57,9 +57,6 @@ class Coordinator:
         self._config = config = load_yaml(run.config)
         self._ledger, self._metrics = Ledger(run.batches), MetricsLog(run, start)
         self._algorithm = algorithms.of_run(config)
-        self._plan = Plan(
-            self._algorithm, config.trainer.prompts_per_step, config.data.max_response_length, config.algorithm.overlong
-        )
         self._history = History(self._ledger, start)
         self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self._source = PromptSource(self._load(config.data.train), config.trainer.seed)
@@ -93,21 +90,21 @@ class Coordinator:
                 evaluation = await self._evaluate(step)
         groups, position = await self._groups(step, watch)
         metrics = {**evaluation, "rollout/policy_version": step, "data/next_prompt": position}
-        self._ledger.write(assemble(step, groups, self._plan, metrics, self._history.choices))
+        self._ledger.write(assemble(step, groups, self._algorithm, self._config, metrics, self._history.choices))
 
     async def _groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], int]:
         """Graded groups enough for the step, and the position of the next prompt."""
-        wanted, position = self._plan.prompts, self._history.next_prompt
+        gate, wanted, position = self._algorithm.gate, self._config.trainer.prompts_per_step, self._history.next_prompt
         groups: list[Group] = []
-        for round_ in range(self._config.algorithm.max_rounds if self._algorithm.gate.refills else 1):
+        for round_ in range(self._config.algorithm.max_rounds if gate.refills else 1):
             taken = [Group(prompt) for prompt in self._source.take(position, wanted)]
             position += wanted
             with watch.phase("rollout"):
                 taken = await self._sample([g.prompt for g in taken], self._training_settings(step), f"train/{round_}", step)
             with watch.phase("reward"):
                 groups += await grade(taken, self._pool, self._tokenizer, self._algorithm.grades_demonstrations)
-            decided = decide(step, groups, self._plan, self._history.choices)
-            if sum(decision.choice is not Choice.SKIPPED for decision in decided) == self._plan.prompts:
+            decided = decide(step, groups, gate, wanted, self._history.choices)
+            if sum(decision.choice is not Choice.SKIPPED for decision in decided) == wanted:
                 break
         return groups, position
 

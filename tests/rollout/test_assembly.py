@@ -4,14 +4,22 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_hpt.config import AlgorithmConfig, GateConfig, OverlongConfig
+from megatron_hpt.config import (
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    GateConfig,
+    ModelConfig,
+    OverlongConfig,
+    TrainerConfig,
+)
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.data.rows import Source
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.objective import advantage as a
-from megatron_hpt.objective.algorithms import build
+from megatron_hpt.objective.algorithms import build, of_run
 from megatron_hpt.objective.gate import Choice
-from megatron_hpt.rollout.assembly import Group, Plan, assemble
+from megatron_hpt.rollout.assembly import Group, assemble
 from megatron_hpt.rollout.engine import Sample
 
 LENGTH = 16
@@ -23,10 +31,15 @@ def group(name: str, rewards: list, demonstration: list | None = (8, 1), reward:
     return Group(prompt, samples, rewards, reward)
 
 
-def make(groups: list[Group], name: str = "hpt", prompts: int = 8, previous=None, overlong=None, **settings):
-    algorithm = build(AlgorithmConfig(name=name, **settings), LENGTH)
-    plan = Plan(algorithm, prompts, LENGTH, overlong or OverlongConfig())
-    return assemble(3, groups, plan, {"extra": 1}, previous)
+def make(groups: list[Group], name: str = "hpt", prompts: int = 8, previous=None, overlong=None, algorithm=None, **settings):
+    config = Config(
+        name="x",
+        model=ModelConfig(path="m"),
+        data=DataConfig(train="t", max_response_length=LENGTH),
+        algorithm=AlgorithmConfig(name=name, overlong=overlong or OverlongConfig(), **settings),
+        trainer=TrainerConfig(prompts_per_step=prompts),
+    )
+    return assemble(3, groups, algorithm or of_run(config), config, {"extra": 1}, previous)
 
 
 def test_hpt_teaches_each_prompt_by_what_its_own_success_says() -> None:
@@ -114,7 +127,7 @@ def test_dynamic_sampling_trains_as_many_prompts_as_a_step_has() -> None:
 def test_overlong_responses_lose_reward_but_not_the_gates_favour(length: int, penalty: float) -> None:
     samples = [Sample([7] * length, [-0.1] * length, "stop", 3), Sample([7], [-0.1], "stop", 3)]
     batch = make([Group(group("p", []).prompt, samples, [1.0, 1.0])], overlong=OverlongConfig(buffer=4, penalty=0.5))
-    assert batch.rows[0].reward == 1.0 - penalty
+    assert batch.rows[0].reward == 1.0  # the record is the verifier's
     assert batch.rows[0].advantage == pytest.approx(-penalty / 2)
     assert batch.decisions[0]["solved"] == 2
     assert batch.metrics["overlong/penalty"] == pytest.approx(penalty / 2)
@@ -148,4 +161,4 @@ def test_token_wise_advantages_are_kept_where_they_differ() -> None:
 def test_a_choice_that_no_term_trains_is_an_error() -> None:
     algorithm = replace(build(AlgorithmConfig(name="sft"), LENGTH), gate=build(AlgorithmConfig(name="grpo"), LENGTH).gate)
     with pytest.raises(ConfigError, match="its gate chose rollout rows, and none of its terms trains them"):
-        assemble(0, [group("p", [1.0, 0.0])], Plan(algorithm, 1, LENGTH), {})
+        make([group("p", [1.0, 0.0])], algorithm=algorithm)
