@@ -61,7 +61,8 @@ def algorithms(
     from megatron_hpt.objective.explain import explain, print_table
 
     if name is None:
-        print_table(Console())
+        terminal = Console()
+        print_table(terminal if terminal.is_terminal else Console(width=180))
     else:
         sys.stdout.write(explain(name, overrides or []))
 

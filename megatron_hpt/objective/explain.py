@@ -75,7 +75,7 @@ def print_table(console: Console) -> None:
     """All rows, with the settings that a recipe has by default."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_lines=False)
     for title in ("algorithm", "rows", "mask", "π_ref", "advantage Â", "shaping f", "weight of a token", "gate"):
-        table.add_column(title, overflow="fold")
+        table.add_column(title, overflow="fold", no_wrap=title in ("algorithm", "rows"))
     for name in ALGORITHMS:
         for line in table_lines(name, _default(name, [])):
             table.add_row(*map(escape, astuple(line)))

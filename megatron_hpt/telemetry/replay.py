@@ -57,9 +57,9 @@ def print_replay(run: Path, settings: Sequence[str], console: Console) -> None:
     if not isinstance(before, Switch | Soft):
         raise ConfigError(f"{run}: its algorithm {config.algorithm.name} has a gate without settings: {before.formula}")
     console.print(f"recorded: {before.formula}\nreplayed: {gate.formula}", highlight=False, markup=False)
-    table = Table(box=None, header_style="bold")
-    for name in ("step", "prompts", *(f"{choice} (recorded → replayed)" for choice in Choice), "changed"):
-        table.add_column(name, justify="right", overflow="fold")
+    table = Table(box=None, header_style="bold", caption="prompts, recorded → replayed", caption_justify="left")
+    for name in ("step", *(choice.replace("_", "-") for choice in Choice), "changed", "of"):
+        table.add_column(name, justify="right", no_wrap=True)
     total = ReplayedStep("all", Counter(), Counter(), 0, 0)
     for step in replay(Ledger(opened.batches), gate):
         table.add_row(*_cells(step))
@@ -71,7 +71,7 @@ def print_replay(run: Path, settings: Sequence[str], console: Console) -> None:
 
 def _cells(step: ReplayedStep) -> list[str]:
     counts = [f"{step.recorded[choice]} → {step.replayed[choice]}" for choice in Choice]
-    return [str(step.step), str(step.prompts), *counts, str(step.changed)]
+    return [str(step.step), *counts, str(step.changed), str(step.prompts)]
 
 
 def replay(ledger: Ledger, gate: Gate) -> Iterator[ReplayedStep]:

@@ -29,9 +29,10 @@ KEYS = (
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of a finished run with two tensor parallel ranks."""
     before = shared_memory()
-    run = Run.start(
-        tmp_path_factory.mktemp("run") / "work", str(RECIPE), f"trainer.steps={STEPS}", "trainer.save_every=2", *SMALL
-    )
+    # A frozen reference and an adaptive coefficient are state that a resumed run must have again.
+    around = ("algorithm.kl.coefficient=0.01", "algorithm.entropy={coefficient: 0.01, target: 1.0}")
+    settings = (f"trainer.steps={STEPS}", "trainer.save_every=2", *around, *SMALL)
+    run = Run.start(tmp_path_factory.mktemp("run") / "work", str(RECIPE), *settings)
     code, text = run.finish()
     assert code == 0, text
     assert shared_memory() <= before
@@ -62,6 +63,9 @@ def test_every_step_has_its_metrics_and_the_weights_arrived(finished: Path) -> N
         assert line["weights/version"] == line["step"] + 1
         assert 0 <= line["mismatch/k3_kl"] < 1e-4
         assert line["mismatch/tokens"] > 0
+    assert lines[0]["train/kl"] == 0.0  # the actor starts from the reference
+    assert lines[-1]["train/kl"] is not None
+    assert len({line["train/entropy_coefficient"] for line in lines}) == STEPS
     assert lines[0]["eval/version"] == 0
     assert lines[-1]["eval/version"] == STEPS
     assert "eval/heldout/avg@8" in lines[0]

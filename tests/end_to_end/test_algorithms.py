@@ -1,0 +1,112 @@
+"""Algorithms end to end: groups with a demonstration, dynamic sampling, a row of one's own, steps not taken, the comparison."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.data.rows import Source
+
+from .runs import RECIPE, ROOT, SMALL, Run
+
+pytestmark = pytest.mark.end_to_end
+FAST = ("evaluation.sets={}", "trainer.export=false", *SMALL)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def finished(folder: Path, *arguments: str) -> Path:
+    run = Run.start(folder, str(RECIPE), *FAST, *arguments)
+    code, text = run.finish()
+    assert code == 0, text
+    return run.path
+
+
+def test_luffy_puts_a_demonstration_into_every_group(tmp_path: Path) -> None:
+    run = finished(tmp_path / "work", "algorithm.name=luffy", "trainer.steps=2", "algorithm.mismatch.correction=icepop")
+    for line in metrics(run):
+        assert line["gate/both_share"] == 1.0
+        assert not line["train/skipped"]
+        assert line["train/loss_off_policy"] != 0
+        assert line["mismatch/dropped_share"] == 0.0  # engine and trainer agree
+    rows = Ledger(run / "batches").read(1).rows
+    for group in range(8):
+        sources = [row.source for row in rows if row.group == group]
+        assert sources == [Source.ROLLOUT] * 3 + [Source.DEMONSTRATION]  # n = 4
+    assert all(row.reward == 1.0 for row in rows if row.source is Source.DEMONSTRATION)  # graded, not assumed
+
+
+def test_dynamic_sampling_asks_for_more_prompts_and_an_empty_batch_trains_nothing(tmp_path: Path) -> None:
+    """The untrained model solves nothing, so no prompt is informative."""
+    run = finished(tmp_path / "work", "algorithm.name=dapo", "trainer.steps=2", "algorithm.max_rounds=2")
+    lines = metrics(run)
+    assert [line["data/next_prompt"] for line in lines] == [16, 32]
+    for line in lines:
+        assert (line["gate/prompts"], line["gate/skipped_share"]) == (16, 1.0)
+        assert line["train/skip_reason"] == "nothing to train"
+        assert line["train/grad_norm"] == 0.0
+    asked = [d["prompt_id"] for step in (0, 1) for d in Ledger(run / "batches").read(step).decisions]
+    assert len(set(asked)) == 32  # no prompt twice within an epoch
+
+
+OWN = '''
+from dataclasses import replace
+
+from megatron_hpt.objective.algorithms import sft, hpt
+from megatron_hpt.objective.shaping import Saturating
+from megatron_hpt.objective.reference import One
+
+
+def shaped_sft(s):
+    """SFT through p/(p+γ)."""
+    (term,) = sft(s).terms
+    return replace(sft(s), terms=(replace(term, reference=One(), shaping=Saturating(0.5)),))
+'''
+
+
+def test_an_algorithm_from_outside_the_package_trains(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "own_algorithm.py").write_text(OWN)
+    run = finished(work, "algorithm.name=own_algorithm:shaped_sft", "trainer.steps=2")
+    first, second = metrics(run)
+    assert second["train/loss"] < first["train/loss"]
+
+
+def test_batches_of_steps_not_taken_are_kept_and_the_run_stops(tmp_path: Path) -> None:
+    arguments = ("optimizer.skip_above=1e-9", "optimizer.stop_after_skipped=2", "trainer.steps=9")
+    run = Run.start(tmp_path / "work", str(RECIPE), *FAST, *arguments)
+    code, text = run.finish()
+    assert code == 1
+    assert "2 steps in a row were not taken (optimizer.stop_after_skipped)" in text
+    assert "is above optimizer.skip_above=1e-09" in text
+    kept = sorted(path.name for path in (run.path / "skipped").iterdir())
+    assert kept == ["step_000000.arrow", "step_000000.json", "step_000001.arrow", "step_000001.json"]
+    assert Ledger(run.path / "skipped").read(0) == Ledger(run.path / "batches").read(0)
+    assert json.loads((run.path / "skipped" / "step_000001.json").read_text())["train/grad_norm"] > 0
+
+
+def test_algorithms_are_compared_from_one_start_and_the_comparison_continues(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "compare_algorithms.py"), str(RECIPE), "trainer.steps=2", *SMALL]
+    options = ["--algorithms", "sft,hpt", "--seeds", "0", "--start-steps", "2", "--out", "compared"]
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (tmp_path / "compared" / "comparison.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["sft", "hpt"]
+    assert (tmp_path / "compared" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    assert numbers["sft"][0]["generated"] == 0
+    assert numbers["hpt"][0]["generated"] > 0
+    runs = sorted((tmp_path / "compared").glob("*/metrics.jsonl"))
+    times = {path: path.stat().st_mtime_ns for path in runs}
+    again = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {path: path.stat().st_mtime_ns for path in runs} == times
+    other = subprocess.run([*command, *options, "trainer.seed=7"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert other.returncode == 1
+    assert "has other settings than asked for" in other.stdout
