@@ -15,7 +15,8 @@ from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Batch, Source
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.objective.algorithms import of_run
-from megatron_hpt.objective.gate import Choice, Gate, Situation, Soft, Switch
+from megatron_hpt.objective.gate import Choice, Gate, Situation
+from megatron_hpt.objective.gates import hybrid
 from megatron_hpt.run import open_run
 
 
@@ -42,20 +43,20 @@ class ReplayedStep:
 
 
 def print_replay(run: Path, settings: Sequence[str], console: Console) -> None:
-    """Replay a run under its own gate with other settings, and print a line a step.
+    """Replay a run under the gate of its configuration with other settings, and print a line a step.
+
+    The run may be of any algorithm that generates: what HPT's gate would have done to a GRPO run is a fair question.
 
     Args:
         settings: ``key=value`` of the gate's section in the configuration.
 
     Raises:
-        ConfigError: not a run directory, unknown settings, an algorithm whose gate has no settings, no rollouts.
+        ConfigError: not a run directory, unknown settings, no rollouts.
     """
     opened = open_run(run)
     config = load_yaml(opened.config)
     before = of_run(config).gate
-    gate = of_run(apply_overrides(config, [f"algorithm.gate.{setting}" for setting in settings])).gate
-    if not isinstance(before, Switch | Soft):
-        raise ConfigError(f"{run}: its algorithm {config.algorithm.name} has a gate without settings: {before.formula}")
+    gate = hybrid(apply_overrides(config, [f"algorithm.gate.{setting}" for setting in settings]).algorithm.gate)
     console.print(f"recorded: {before.formula}\nreplayed: {gate.formula}", highlight=False, markup=False)
     table = Table(box=None, header_style="bold", caption="prompts, recorded → replayed", caption_justify="left")
     for name in ("step", *(choice.replace("_", "-") for choice in Choice), "changed", "of"):

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_hpt.config import load_yaml
 from megatron_hpt.data.files import whole, write_whole
 from megatron_hpt.errors import DataError
+from megatron_hpt.objective.algorithms import of_run
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry import metrics
 
@@ -135,7 +136,7 @@ def summary(run: RunDir, lines: Lines) -> dict[str, str]:
     config, last = load_yaml(run.config), lines[-1]
     facts = {
         "algorithm": config.algorithm.name,
-        "gate": f"{config.algorithm.gate.threshold:g} of {config.rollout.samples_per_prompt}",
+        "gate": of_run(config).gate.formula,
         "steps": f"{len(lines)} of {config.trainer.steps}",
         "SFT share": f"{lines[0]['gate/sft_share']:.2f} → {last['gate/sft_share']:.2f}",
     }
@@ -143,6 +144,8 @@ def summary(run: RunDir, lines: Lines) -> dict[str, str]:
         values = [line[key] for line in lines if line.get(key) is not None]
         if values:
             facts[key] = f"{values[0]:.3f} → {values[-1]:.3f}"
+    if skipped := sum(line.get("train/skipped", 0) for line in lines):
+        facts["steps not taken"] = str(skipped)
     mismatch = _points(lines, "mismatch/k3_kl")[1]
     facts["largest k3 mismatch"] = f"{max(mismatch):.2g}" if mismatch else "not measured"
     facts["time"] = f"{sum(line['time/step_s'] + line.get('time/eval_s', 0.0) for line in lines):.0f} s"

@@ -87,6 +87,15 @@ def test_what_the_coordinator_remembers_is_in_the_ledger(tmp_path: Path) -> None
     assert set(History(ledger, 2).choices.values()) == {Choice.ROLLOUTS}
 
 
+def test_a_run_of_any_algorithm_that_generates_can_be_replayed(tmp_path: Path) -> None:
+    config = config_of(GateConfig(), "grpo")
+    run = create(config, tmp_path)
+    recorded(run.batches, [[[0.0] * 4, [0.0] * 4, [1.0] * 4]], config)
+    shown = command("replay", str(run.path), "--gate", "threshold=0")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[-2].split()[-2:] == ["1", "3"]  # one prompt has no demonstration, one is solved
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "megatron_hpt.cli", *arguments], capture_output=True, text=True, timeout=120)
 
