@@ -42,6 +42,9 @@ def build(config: OptimizerConfig, wrapped: DistributedDataParallel, platform: P
     )
     with platform.building():
         optimizer = get_megatron_optimizer(megatron, [wrapped])
+        # Moments are there from the start: a run whose first steps are all skipped writes a checkpoint too.
+        for part in optimizer.chained_optimizers:
+            part.init_state_fn(part.optimizer)
     wrapped.module.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 

@@ -88,24 +88,27 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw(runs: Mapping[str, Sequence[Lines]], path: Path) -> None:
-    """Held-out accuracy and SFT share by step: mean over seeds, and the range of accuracy as a band."""
+    """Held-out accuracy by step and by tokens, and the SFT share: means over seeds, the range of accuracy as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (accuracy, share) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    figure, (accuracy, by_tokens, share) = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
     for index, (name, seeds) in enumerate(runs.items()):
         color = f"C{index}"
         steps, rows = _aligned([_evaluations(lines) for lines in seeds])
         accuracy.plot(steps, [statistics.fmean(row) for row in rows], marker="o", markersize=3, color=color, label=name)
         accuracy.fill_between(steps, [min(row) for row in rows], [max(row) for row in rows], color=color, alpha=0.12)
+        used, means = _by_tokens(seeds)
+        by_tokens.plot(used, means, marker="o", markersize=3, color=color, label=name)
         steps, rows = _aligned([{line["step"]: line["gate/demonstration_weight"] for line in lines} for lines in seeds])
         share.plot(steps, [statistics.fmean(row) for row in rows], linewidth=1.3, color=color, label=name)
     accuracy.set_title("held-out accuracy (mean and range over seeds)", fontsize=10, loc="left")
+    by_tokens.set_title("held-out accuracy by thousands of tokens generated and trained", fontsize=10, loc="left")
     share.set_title("weight of demonstrations, mean over prompts", fontsize=10, loc="left")
-    for axis in (accuracy, share):
-        axis.set_xlabel("step", fontsize=9)
+    for axis, unit in ((accuracy, "step"), (by_tokens, "thousand tokens"), (share, "step")):
+        axis.set_xlabel(unit, fontsize=9)
         axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -113,6 +116,16 @@ def draw(runs: Mapping[str, Sequence[Lines]], path: Path) -> None:
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
+
+
+def _by_tokens(seeds: Sequence[Lines]) -> tuple[list[float], list[float]]:
+    """Mean accuracy at each evaluation, against the mean of what had been generated and trained before it."""
+    steps, rows = _aligned([_evaluations(lines) for lines in seeds])
+    spent = [
+        [sum(line["rollout/tokens"] + line["train/tokens"] for line in lines if line["step"] < step) for lines in seeds]
+        for step in steps
+    ]
+    return [statistics.fmean(row) / 1000 for row in spent], [statistics.fmean(row) for row in rows]
 
 
 def _evaluations(lines: Lines) -> dict[int, float]:

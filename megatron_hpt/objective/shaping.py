@@ -6,6 +6,7 @@ the reference code's `off_policy_reshape`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,7 +46,7 @@ class Saturating:
         return f"x/(x+{self.gamma:g})"
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
-        return torch.sigmoid(log_ratio - torch.tensor(self.gamma, dtype=log_ratio.dtype).log())
+        return torch.sigmoid(log_ratio - math.log(self.gamma))
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,10 @@ class Tokens:
 
         Rows lie whole in one batch part, so this needs no communication.
         """
-        number = int(self.rows.max()) + 1 if self.rows.numel() else 0
-        trained = self.trained.to(values.dtype)
-        sums = values.new_zeros(number).index_add(0, self.rows, torch.where(self.trained, values, 0.0))
-        counts = values.new_zeros(number).index_add(0, self.rows, trained).clamp(min=1)
+        # There are at most as many rows as tokens; asking for their number would make the host wait for the device.
+        zeros = torch.zeros_like(values)
+        sums = zeros.index_add(0, self.rows, torch.where(self.trained, values, 0.0))
+        counts = zeros.index_add(0, self.rows, self.trained.to(values.dtype)).clamp(min=1)
         return (sums / counts)[self.rows]
 
 

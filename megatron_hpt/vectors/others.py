@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hpt.data.prompts import PromptSource, demonstration_tokens
@@ -162,22 +164,29 @@ def check_eos_mask(case: Case) -> Iterator[Comparison]:
 
 def check_logits(case: Case) -> Iterator[Comparison]:
     """Log-probabilities and entropy of logits, with both gradients, through the vocabulary-parallel kernel."""
-    import torch.distributed as dist
-
     from megatron_hpt.actor.logprob import logprob_and_entropy
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     labels = torch.tensor(case.inputs["labels"])
     for index, (name, gradient) in enumerate({"log_prob": "sum_log_prob", "entropy": "sum_entropy"}.items()):
         logits = torch.tensor(case.inputs["logits"], dtype=torch.float64).requires_grad_()
         vocab = logits.shape[-1]
-        outputs = logprob_and_entropy(
-            logits.flatten(0, -2), labels.flatten(), temperature=1.0, vocab=vocab, first=0, group=dist.group.WORLD
-        )
+        with _group_of_one() as group:
+            outputs = logprob_and_entropy(
+                logits.flatten(0, -2), labels.flatten(), temperature=1.0, vocab=vocab, first=0, group=group
+            )
         outputs[index].sum().backward()
         yield Comparison(name, outputs[index].detach().reshape(labels.shape), case.expected[name])
         yield Comparison(f"d{gradient}/dlogits", logits.grad, case.gradients[f"logits_of_{gradient}"])
+
+
+@contextmanager
+def _group_of_one() -> Iterator[dist.ProcessGroup]:
+    """A process group of this process alone, gone afterwards."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def check_demonstration_row(case: Case) -> Iterator[Comparison]:

@@ -142,7 +142,8 @@ KINDS = {
 def test_any_kind_of_batch_neither_hangs_nor_gives_a_nan(layouts: Layouts, kind: str) -> None:
     ledger = Ledger(layouts.folder / kind)
     ledger.write(Batch(0, KINDS[kind](Ledger(layouts.folder / "ledger").read(0).rows)))
-    found = layouts.run(f"run {kind}", ledger=kind, last=1, sections=algorithm("hpt"), data=2)
+    saved = str(layouts.folder / f"checkpoint {kind}")  # also where the optimizer has not stepped yet
+    found = layouts.run(f"run {kind}", "--save", saved, ledger=kind, last=1, sections=algorithm("hpt"), data=2)
     (metrics,) = found.metrics
     assert all(math.isfinite(v) for v in metrics.values() if isinstance(v, float))
     empty = kind in ("nothing trained", "no row at all")
