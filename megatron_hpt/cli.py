@@ -61,8 +61,7 @@ def algorithms(
     from megatron_hpt.objective.explain import explain, print_table
 
     if name is None:
-        terminal = Console()
-        print_table(terminal if terminal.is_terminal else Console(width=180))
+        print_table(_wide_console())
     else:
         sys.stdout.write(explain(name, overrides or []))
 
@@ -75,7 +74,13 @@ def replay(
     """Show what another gate would have decided on a run's rollouts, per step, from its ledger alone."""
     from megatron_hpt.telemetry.replay import print_replay
 
-    print_replay(run, gate, Console())
+    print_replay(run, gate, _wide_console())
+
+
+def _wide_console() -> Console:
+    """For tables: the terminal's width, and room enough where there is no terminal."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=180)
 
 
 def main() -> None:

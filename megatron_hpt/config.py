@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_hpt.errors import ConfigError
 
@@ -74,7 +74,7 @@ class GateConfig(Section):
     """A prompt solved exactly `threshold` times goes to the other side."""
     off_policy_threshold: Threshold | None = None
     """Prompts above `threshold` and solved at most this often train their demonstration by off-policy RL."""
-    hysteresis: Threshold = 0
+    hysteresis: typing.Annotated[Threshold, Field(ge=0)] = 0
     """A prompt last taught by its demonstration leaves it only when solved this much more often than `threshold`."""
     by_source: dict[str, SourceGateConfig] = {}
     """Other thresholds for some data sources: name in the data's `data_source` column → thresholds."""
@@ -131,6 +131,12 @@ class MismatchConfig(Section):
     stop_above: PositiveFloat | None = None
     """Kill-switch: a step whose mismatch/k3_kl is above this is not taken (see optimizer.stop_after_skipped)."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> MismatchConfig:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}, or everything is dropped")
+        return self
+
 
 class OverlongConfig(Section):
     buffer: NonNegativeInt = 0
@@ -139,6 +145,13 @@ class OverlongConfig(Section):
     """What a response at the limit loses."""
     mask: bool = False
     """Responses that hit the limit do not train."""
+
+
+class SrftConfig(Section):
+    imitation: NonNegativeFloat = 0.5
+    """Scale of e^-H on the likelihood of demonstrations (the paper's 0.5)."""
+    reinforcement: NonNegativeFloat = 0.1
+    """Scale of e^+H on correct rollouts (the paper's 0.1)."""
 
 
 class MixtureConfig(Section):
@@ -171,6 +184,8 @@ class AlgorithmConfig(Section):
     """λ of generalised advantage estimation (PPO)."""
     sft_steps: NonNegativeInt = 0
     """Steps of the first phase of sft_grpo."""
+    srft: SrftConfig = SrftConfig()
+    """SRFT's entropy-aware weights."""
     mixture: MixtureConfig = MixtureConfig()
     """Schedule of the global mixture (chord)."""
     max_rounds: PositiveInt = 4
@@ -340,6 +355,9 @@ def unknown_key(path: list[str]) -> str:
     """One line for a key that does not exist: where it stops being known, the neighbours, the nearest name."""
     section: Any = Config
     for depth, part in enumerate(path):
+        if path[:depth] in _FREE_MAPPINGS:
+            section = typing.get_args(section)[1]
+            continue
         fields = getattr(section, "model_fields", {})
         if part not in fields:
             where = ".".join(path[:depth]) or "the configuration"
@@ -395,11 +413,14 @@ _FREE_MAPPINGS = (["evaluation", "sets"], ["algorithm", "gate", "by_source"])
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     node: Any = tree
-    for part in path[:-1]:
+    for depth, part in enumerate(path[:-1]):
+        if isinstance(node, dict) and path[:depth] in _FREE_MAPPINGS:
+            node.setdefault(part, {})
         if not isinstance(node, dict) or part not in node:
             raise ConfigError(unknown_key(path))
         node = node[part]
-    if not isinstance(node, dict) or (path[-1] not in node and path[:-1] not in _FREE_MAPPINGS):
+    own_names = path[:-1] in _FREE_MAPPINGS or path[:-2] in _FREE_MAPPINGS  # checked when all of it is validated
+    if not isinstance(node, dict) or (path[-1] not in node and not own_names):
         raise ConfigError(unknown_key(path))
     node[path[-1]] = value
 

@@ -22,8 +22,9 @@ def import_function(path: str, key: str) -> Callable[..., Any]:
         sys.path.append(str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}: {path!r} cannot be imported: {error}; expected package.module:function") from None
+    except Exception as error:  # whatever the user's module raises
+        message = f"{type(error).__name__}: {error}; expected package.module:function"
+        raise ConfigError(f"{key}: {path!r} cannot be imported: {message}") from error
     if not callable(function):
         raise ConfigError(f"{key}: {path!r} is a {type(function).__name__}, not a function")
     return function

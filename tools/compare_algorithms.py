@@ -49,23 +49,27 @@ def main(
 
 
 def _compare(recipe: str, overrides: list[str], algorithms: list[str], seeds: list[int], start_steps: int, out: Path) -> None:
-    start = _start(recipe, start_steps, out) if start_steps else []
+    start = _start(recipe, overrides, start_steps, out) if start_steps else []
     jobs = [(algorithm, seed) for seed in seeds for algorithm in algorithms]  # one seed of each before the next
     began, lines = time.monotonic(), {}
     for done, (algorithm, seed) in enumerate(jobs):
         left = duration((time.monotonic() - began) / done * (len(jobs) - done)) if done else "unknown"
         print(f"run {done + 1} of {len(jobs)}: {algorithm}, seed {seed}; time left {left}", flush=True)
-        settings = [*start, *_settings(recipe, [*start, *overrides], algorithm), f"trainer.seed={seed}", "trainer.export=false"]
-        run = _finish(recipe, f"{algorithm}_seed{seed}", [*settings, *overrides], out)
+        settings = [*_settings(recipe, overrides, algorithm), f"trainer.seed={seed}", "trainer.export=false"]
+        run = _finish(recipe, f"{algorithm}_seed{seed}", [*settings, *overrides, *start], out)
         lines[algorithm, seed] = metrics.read(run.metrics)
         _write({name: [lines[name, s] for s in seeds if (name, s) in lines] for name in algorithms}, out)
     print((out / "comparison.md").read_text())
 
 
-def _start(recipe: str, steps: int, out: Path) -> list[str]:
-    """Settings that begin every run from the same briefly imitating model."""
-    settings = ["algorithm.name=sft", f"trainer.steps={steps}", f"trainer.seed={START_SEED}", "evaluation.every=0"]
-    run = _finish(recipe, "start", settings, out)
+def _start(recipe: str, overrides: list[str], steps: int, out: Path) -> list[str]:
+    """Settings that begin every run from the same briefly imitating model, trained as the recipe says.
+
+    Of the overrides it takes those that say what is trained on what and where, not those of how the comparison trains.
+    """
+    shared = [override for override in overrides if override.split(".")[0] in ("model", "data", "rollout", "parallel", "actor")]
+    own = ["algorithm.name=sft", f"trainer.steps={steps}", f"trainer.seed={START_SEED}", "trainer.export=true"]
+    run = _finish(recipe, "start", [*shared, *own, "evaluation.every=0"], out)
     return [f"model.path={run.export}"]
 
 

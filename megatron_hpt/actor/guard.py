@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from megatron_hpt.actor.train_step import Actor
 
 EMPTY = "nothing to train"
-"""Reason of a step without a single trained token; it does no harm and does not count towards stopping."""
+"""Reason of a step without a single trained token; it does no harm, and neither counts towards stopping nor ends a row."""
 
 
 def update(actor: Actor, denominators: Denominators, k3: float | None) -> dict[str, float | str | None]:
@@ -30,21 +30,24 @@ def update(actor: Actor, denominators: Denominators, k3: float | None) -> dict[s
         reason = _reason(actor, denominators, norm, k3)
         if reason is None:
             actor.optimizer.step()
-    actor.skipped_in_a_row = actor.skipped_in_a_row + 1 if reason not in (None, EMPTY) else 0
+    if reason is None:
+        actor.skipped_in_a_row = 0
+    elif reason != EMPTY:
+        actor.skipped_in_a_row += 1
     return {"train/grad_norm": norm, "train/skipped": int(reason is not None), "train/skip_reason": reason}
 
 
 def _reason(actor: Actor, denominators: Denominators, norm: float, k3: float | None) -> str | None:
     """Why the step must not be taken; None: it may."""
     limit, stop_above = actor.config.optimizer.skip_above, actor.config.algorithm.mismatch.stop_above
+    if stop_above is not None and k3 is not None and not k3 <= stop_above:
+        return f"mismatch/k3_kl {k3:.4g} is above algorithm.mismatch.stop_above={stop_above:g}"
     if denominators.tokens == 0:
         return EMPTY
     if not math.isfinite(norm):
         return f"the gradient norm is {norm}"
     if limit is not None and norm > limit:
         return f"the gradient norm {norm:.4g} is above optimizer.skip_above={limit:g}"
-    if stop_above is not None and k3 is not None and not k3 <= stop_above:
-        return f"mismatch/k3_kl {k3:.4g} is above algorithm.mismatch.stop_above={stop_above:g}"
     return None
 
 

@@ -59,10 +59,11 @@ def selected_rows(rows: Sequence[Row], in_reward: bool = False) -> list[Row]:
     Args:
         in_reward: a penalty enters the rewards, so rows that only others' advantages are compared with are needed too.
     """
-    trained = [row for row in rows if row.weight != 0 or (in_reward and row.is_estimated)]
-    rollouts = sum(row.source is Source.ROLLOUT for row in trained)
-    spare = [row for row in rows if row.weight == 0 and row.source is Source.ROLLOUT and not row.is_estimated]
-    return trained + spare[: max(0, PROBE_ROWS - rollouts)]
+    needed = [row.weight != 0 or (in_reward and row.is_estimated) for row in rows]
+    chosen = [row for row, needs in zip(rows, needed, strict=True) if needs]
+    spare = [row for row, needs in zip(rows, needed, strict=True) if not needs and row.source is Source.ROLLOUT]
+    rollouts = sum(row.source is Source.ROLLOUT for row in chosen)
+    return chosen + spare[: max(0, PROBE_ROWS - rollouts)]
 
 
 def train_step(actor: Actor, rows: Sequence[Row], step: int) -> dict[str, float | str | None]:
@@ -79,8 +80,9 @@ def train_step(actor: Actor, rows: Sequence[Row], step: int) -> dict[str, float 
         group["lr"] = lr
     update = guard.update(actor, denominators, _mean(sums["k3"], sums["measured"]))
     metrics = _metrics(actor, sums, denominators) | {"train/lr": lr} | update
-    if not update["train/skipped"]:
-        actor.entropy_coefficient = actor.algorithm.entropy.next_coefficient(actor.entropy_coefficient, sums["entropy"])
+    bonus = actor.algorithm.entropy
+    if not update["train/skipped"] and denominators.of(bonus.roles).tokens:
+        actor.entropy_coefficient = bonus.next_coefficient(actor.entropy_coefficient, sums["bonus_entropy"])
     return metrics
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_hpt.config import Config
+from megatron_hpt.config import Config, GateConfig, SourceGateConfig
 from megatron_hpt.data.prompts import Limits, load_prompts
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.objective import algorithms
@@ -52,11 +52,26 @@ def check_algorithm(config: Config, algorithm: Algorithm) -> None:
         raise ConfigError(
             f"rollout.samples_per_prompt: given {samples}; {name} puts a demonstration in place of one: at least 2"
         )
+    _check_bands(config)
     if config.algorithm.overlong.buffer >= config.data.max_response_length:
         raise ConfigError(
             f"algorithm.overlong.buffer: given {config.algorithm.overlong.buffer}; must be below data.max_response_length "
             f"({config.data.max_response_length})"
         )
+
+
+def _check_bands(config: Config) -> None:
+    """A band between a count and a share, which only the number of samples makes comparable."""
+    gate, n = config.algorithm.gate, config.rollout.samples_per_prompt
+    sections: dict[str, GateConfig | SourceGateConfig] = {"algorithm.gate": gate}
+    sections |= {f"algorithm.gate.by_source.{name}": own for name, own in gate.by_source.items()}
+    for key, section in sections.items():
+        low, high = (t if isinstance(t, int) or t is None else t * n for t in (section.threshold, section.off_policy_threshold))
+        if high is not None and high < low:
+            raise ConfigError(
+                f"{key}.off_policy_threshold: given {section.off_policy_threshold}, below the threshold {section.threshold} "
+                f"for {n} samples; the band would be empty"
+            )
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:
@@ -118,6 +133,12 @@ def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
     for path in config.evaluation.sets.values():
         load_prompts(path, tokenizer, limits)
     prompts = load_prompts(config.data.train, tokenizer, limits)
+    sources = {prompt.data_source for prompt in prompts}
+    for name in config.algorithm.gate.by_source.keys() - sources:
+        raise ConfigError(
+            f"algorithm.gate.by_source.{name}: no row of {config.data.train} is of that data_source; it has "
+            f"{', '.join(sorted(map(repr, sources)))}"
+        )
     if gate.needs_demonstrations and not any(prompt.demonstration for prompt in prompts):
         raise DataError(
             f"{config.data.train}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "

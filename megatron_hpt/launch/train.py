@@ -11,6 +11,7 @@ from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
 from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import preflight
+from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.run import RunDir, create, newest, open_run
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.report import write_report
@@ -24,6 +25,8 @@ def start_run(source: str, overrides: list[str], root: Path) -> RunDir:
     if recipe.prepare is not None:
         recipe.prepare(recipe.config)
     preflight.check(recipe.config)
+    for key in without_effect(recipe.config):
+        logger.warning("note: %s has no effect on %s", key, recipe.config.algorithm.name)
     run = create(recipe.config, root)
     _supervise(recipe.config, run, 0)
     return run
@@ -76,6 +79,8 @@ def _check_same_batches(saved: Config, config: Config) -> None:
     for section, names in fields.items():
         before, after = getattr(saved, section), getattr(config, section)
         changed += [f"{section}.{name}" for name in names if getattr(before, name) != getattr(after, name)]
+    if not changed and of_run(saved).gate != of_run(config).gate:
+        changed = ["trainer.steps, which the gate's schedule depends on (algorithm.mixture.steps=0),"]
     if changed:
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change within a run; start a new one without --resume")
 

@@ -49,7 +49,10 @@ class Outcome:
 
 
 class Advantage(Protocol):
-    """A choice of Â."""
+    """A choice of Â; `Estimated` has what most share."""
+
+    needs_values: bool
+    """It is estimated from a critic's values."""
 
     @property
     def formula(self) -> str:

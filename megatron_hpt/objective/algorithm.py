@@ -71,6 +71,10 @@ class Algorithm:
         roles = (Role.DEMONSTRATION, Role.OFF_POLICY)
         return any(self._estimating(role) for role in roles)
 
+    def needs_estimate(self, role: Role) -> bool:
+        """Nothing can be learnt from a row of this role without an estimated advantage."""
+        return all(not _is_one(term.advantage) for term in self.terms if role in term.roles)
+
     def advantage_of(self, role: Role) -> Advantage:
         """The estimator behind a role's column of advantages; Â = 1 where every term brings its own."""
         estimating = self._estimating(role)

@@ -8,10 +8,10 @@ To add one of your own, write such a function anywhere and name it in the recipe
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from megatron_hpt.config import AlgorithmConfig, Config
+from megatron_hpt.config import AlgorithmConfig, Config, Section
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.imports import import_function
 from megatron_hpt.objective import advantage as a
@@ -173,17 +173,17 @@ def luffy(s: Settings) -> Algorithm:
     demonstrations = Term(
         "off_policy", DEMONSTRATION, One(), advantage, TokenMean(), shaping=shaped, coefficient=coefficient, counted=BOTH
     )
-    return Algorithm((rollouts, demonstrations), Union())
+    return Algorithm((rollouts, demonstrations), Union(gates.without_demonstration(s.algorithm.gate)))
 
 
 def srft(s: Settings) -> Algorithm:
     """SRFT (arXiv 2506.19767) in one stage: SFT weighted down and positive rollouts weighted up by the policy's entropy.
 
-    Demonstrations are imitated (0.5·e^-H) and also reinforced with π_ref = 1 against the union of the group; rollouts
-    are Â = ±1, positive ones times 0.1·e^+H. The signs are the paper's; its released code has e^+H on the SFT term.
+    Demonstrations are imitated (times e^-H) and also reinforced with π_ref = 1 against the union of the group; rollouts
+    are Â = ±1, positive ones times e^+H. The signs are the paper's; its released code has e^+H on the SFT term.
     """
-    imitate = replace(likelihood(s), advantage=a.EntropyScaled(a.One(), 0.5, -1))
-    rollout_advantage = a.EntropyScaled(a.Sign(), 0.1, +1, only_positive=True)
+    imitate = replace(likelihood(s), advantage=a.EntropyScaled(a.One(), s.algorithm.srft.imitation, -1))
+    rollout_advantage = a.EntropyScaled(a.Sign(), s.algorithm.srft.reinforcement, +1, only_positive=True)
     rollouts = Term("rollouts", ROLLOUT, Current(), rollout_advantage, ConstantLength(s.length), counted=BOTH)
     reinforce_demonstrations = Term(
         "off_policy",
@@ -194,7 +194,8 @@ def srft(s: Settings) -> Algorithm:
         coefficient=s.algorithm.off_policy_coefficient,
         counted=BOTH,
     )
-    return Algorithm((rollouts, imitate, reinforce_demonstrations), Union())
+    terms = (rollouts, imitate, reinforce_demonstrations)
+    return Algorithm(terms, Union(gates.without_demonstration(s.algorithm.gate)))
 
 
 def hpt(s: Settings) -> Algorithm:
@@ -239,7 +240,8 @@ def sft_grpo(s: Settings) -> Algorithm:
 def chord(s: Settings) -> Algorithm:
     """A global mixture like CHORD's (arXiv 2508.11408): μ SFT + (1-μ) GRPO, μ falling by step, SFT shaped by p(1-p)."""
     mixture = s.algorithm.mixture
-    gate = Mixture(mixture.start, mixture.end, mixture.steps or s.steps)
+    without = gates.without_demonstration(s.algorithm.gate)
+    gate = Mixture(mixture.start, mixture.end, mixture.steps or s.steps, without)
     demonstrations = replace(likelihood(s), reference=One(), shaping=Uncertain())
     return Algorithm((clipped_grpo(s), demonstrations), gate)
 
@@ -267,9 +269,64 @@ def build(config: AlgorithmConfig, max_response_length: int, steps: int = 1) -> 
     algorithm = lookup(config.name)(Settings(config, config.constant_length or max_response_length, steps))
     if not isinstance(algorithm, Algorithm):
         raise ConfigError(f"algorithm.name: {config.name} returned {type(algorithm).__name__}; expected an Algorithm")
-    correction = _correction(config)
-    terms = tuple(replace(t, correction=correction) if t.roles == ROLLOUT else t for t in algorithm.terms)
-    return replace(algorithm, terms=terms, entropy=_entropy(config), kl=_kl(config))
+    for role in algorithm.gate.roles - {role for term in algorithm.terms for role in term.roles}:
+        raise ConfigError(f"algorithm: the gate of {config.name} may choose {role.name.lower()} rows, and no term trains them")
+    if config.kl.coefficient and Role.ROLLOUT not in algorithm.gate.roles:
+        raise ConfigError(
+            f"algorithm.kl.coefficient: given {config.kl.coefficient:g}; {config.name} has no rollouts to measure it on"
+        )
+    around = {"entropy": _entropy(config), "kl": _kl(config)}
+    given = {name: choice for name, choice in around.items() if choice is not None}  # else what the record itself says
+    return replace(algorithm, terms=tuple(_corrected(term, config) for term in algorithm.terms), **given)
+
+
+def without_effect(config: Config) -> list[str]:
+    """Settings below ``algorithm`` that differ from their defaults and change nothing in the algorithm named there."""
+    algorithm = of_run(config)
+    idle = []
+    for path, default in _changed(config.algorithm, AlgorithmConfig(name=config.algorithm.name)):
+        key = ".".join(path)
+        if key in _READ_ELSEWHERE:
+            effective = _READ_ELSEWHERE[key](algorithm)
+        else:
+            effective = _built_with(config, path, default) != algorithm
+        if not effective:
+            idle.append(f"algorithm.{key}")
+    return idle
+
+
+_READ_ELSEWHERE: dict[str, Callable[[Algorithm], bool]] = {
+    "max_rounds": lambda algorithm: algorithm.gate.refills,
+    "kl.reference": lambda algorithm: algorithm.kl is not None,
+    **dict.fromkeys(
+        ("overlong.buffer", "overlong.penalty", "overlong.mask", "mismatch.stop_above"),
+        lambda algorithm: Role.ROLLOUT in algorithm.gate.roles,
+    ),
+}
+"""Settings that are not part of the record, and when they are read."""
+
+
+def _changed(section: Section, defaults: Section, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Paths of the settings that differ from their defaults, with those."""
+    for name in type(section).model_fields:
+        value, default = getattr(section, name), getattr(defaults, name)
+        if isinstance(value, Section):
+            yield from _changed(value, default, (*path, name))
+        elif value != default:
+            yield (*path, name), default
+
+
+def _built_with(config: Config, path: tuple[str, ...], value: object) -> Algorithm | None:
+    """The algorithm with another value of one setting; None if it cannot be."""
+    sections = [config, config.algorithm]
+    for name in path[:-1]:
+        sections.append(getattr(sections[-1], name))
+    for section, name in zip(reversed(sections), reversed(("algorithm", *path)), strict=True):
+        value = section.model_copy(update={name: value})
+    try:
+        return of_run(value)
+    except ConfigError:
+        return None
 
 
 def lookup(name: str) -> Record:
@@ -287,13 +344,13 @@ def lookup(name: str) -> Record:
     return ALGORITHMS[name]
 
 
-def _entropy(config: AlgorithmConfig) -> EntropyBonus:
+def _entropy(config: AlgorithmConfig) -> EntropyBonus | None:
     given = config.entropy
     if given.target is not None and given.coefficient == 0:
         raise ConfigError(
-            "algorithm.entropy.target: an adaptive coefficient starts from algorithm.entropy.coefficient, which is 0"
+            "algorithm.entropy.target: an adaptive coefficient starts from algorithm.entropy.coefficient; it is 0"
         )
-    return EntropyBonus(given.coefficient, given.demonstrations, given.target, given.rate)
+    return EntropyBonus(given.coefficient, given.demonstrations, given.target, given.rate) if given.coefficient else None
 
 
 def _kl(config: AlgorithmConfig) -> KlPenalty | None:
@@ -301,11 +358,21 @@ def _kl(config: AlgorithmConfig) -> KlPenalty | None:
     return KlPenalty(ESTIMATORS[given.estimator], given.coefficient, given.place == "reward") if given.coefficient else None
 
 
-_CORRECTIONS = {"tis": c.Truncated, "mis": c.Masked, "icepop": c.IcePop}
+def _corrected(term: Term, config: AlgorithmConfig) -> Term:
+    """The term with the recipe's correction, where it has one and the term is of rollouts.
 
-
-def _correction(config: AlgorithmConfig) -> c.Correction:
+    Raises:
+        ConfigError: the term applies to other rows as well, which have no engine to be corrected for.
+    """
     given = config.mismatch
-    if given.correction == "none":
-        return c.NoCorrection()
-    return _CORRECTIONS[given.correction](given.low, given.high, given.level == "sequence")
+    if given.correction == "none" or Role.ROLLOUT not in term.roles:
+        return term
+    if term.roles != ROLLOUT:
+        raise ConfigError(f"algorithm.mismatch.correction: term {term.name} mixes rollouts with other rows; corrections cannot")
+    sequence = given.level == "sequence"
+    corrections = {
+        "tis": c.Truncated(given.high, sequence),
+        "mis": c.Masked(given.high, sequence),
+        "icepop": c.IcePop(given.high, sequence, given.low),
+    }
+    return replace(term, correction=corrections[given.correction])

@@ -47,9 +47,8 @@ class NoCorrection:
 
 @dataclass(frozen=True)
 class _Mismatch:
-    """Bounds on w, per token or per sequence (geometric mean over the response)."""
+    """A bound on w, per token or per sequence (geometric mean over the response)."""
 
-    low: float
     high: float
     sequence: bool = False
 
@@ -75,7 +74,7 @@ class Truncated(_Mismatch):
 @dataclass(frozen=True)
 class Masked(_Mismatch):
     """MIS, masked importance sampling: w up to `high`, tokens or sequences beyond it are dropped (Liu, Li et al. 2025,
-    "When speed kills stability"); `low` does not apply."""
+    "When speed kills stability")."""
 
     @property
     def formula(self) -> str:
@@ -83,12 +82,15 @@ class Masked(_Mismatch):
 
     def __call__(self, tokens: Tokens) -> Corrected:
         ratio = self.ratio(tokens)
-        return Corrected(tokens.logprobs.detach(), ratio * (ratio <= self.high))
+        # torch.where: an overflowed ratio times 0 is no number.
+        return Corrected(tokens.logprobs.detach(), torch.where(ratio <= self.high, ratio, 0.0))
 
 
 @dataclass(frozen=True)
 class IcePop(_Mismatch):
     """IcePop: w inside [low, high], nothing outside (Ring-1T report, arXiv 2510.18855)."""
+
+    low: float = 0.0
 
     @property
     def formula(self) -> str:
@@ -96,4 +98,4 @@ class IcePop(_Mismatch):
 
     def __call__(self, tokens: Tokens) -> Corrected:
         ratio = self.ratio(tokens)
-        return Corrected(tokens.logprobs.detach(), ratio * ((ratio >= self.low) & (ratio <= self.high)))
+        return Corrected(tokens.logprobs.detach(), torch.where((ratio >= self.low) & (ratio <= self.high), ratio, 0.0))

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_hpt.objective.aggregation import TokenMean
+from megatron_hpt.objective.aggregation import Aggregation, TokenMean
 from megatron_hpt.objective.algorithm import Algorithm, Term
 from megatron_hpt.objective.roles import Role
 from megatron_hpt.objective.tokens import Denominators, Tokens
 
 ROLLOUTS = frozenset({Role.ROLLOUT})
-_BESIDE_TERMS = ("loss", "entropy", "kl", "masked", "dropped")
+_BESIDE_TERMS = ("loss", "entropy", "bonus_entropy", "kl", "masked", "dropped")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Loss:
     total: Tensor
     parts: dict[str, Tensor]
     """Detached scalars that add up over micro-batches and ranks, by `part_names`: the loss, every term's
-    (``loss_<name>``), this part's share of the mean entropy and of the KL, rollout tokens that a stabilisation mask
-    switched off, and those that a mismatch correction dropped."""
+    (``loss_<name>``), this part's share of the mean entropy (of all trained tokens, and of those in the bonus) and of
+    the KL, rollout tokens that a stabilisation mask switched off, and those that a mismatch correction dropped."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,20 @@ def unified_loss(
         parts[f"loss_{term.name}"] = value
         rollout = term_tokens.active & (tokens.roles == Role.ROLLOUT)
         masked, dropped = masked | (rollout & ~term_tokens.kept), dropped | (rollout & (term_tokens.factors == 0))
-    entropy, bonus = _entropy(algorithm, tokens, denominators)
+    entropy = _mean_entropy(frozenset(Role), tokens, denominators)
+    bonus_entropy = _mean_entropy(algorithm.entropy.roles, tokens, denominators)
+    bonus = _mean_entropy(algorithm.entropy.roles, tokens, denominators, algorithm.entropy_aggregation)
     coefficient = algorithm.entropy.coefficient if entropy_coefficient is None else entropy_coefficient
     kl, penalty = _kl(algorithm, tokens, denominators)
     total = total - coefficient * bonus + penalty
-    parts |= {"loss": total, "entropy": entropy, "kl": kl, "masked": masked.sum(), "dropped": dropped.sum()}
+    parts |= {
+        "loss": total,
+        "entropy": entropy,
+        "bonus_entropy": bonus_entropy,
+        "kl": kl,
+        "masked": masked.sum(),
+        "dropped": dropped.sum(),
+    }
     return Loss(total, {name: parts[name].detach() for name in part_names(algorithm)})
 
 
@@ -118,16 +127,16 @@ def _aggregate(term: Term, term_tokens: TermTokens, tokens: Tokens, denominators
     return term.coefficient * (tokens.weights * shares * term_tokens.losses).sum()
 
 
-def _entropy(algorithm: Algorithm, tokens: Tokens, denominators: Denominators) -> tuple[Tensor, Tensor]:
-    """This part's share of the mean entropy over all trained tokens, and of the bonus before its coefficient.
+def _mean_entropy(
+    roles: frozenset[Role], tokens: Tokens, denominators: Denominators, aggregation: Aggregation | None = None
+) -> Tensor:
+    """This part's share of the mean entropy over the trained tokens of some roles.
 
     Rows count fully in it whatever their weight: a soft gate weighs what a row teaches, not the policy's spread.
     """
-    roles = frozenset(Role) if algorithm.entropy.demonstrations else ROLLOUTS
     counted = tokens.of(roles)
-    shares = algorithm.entropy_aggregation(tokens, counted, denominators.of(roles))
-    mean = torch.where(tokens.trained, tokens.entropy, 0.0) * TokenMean()(tokens, tokens.trained, denominators.of(Role))
-    return mean.sum(), (shares * torch.where(counted, tokens.entropy, 0.0)).sum()
+    shares = (aggregation or TokenMean())(tokens, counted, denominators.of(roles))
+    return (shares * torch.where(counted, tokens.entropy, 0.0)).sum()
 
 
 def _kl(algorithm: Algorithm, tokens: Tokens, denominators: Denominators) -> tuple[Tensor, Tensor]:

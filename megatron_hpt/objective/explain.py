@@ -117,7 +117,7 @@ def _sum(algorithm: Algorithm) -> str:
 
 
 def _term(term: Term) -> list[str]:
-    surrogate = term.reference.surrogate
+    surrogate = term.stability.surrogate or term.reference.surrogate
     if isinstance(term.shaping, Identity):
         surrogate = surrogate.replace("f(", "(")
     lines = [

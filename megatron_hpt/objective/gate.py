@@ -7,10 +7,14 @@ mixtures) are given to it. Every decision is recorded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fractions import Fraction
 from typing import Protocol
+
+from megatron_hpt.objective.roles import Role
+
+BOTH_ROLES = frozenset({Role.ROLLOUT, Role.DEMONSTRATION})
 
 
 class Choice(StrEnum):
@@ -79,6 +83,8 @@ class Gate(Protocol):
         """The rule, for people."""
 
     needs_demonstrations: bool
+    roles: frozenset[Role]
+    """The rows that it may choose; each needs a term."""
     refills: bool
     """Prompts that were skipped are replaced by others (dynamic sampling)."""
 
@@ -121,10 +127,11 @@ def _skipped(situation: Situation) -> Decision:
     return _decide(situation, Choice.SKIPPED)
 
 
-def _missing(situation: Situation, instead: Choice) -> Decision:
-    """The gate wants a demonstration that is not there."""
-    decision = _rollouts(situation) if instead is Choice.ROLLOUTS and situation.graded else _skipped(situation)
-    return Decision(**{**decision.__dict__, "missing_demonstration": True})
+def _missing(situation: Situation, instead: Choice, weight: float = 1.0) -> Decision:
+    """The gate wants a demonstration that is not there: rollouts with the weight they have, or nothing."""
+    uses_rollouts = instead is Choice.ROLLOUTS and situation.graded and weight
+    decision = _decide(situation, Choice.ROLLOUTS, rollouts=weight) if uses_rollouts else _skipped(situation)
+    return replace(decision, missing_demonstration=True)
 
 
 Threshold = int | float
@@ -142,16 +149,19 @@ class Thresholds:
     off_policy: Threshold | None = None
     strict: bool = False
 
-    def choose(self, situation: Situation, raised_by: Threshold = 0) -> Choice:
-        """The side that a prompt is on, if thresholds were higher by `raised_by`."""
-        if self._reaches(situation, self.demonstration, raised_by):
+    def choose(self, situation: Situation, hysteresis: Threshold = 0) -> Choice:
+        """The side that a prompt is on; a threshold it was last at or below is higher by `hysteresis`."""
+        taught, in_band = (situation.previous is choice for choice in (Choice.DEMONSTRATION, Choice.OFF_POLICY))
+        if self._reaches(situation, self.demonstration, hysteresis if taught else 0):
             return Choice.DEMONSTRATION
-        if self.off_policy is not None and self._reaches(situation, self.off_policy, raised_by):
+        if self.off_policy is not None and self._reaches(situation, self.off_policy, hysteresis if taught or in_band else 0):
             return Choice.OFF_POLICY
         return Choice.ROLLOUTS
 
     def _reaches(self, situation: Situation, threshold: Threshold, raised_by: Threshold) -> bool:
-        """P ≤ γ (strict: P < γ), in whole numbers where the thresholds are."""
+        """P ≤ γ (strict: P < γ), in exact arithmetic; a negative threshold is never reached."""
+        if threshold < 0:
+            return False
         at, allowed = self._scaled(situation, threshold, raised_by)
         return at < allowed if self.strict else at <= allowed
 
@@ -190,6 +200,12 @@ class Switch(_Rule):
     needs_demonstrations = True
 
     @property
+    def roles(self) -> frozenset[Role]:
+        """The band only where some thresholds have one."""
+        banded = any(t.off_policy is not None for t in (self.thresholds, *self.by_source.values()))
+        return BOTH_ROLES | ({Role.OFF_POLICY} if banded else set())
+
+    @property
     def formula(self) -> str:
         """For people."""
         others = "".join(f"; {source}: {t.formula}" for source, t in self.by_source.items())
@@ -201,8 +217,7 @@ class Switch(_Rule):
         if situation.graded == 0:
             return _skipped(situation)
         thresholds = self.by_source.get(situation.data_source, self.thresholds)
-        taught = situation.previous in (Choice.DEMONSTRATION, Choice.OFF_POLICY)
-        choice = thresholds.choose(situation, self.hysteresis if taught else 0)
+        choice = thresholds.choose(situation, self.hysteresis)
         if choice is Choice.ROLLOUTS:
             return _rollouts(situation)
         if not situation.has_demonstration:
@@ -217,8 +232,9 @@ class Soft(_Rule):
     rollouts: Callable[[float], float]
     demonstration: Callable[[float], float]
     without_demonstration: Choice = Choice.ROLLOUTS
-    formula: str = "α = f(P) on rollouts and β = g(P) on the demonstration"
+    formula: str = "α = f(P) on rollouts, β = g(P) on the demonstration"
     needs_demonstrations = True
+    roles = BOTH_ROLES
 
     def __call__(self, situation: Situation) -> Decision:
         """Weigh."""
@@ -226,7 +242,7 @@ class Soft(_Rule):
             return _skipped(situation)
         alpha, beta = self.rollouts(situation.share), self.demonstration(situation.share)
         if beta and not situation.has_demonstration:
-            return _missing(situation, self.without_demonstration)
+            return _missing(situation, self.without_demonstration, alpha)
         return _decide(situation, _side(alpha, beta), alpha, beta)
 
 
@@ -242,6 +258,7 @@ class AlwaysRollouts(_Rule):
 
     formula: str = "rollouts"
     needs_demonstrations = False
+    roles = frozenset({Role.ROLLOUT})
 
     def __call__(self, situation: Situation) -> Decision:
         """Rollouts, if any is graded."""
@@ -255,6 +272,7 @@ class Informative(_Rule):
 
     formula: str = "rollouts if 0 < P < 1, else another prompt"
     needs_demonstrations = False
+    roles = frozenset({Role.ROLLOUT})
     refills = True
 
     def __call__(self, situation: Situation) -> Decision:
@@ -268,6 +286,7 @@ class AlwaysDemonstrations(_Rule):
 
     formula: str = "demonstration"
     needs_demonstrations = True
+    roles = frozenset({Role.DEMONSTRATION})
 
     def samples(self, wanted: int, has_demonstration: bool, step: int) -> int:
         """None."""
@@ -287,8 +306,10 @@ class Union(_Rule):
     Rollouts that are all ungraded leave the demonstration; a prompt without one has n rollouts.
     """
 
+    without_demonstration: Choice = Choice.ROLLOUTS
     formula: str = "n-1 rollouts and the demonstration"
     needs_demonstrations = True
+    roles = BOTH_ROLES
 
     def samples(self, wanted: int, has_demonstration: bool, step: int) -> int:
         """One less than the recipe's n where there is a demonstration."""
@@ -297,7 +318,7 @@ class Union(_Rule):
     def __call__(self, situation: Situation) -> Decision:
         """Both."""
         if not situation.has_demonstration:
-            return _missing(situation, Choice.ROLLOUTS)
+            return _missing(situation, self.without_demonstration)
         return _decide(situation, _side(float(situation.graded > 0), 1.0), float(situation.graded > 0), 1.0)
 
 
@@ -309,7 +330,9 @@ class Mixture(_Rule):
     start: float
     end: float
     steps: int
+    without_demonstration: Choice = Choice.ROLLOUTS
     needs_demonstrations = True
+    roles = BOTH_ROLES
 
     @property
     def formula(self) -> str:
@@ -325,7 +348,7 @@ class Mixture(_Rule):
         """Both."""
         mu = self.weight(situation.step)
         if not situation.has_demonstration:
-            return _missing(situation, Choice.ROLLOUTS)
+            return _missing(situation, self.without_demonstration, 1 - mu)
         alpha = (1 - mu) * (situation.graded > 0)
         return _decide(situation, _side(alpha, mu), alpha, mu)
 
@@ -347,6 +370,11 @@ class Phases(_Rule):
     def needs_demonstrations(self) -> bool:
         """Either phase does."""
         return self.first.needs_demonstrations or self.then.needs_demonstrations
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Of both phases."""
+        return self.first.roles | self.then.roles
 
     def samples(self, wanted: int, has_demonstration: bool, step: int) -> int:
         """As the phase's gate."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_hpt.config import GateConfig, Schedule
@@ -20,15 +21,23 @@ def hybrid(config: GateConfig) -> Gate:
     Raises:
         ConfigError: thresholds in the wrong order, a schedule that is not monotone or cannot be imported.
     """
-    without = Choice.ROLLOUTS if config.missing_demonstration == "rollouts" else Choice.SKIPPED
+    without = without_demonstration(config)
     if config.soft:
         rollouts = schedule(config.rollout_schedule, "algorithm.gate.rollout_schedule", rising=True)
         demonstration = schedule(config.demonstration_schedule, "algorithm.gate.demonstration_schedule", rising=False)
-        return Soft(rollouts, demonstration, without)
+        given = (
+            f"α = f(P) = {config.rollout_schedule} on rollouts, β = g(P) = {config.demonstration_schedule} on the demonstration"
+        )
+        return Soft(rollouts, demonstration, without, given)
     by_source = {
         name: _thresholds(c, config.strict, f"algorithm.gate.by_source.{name}") for name, c in config.by_source.items()
     }
     return Switch(_thresholds(config, config.strict, "algorithm.gate"), without, by_source, config.hysteresis)
+
+
+def without_demonstration(config: GateConfig) -> Choice:
+    """What a prompt does whose demonstration is wanted and missing."""
+    return Choice.ROLLOUTS if config.missing_demonstration == "rollouts" else Choice.SKIPPED
 
 
 def _thresholds(config, strict: bool, key: str) -> Thresholds:
@@ -53,7 +62,20 @@ def schedule(given: Schedule, key: str, rising: bool) -> Callable[[float], float
     return function
 
 
-_NAMED: dict[str, Callable[[float], float]] = {"up": lambda share: share, "down": lambda share: 1 - share}
+@dataclass(frozen=True)
+class Table:
+    """Factors at equal distances over P = 0 … 1, linear between them; n + 1 of them say what each count of n gets."""
+
+    factors: tuple[float, ...]
+
+    def __call__(self, share: float) -> float:
+        """The factor of a share."""
+        place = share * (len(self.factors) - 1)
+        left = min(int(place), len(self.factors) - 2)
+        return self.factors[left] + (place - left) * (self.factors[left + 1] - self.factors[left])
+
+
+_NAMED: dict[str, Callable[[float], float]] = {"up": Table((0.0, 1.0)), "down": Table((1.0, 0.0))}
 
 
 def _named(given: str, key: str) -> Callable[[float], float]:
@@ -64,14 +86,7 @@ def _named(given: str, key: str) -> Callable[[float], float]:
     return _NAMED[given]
 
 
-def _table(factors: list[float], key: str) -> Callable[[float], float]:
-    """Factors at equal distances over P = 0 … 1, linear between them; n + 1 of them say what each count of n gets."""
+def _table(factors: list[float], key: str) -> Table:
     if len(factors) < 2:
         raise ConfigError(f"{key}: given {factors!r}; a table needs at least two factors, for P = 0 and P = 1")
-
-    def look_up(share: float) -> float:
-        place = share * (len(factors) - 1)
-        left = min(int(place), len(factors) - 2)
-        return factors[left] + (place - left) * (factors[left + 1] - factors[left])
-
-    return look_up
+    return Table(tuple(factors))

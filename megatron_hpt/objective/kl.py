@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_hpt.objective.roles import Role
+
 
 class KlEstimator(Protocol):
     """A choice of estimator."""
@@ -91,8 +93,13 @@ class EntropyBonus:
     """Entropy that an adaptive coefficient steers to, nats."""
     rate: float = 0.01
 
+    @property
+    def roles(self) -> frozenset[Role]:
+        """The rows in the bonus."""
+        return frozenset(Role) if self.demonstrations else frozenset({Role.ROLLOUT})
+
     def next_coefficient(self, coefficient: float, entropy: float) -> float:
-        """The coefficient after a step whose mean entropy was `entropy`.
+        """The coefficient after a step whose mean entropy over the bonus's rows was `entropy`.
 
         The dual variable of the constraint H ≥ target (arXiv 1812.05905, eq. 18), stepped in its logarithm so that it
         stays positive. `entropy` is a mean over all ranks, so they agree (in the reference each rank has its own).

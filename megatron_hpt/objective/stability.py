@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ class Stabilised(NamedTuple):
 class Stability(Protocol):
     """A choice of mask."""
 
+    surrogate: ClassVar[str | None]
+    """The surrogate's formula, where the mask makes another of it."""
+
     @property
     def formula(self) -> str:
         """When a token keeps its gradient, for people; r is the surrogate."""
@@ -36,6 +39,7 @@ class NoMask:
     """Every token keeps its gradient."""
 
     formula: str = "1"
+    surrogate: ClassVar[str | None] = None
 
     def __call__(self, surrogate: Tensor, advantages: Tensor, tokens: Tokens) -> Stabilised:
         return Stabilised(surrogate, torch.ones_like(surrogate, dtype=torch.bool))
@@ -53,6 +57,7 @@ class Clip:
     high: float
     dual: float | None = None
     name: str = "clip"
+    surrogate: ClassVar[str | None] = None
 
     @property
     def formula(self) -> str:
@@ -79,6 +84,7 @@ class CisMask:
 
     high: float
     low: float | None = None
+    surrogate: ClassVar[str | None] = "sg(clip(π_θ/π_θold)) · log π_θ"
 
     @property
     def formula(self) -> str:
@@ -100,6 +106,7 @@ class ReferenceSrftClip:
 
     low: float
     high: float
+    surrogate: ClassVar[str | None] = None
 
     @property
     def formula(self) -> str:
@@ -117,6 +124,7 @@ class Bounded:
 
     low: float | None = None
     high: float | None = None
+    surrogate: ClassVar[str | None] = None
 
     @property
     def formula(self) -> str:
@@ -134,6 +142,7 @@ class DropLikely:
 
     above: float
     inner: Stability
+    surrogate: ClassVar[str | None] = None
 
     @property
     def formula(self) -> str:

@@ -13,7 +13,6 @@ from megatron_hpt.config import Config
 from megatron_hpt.data.estimation import TokenRewards, overlong_penalties, with_advantages
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.data.rows import Batch, Row, Source
-from megatron_hpt.errors import ConfigError
 from megatron_hpt.objective.algorithm import Algorithm
 from megatron_hpt.objective.gate import Choice, Decision, Gate, Situation
 from megatron_hpt.rollout.engine import Sample
@@ -39,7 +38,7 @@ def decide(step: int, groups: Sequence[Group], gate: Gate, prompts: int, previou
             full += 1
             if full > prompts:
                 skipped = {"choice": Choice.SKIPPED, "rollout_weight": 0.0, "demonstration_weight": 0.0}
-                decision = Decision(**{**decision.__dict__, **skipped})
+                decision = replace(decision, **skipped)
         decisions.append(decision)
     return decisions
 
@@ -78,11 +77,10 @@ def assemble(
         for index, (group, decision) in enumerate(zip(groups, decisions, strict=True))
         for row in _rows(index, group, decision)
     ]
-    _check_roles(rows, algorithm)
     penalties = overlong_penalties(rows, config)
     rows = with_advantages(rows, [index for index, row in enumerate(rows) if row.weight], algorithm, penalties)
-    rows = [replace(row, weight=0.0) if _is_left_out(row, config.algorithm.overlong.mask) else row for row in rows]
-    numbers = {**rollout_metrics(groups), **_gate_metrics(decisions), **_overlong_metrics(rows, penalties), **metrics}
+    rows = [replace(row, weight=0.0) if _is_left_out(row, algorithm, config.algorithm.overlong.mask) else row for row in rows]
+    numbers = {**rollout_metrics(groups), **_gate_metrics(decisions), **_row_metrics(rows, penalties), **metrics}
     return Batch(step, rows, [asdict(decision) for decision in decisions], numbers)
 
 
@@ -124,22 +122,11 @@ def _rows(index: int, group: Group, decision: Decision) -> list[Row]:
     return rows
 
 
-def _is_left_out(row: Row, mask_truncated: bool) -> bool:
-    """A rollout that nothing can be learnt from: ungraded, or cut off at the limit where the recipe masks those."""
-    if row.source is Source.DEMONSTRATION:
-        return False
-    return not row.is_estimated or (mask_truncated and row.finish_reason == "length")
-
-
-def _check_roles(rows: Sequence[Row], algorithm: Algorithm) -> None:
-    """Nothing is dropped in silence: every trained row has a term.
-
-    Raises:
-        ConfigError: the gate chose something that no term of the algorithm trains.
-    """
-    trained = {role for term in algorithm.terms for role in term.roles}
-    for role in {row.role for row in rows if row.weight} - trained:
-        raise ConfigError(f"algorithm: its gate chose {role.name.lower()} rows, and none of its terms trains them")
+def _is_left_out(row: Row, algorithm: Algorithm, mask_truncated: bool) -> bool:
+    """Nothing can be learnt from it: it is ungraded, or cut off at the limit where the recipe masks those."""
+    if row.source is Source.ROLLOUT and mask_truncated and row.finish_reason == "length":
+        return True
+    return not row.is_estimated and algorithm.needs_estimate(row.role)
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
@@ -172,9 +159,10 @@ def _gate_metrics(decisions: Sequence[Decision]) -> dict[str, float]:
     }
 
 
-def _overlong_metrics(rows: Sequence[Row], penalties: TokenRewards) -> dict[str, float]:
+def _row_metrics(rows: Sequence[Row], penalties: TokenRewards) -> dict[str, float]:
     rollouts = [row for row in rows if row.source is Source.ROLLOUT]
     return {
+        "gate/ungraded_demonstrations": sum(row.source is Source.DEMONSTRATION and not row.is_estimated for row in rows),
         "overlong/penalty": -math.fsum(penalty[-1] for penalty in penalties.values()) / max(1, len(rollouts)),
         "overlong/masked": sum(row.is_estimated and not row.weight for row in rollouts),
     }

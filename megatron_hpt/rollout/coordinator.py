@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from megatron_hpt.blackboard import Blackboard
 from megatron_hpt.config import Config, load_yaml
+from megatron_hpt.data.history import History
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.prompts import Limits, Prompt, PromptSource, load_prompts
 from megatron_hpt.evaluation.metrics import average_at_k, solved_share
@@ -25,7 +26,6 @@ from megatron_hpt.process import die_with_parent, log_to
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.rollout.assembly import Group, assemble, decide, rollout_metrics
-from megatron_hpt.rollout.history import History
 from megatron_hpt.rollout.sampling import Settings, grade, sample
 from megatron_hpt.rollout.vllm import VllmEngine
 from megatron_hpt.run import RunDir
@@ -89,7 +89,8 @@ class Coordinator:
             with watch.phase("eval"):
                 evaluation = await self._evaluate(step)
         groups, position = await self._groups(step, watch)
-        metrics = {**evaluation, "rollout/policy_version": step, "data/next_prompt": position}
+        seconds = {key: watch.seconds[key] for key in ("time/rollout_s", "time/reward_s")}
+        metrics = {**evaluation, **seconds, "rollout/policy_version": step, "data/next_prompt": position}
         self._ledger.write(assemble(step, groups, self._algorithm, self._config, metrics, self._history.choices))
 
     async def _groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], int]:
@@ -109,10 +110,10 @@ class Coordinator:
         return groups, position
 
     async def _record(self, step: int, trained: dict[str, Any], watch: Stopwatch) -> None:
-        """Write the step's line; a replayed step took no time to roll out."""
-        seconds = {"time/rollout_s": 0.0, "time/reward_s": 0.0, **watch.seconds}
+        """Write the step's line; a batch from the ledger has the seconds that it took when it was made."""
+        seconds = {**watch.seconds}
         seconds["time/step_s"] -= seconds.get("time/eval_s", 0.0)
-        line = {"step": step, **self._ledger.read(step).metrics, **trained, **seconds, "weights/version": step + 1}
+        line = {"step": step, **self._ledger.read_meta(step)[1], **trained, **seconds, "weights/version": step + 1}
         line["throughput/tokens_per_s"] = line["train/tokens"] / line["time/step_s"]
         if step + 1 == self._config.trainer.steps:
             self._board.put("status/coordinator", "last evaluation")

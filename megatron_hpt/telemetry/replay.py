@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_hpt.config import apply_overrides, load_yaml
+from megatron_hpt.data.history import last_choices
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Batch, Source
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.objective.algorithms import of_run
-from megatron_hpt.objective.gate import Choice, Gate, Situation
+from megatron_hpt.objective.gate import Choice, Decision, Gate, Situation
 from megatron_hpt.objective.gates import hybrid
 from megatron_hpt.run import open_run
 
@@ -27,8 +29,11 @@ class ReplayedStep:
     step: int | str
     recorded: Counter[Choice]
     replayed: Counter[Choice]
+    recorded_weights: tuple[float, float]
+    """Sums over prompts of α and β."""
+    replayed_weights: tuple[float, float]
     changed: int
-    """Prompts that are decided otherwise."""
+    """Prompts that are decided otherwise, or weighed otherwise."""
     prompts: int
 
     def plus(self, other: ReplayedStep) -> ReplayedStep:
@@ -37,9 +42,15 @@ class ReplayedStep:
             self.step,
             self.recorded + other.recorded,
             self.replayed + other.replayed,
+            _sum(self.recorded_weights, other.recorded_weights),
+            _sum(self.replayed_weights, other.replayed_weights),
             self.changed + other.changed,
             self.prompts + other.prompts,
         )
+
+
+def _sum(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    return a[0] + b[0], a[1] + b[1]
 
 
 def print_replay(run: Path, settings: Sequence[str], console: Console) -> None:
@@ -59,9 +70,9 @@ def print_replay(run: Path, settings: Sequence[str], console: Console) -> None:
     gate = hybrid(apply_overrides(config, [f"algorithm.gate.{setting}" for setting in settings]).algorithm.gate)
     console.print(f"recorded: {before.formula}\nreplayed: {gate.formula}", highlight=False, markup=False)
     table = Table(box=None, header_style="bold", caption="prompts, recorded → replayed", caption_justify="left")
-    for name in ("step", *(choice.replace("_", "-") for choice in Choice), "changed", "of"):
+    for name in ("step", *(choice.replace("_", "-") for choice in Choice), "mean α", "mean β", "changed", "of"):
         table.add_column(name, justify="right", no_wrap=True)
-    total = ReplayedStep("all", Counter(), Counter(), 0, 0)
+    total = ReplayedStep("all", Counter(), Counter(), (0.0, 0.0), (0.0, 0.0), 0, 0)
     for step in replay(Ledger(opened.batches), gate):
         table.add_row(*_cells(step))
         total = total.plus(step)
@@ -71,47 +82,64 @@ def print_replay(run: Path, settings: Sequence[str], console: Console) -> None:
 
 
 def _cells(step: ReplayedStep) -> list[str]:
-    counts = [f"{step.recorded[choice]} → {step.replayed[choice]}" for choice in Choice]
-    return [str(step.step), *counts, str(step.changed), str(step.prompts)]
+    counts = [f"{step.recorded[choice]}→{step.replayed[choice]}" for choice in Choice]
+    pairs = zip(step.recorded_weights, step.replayed_weights, strict=True)
+    means = [f"{before / step.prompts:.2f}→{after / step.prompts:.2f}" for before, after in pairs]
+    return [str(step.step), *counts, *means, str(step.changed), str(step.prompts)]
 
 
 def replay(ledger: Ledger, gate: Gate) -> Iterator[ReplayedStep]:
-    """Decide every recorded prompt again, step by step.
+    """Decide every recorded prompt again, step by step; steps that generated nothing are left out.
 
     The rollouts stay those of the run: under another gate the policy, and so its answers, would have drifted away.
 
     Raises:
-        ConfigError: the ledger is empty, or has no rollouts to decide by.
+        ConfigError: the ledger is empty, or no step has rollouts to decide by.
         DataError: a batch cannot be read.
     """
-    steps = ledger.steps()
-    if not steps:
-        raise ConfigError(f"{ledger.folder}: no batch to replay")
     previous: dict[str, Choice] = {}
-    for step in steps:
-        yield _step(ledger.read(step), gate, previous)
+    decided = 0
+    for step in ledger.steps():
+        batch = ledger.read(step)
+        rewards = _rewards(batch)
+        if not rewards:
+            continue
+        decisions = [gate(_situation(batch, index, rewards, previous)) for index in range(len(batch.decisions))]
+        previous |= last_choices([asdict(decision) for decision in decisions])
+        decided += 1
+        yield _compared(batch, decisions)
+    if not decided:
+        raise ConfigError(f"{ledger.folder}: no step has rollouts; a gate decides by them, and this run generated none")
 
 
-def _step(batch: Batch, gate: Gate, previous: dict[str, Choice]) -> ReplayedStep:
-    rewards = _rewards(batch)
-    if batch.decisions and not any(rewards.values()):
-        raise ConfigError(f"step {batch.step} has no rollouts; a gate decides by them, and this run generated none")
-    recorded, replayed, changed = Counter(), Counter(), 0
-    for index, decision in enumerate(batch.decisions):
-        situation = Situation(
-            prompt_id=decision["prompt_id"],
-            rewards=rewards.get(index, []),
-            has_demonstration=decision["has_demonstration"],
-            step=batch.step,
-            data_source=decision["data_source"],
-            previous=previous.get(decision["prompt_id"]),
-        )
-        before, after = Choice(decision["choice"]), gate(situation).choice
-        previous[situation.prompt_id] = after
-        recorded[before] += 1
-        replayed[after] += 1
-        changed += before is not after
-    return ReplayedStep(batch.step, recorded, replayed, changed, len(batch.decisions))
+def _situation(batch: Batch, index: int, rewards: dict[int, list[float | None]], previous: dict[str, Choice]) -> Situation:
+    recorded = batch.decisions[index]
+    return Situation(
+        prompt_id=recorded["prompt_id"],
+        rewards=rewards.get(index, []),
+        has_demonstration=recorded["has_demonstration"],
+        step=batch.step,
+        data_source=recorded["data_source"],
+        previous=previous.get(recorded["prompt_id"]),
+    )
+
+
+def _compared(batch: Batch, decisions: Sequence[Decision]) -> ReplayedStep:
+    pairs = list(zip(batch.decisions, decisions, strict=True))
+    fields = ("choice", "rollout_weight", "demonstration_weight")
+    return ReplayedStep(
+        step=batch.step,
+        recorded=Counter(Choice(before["choice"]) for before, _ in pairs),
+        replayed=Counter(after.choice for _, after in pairs),
+        recorded_weights=_weights([(before["rollout_weight"], before["demonstration_weight"]) for before, _ in pairs]),
+        replayed_weights=_weights([(after.rollout_weight, after.demonstration_weight) for _, after in pairs]),
+        changed=sum(any(before[field] != getattr(after, field) for field in fields) for before, after in pairs),
+        prompts=len(pairs),
+    )
+
+
+def _weights(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return math.fsum(alpha for alpha, _ in pairs), math.fsum(beta for _, beta in pairs)
 
 
 def _rewards(batch: Batch) -> dict[int, list[float | None]]:

@@ -42,7 +42,7 @@ class Comparison:
     ours: Any
     theirs: Any
     treated: str = ""
-    """Why this project gives something else on purpose; `ours` is then checked to be finite, or what is stated."""
+    """Why this project gives something else on purpose; `ours` is then checked to be finite."""
 
     @property
     def misses(self) -> str | None:
@@ -63,7 +63,7 @@ def read(path: Path) -> list[Case]:
     """
     try:
         cases = json.loads(path.read_text())["cases"]
-        return [
+        found = [
             Case(
                 name=case["name"],
                 function=case["function"],
@@ -76,6 +76,9 @@ def read(path: Path) -> list[Case]:
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a file of test vectors: {type(error).__name__}: {error}") from None
+    if not found:
+        raise DataError(f"{path}: has no cases")
+    return found
 
 
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

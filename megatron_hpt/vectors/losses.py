@@ -28,6 +28,7 @@ from megatron_hpt.vectors.cases import Case, Comparison
 
 ROLLOUT, DEMONSTRATION, OFF_POLICY = (frozenset({role}) for role in Role)
 ALL = frozenset(Role)
+ALWAYS_ZERO = "compared after the maximum in the reference (core_algos.py), so always 0; the share of clipped tokens here"
 EMPTY_MEAN = "0/0 in the reference, which poisons the whole optimizer step; a term without tokens is an exact zero here"
 NO_DEMONSTRATIONS = "0/0 in the reference, found by isnan and skipped; an exact zero here"
 
@@ -230,10 +231,14 @@ def sft_term(coefficient: float = 1.0, advantage: a.Advantage | None = None) -> 
 # --- checkers ----------------------------------------------------------------------------------------------------------
 
 
-def _compare_loss(case: Case, key: str, loss: Tensor, arrays: Arrays) -> Iterator[Comparison]:
-    """Value, then gradients."""
+def _compare_loss(case: Case, key: str, loss: Tensor, arrays: Arrays, empty: bool) -> Iterator[Comparison]:
+    """Value, then gradients.
+
+    Args:
+        empty: a mean of the loss is over no token, so that NaN is what the reference must give.
+    """
     theirs = case.expected[key]
-    treated = EMPTY_MEAN if isinstance(theirs, float) and math.isnan(theirs) else ""
+    treated = EMPTY_MEAN if math.isnan(theirs) and empty else ""
     yield Comparison(key, loss, theirs, treated)
     loss.backward()
     leaves = {"log_prob": arrays.logprobs, "entropy": arrays.entropy}
@@ -247,7 +252,7 @@ def check_sft(case: Case) -> Iterator[Comparison]:
     """compute_sft_pure_loss and compute_sft_token_loss."""
     arrays = Arrays.of(case.inputs)
     tokens = arrays.tokens(arrays.roles(torch.ones_like(arrays.prefix)))
-    yield from _compare_loss(case, "loss", total([Piece((sft_term(),), tokens)]), arrays)
+    yield from _compare_loss(case, "loss", total([Piece((sft_term(),), tokens)]), arrays, not arrays.mask.any())
     if "per_sequence_loss" in case.expected:
         losses = evaluate(sft_term(), tokens).losses.reshape(arrays.mask.shape)
         yield Comparison("per_sequence_loss", losses.sum(-1) / arrays.mask.sum(-1), case.expected["per_sequence_loss"])
@@ -257,21 +262,23 @@ def check_policy(case: Case) -> Iterator[Comparison]:
     """compute_policy_loss."""
     arrays = Arrays.of(case.inputs)
     term, tokens = rollout_term(case.config, arrays.width), arrays.tokens(arrays.roles(arrays.prefix))
-    yield from _compare_loss(case, "pg_loss", total([Piece((term,), tokens)]), arrays)
+    yield from _compare_loss(case, "pg_loss", total([Piece((term,), tokens)]), arrays, not arrays.mask.any())
     clipped = replace(term, stability=clip({**case.config, "loss_remove_clip": False}))
     fraction = arrays.fraction(~evaluate(clipped, tokens).kept)
-    yield Comparison("pg_clipfrac", fraction, case.expected["pg_clipfrac"], _clip_fraction_treatment(case))
+    if _is_compared_after_the_maximum(case):
+        yield Comparison("pg_clipfrac of the reference", 0.0, case.expected["pg_clipfrac"])
+        yield Comparison("pg_clipfrac", fraction, None, ALWAYS_ZERO)
+    else:
+        yield Comparison("pg_clipfrac", fraction, case.expected["pg_clipfrac"])
     yield from _diagnostics(
         case,
         ppo_kl=arrays.mean(tokens.behaviour_logprobs - tokens.logprobs, torch.ones_like(arrays.mask)),
     )
 
 
-def _clip_fraction_treatment(case: Case) -> str:
+def _is_compared_after_the_maximum(case: Case) -> bool:
     """Without clipping the reference says how much would have been clipped, with clipping it says 0."""
-    if "shape" in case.inputs or case.config["loss_remove_clip"]:
-        return ""
-    return "compared after the maximum in the reference (core_algos.py), so always 0; the share of clipped tokens here"
+    return "shape" not in case.inputs and not case.config["loss_remove_clip"]
 
 
 def _diagnostics(case: Case, **ours: Tensor) -> Iterator[Comparison]:
@@ -298,7 +305,7 @@ def check_on_off(case: Case) -> Iterator[Comparison]:
         on = srft_term(config, arrays.width, a.Return())
     off = off_term(config, case.inputs, arrays.width, off_roles, coefficient)
     tokens = arrays.tokens(roles, advantages)
-    yield from _compare_loss(case, "pg_loss", total([Piece((on, off), tokens)]), arrays)
+    yield from _compare_loss(case, "pg_loss", total([Piece((on, off), tokens)]), arrays, not arrays.mask.any())
     on_everywhere = on_advantages if config["srft_type"] is not None else advantages
     yield from _on_off_diagnostics(case, arrays, on, off, on_everywhere)
 
@@ -401,14 +408,16 @@ def check_micro_batch(case: Case) -> Iterator[Comparison]:
         "pg_loss": imitation + reinforcement,
         "entropy_loss": arrays.mean(arrays.entropy, torch.ones_like(arrays.mask)),
     }
+    no_demonstrations = not any(piece.tokens.of(DEMONSTRATION).any() for piece in imitate)
+    no_rollouts = case.config["offline_loss_type"] == "sft" and not (arrays.mask.bool() & ~arrays.demonstration_rows).any()
     for name, value in parts.items():
         if name in case.expected:
             theirs = case.expected[name]
-            reason = NO_DEMONSTRATIONS if name == "sft_loss" else EMPTY_MEAN
-            yield Comparison(name, value.detach(), theirs, reason if math.isnan(theirs) else "")
+            reason, empty = (NO_DEMONSTRATIONS, no_demonstrations) if name == "sft_loss" else (EMPTY_MEAN, no_rollouts)
+            yield Comparison(name, value.detach(), theirs, reason if math.isnan(theirs) and empty else "")
     yield from _srft_weights(case, arrays)
     loss = total([*imitate, *reinforce], entropy=_entropy_bonus(case.config))
-    yield from _compare_loss(case, "policy_loss", loss, arrays)
+    yield from _compare_loss(case, "policy_loss", loss, arrays, no_rollouts)
 
 
 def _srft_weights(case: Case, arrays: Arrays) -> Iterator[Comparison]:
@@ -432,7 +441,7 @@ def check_optimizer_step(case: Case) -> Iterator[Comparison]:
     micro_batches = {}
     described = {part["tag"]: part for part in case.expected["per_micro_batch"]}
     for inputs in case.inputs["micro_batches"]:
-        arrays, theirs = Arrays.of(inputs), described[inputs["tag"]]
+        arrays, theirs = Arrays.of(inputs), described[inputs["tag"]]  # its sft_loss and rl_loss are parts of policy_loss
         micro_batches[inputs["tag"]] = arrays
         imitate, reinforce = _micro_pieces(case.config, arrays)
         alone = total([*imitate, *reinforce], entropy=_entropy_bonus(case.config))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_hpt.actor.train_step import PROBE_ROWS, selected_rows
 from megatron_hpt.config import AlgorithmConfig, EntropyConfig, KlConfig, MismatchConfig, OptimizerConfig
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Batch, Row, Source
@@ -178,3 +179,16 @@ def test_a_step_that_would_damage_the_policy_is_not_taken(layouts: Layouts) -> N
     found = layouts.run("skip_mismatch", last=2, sections=algorithm("hpt", mismatch=switch))
     assert [m["train/skipped"] for m in found.metrics] == [0, 1]  # the second batch's log-probabilities were disturbed
     assert "above algorithm.mismatch.stop_above" in found.metrics[1]["train/skip_reason"]
+
+    # A broken engine solves nothing, so nothing trains: the switch must see it all the same.
+    untrained = [replace(row, weight=0.0) for row in Ledger(layouts.folder / "ledger").read(1).rows]
+    Ledger(layouts.folder / "unsolved").write(Batch(0, untrained))
+    found = layouts.run("skip_unsolved", ledger="unsolved", last=1, sections=algorithm("hpt", mismatch=switch))
+    assert "above algorithm.mismatch.stop_above" in found.metrics[0]["train/skip_reason"]
+
+
+def test_rollouts_that_do_not_train_are_measured_too() -> None:
+    row = Row("p", 0, Source.ROLLOUT, [5, 6, 7], 1, [-0.5, -0.25], 0.0, -0.5, 0.0, 3, "length")  # masked: hit the limit
+    assert len(selected_rows([row] * 20)) == PROBE_ROWS
+    assert len(selected_rows([row] * 20, in_reward=True)) == 20  # others are compared with them
+    assert len(selected_rows([replace(row, weight=1.0)] * 20 + [row])) == 20

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hpt.config import Config, DataConfig, ModelConfig, dump_yaml
+from megatron_hpt.config import Config, DataConfig, GateConfig, KlConfig, ModelConfig, OverlongConfig, dump_yaml
 from megatron_hpt.errors import ConfigError, HptError
 from megatron_hpt.launch import preflight
 
@@ -33,6 +33,12 @@ def test_a_good_configuration_passes(config: Config) -> None:
         ("data", {"train": "none.parquet"}, r"none\.parquet: no such file"),
         ("evaluation", {"sets": {"a": "none.parquet"}}, r"none\.parquet: no such file"),
         ("model", {"path": "nowhere"}, r"model\.path: nowhere is not a folder"),
+        ("algorithm", {"name": "ppo"}, r"ppo estimates advantages from a critic's values, and there is no critic model yet"),
+        ("algorithm", {"name": "sft_grpo"}, r"algorithm\.sft_steps: given 0; the first phase takes 1 to 99 steps"),
+        ("algorithm", {"overlong": OverlongConfig(buffer=24)}, r"overlong\.buffer: given 24; must be below .* \(24\)"),
+        ("algorithm", {"gate": GateConfig(threshold=2, off_policy_threshold=0.1)}, r"for 8 samples; the band would be empty"),
+        ("algorithm", {"gate": GateConfig(by_source={"maths": {"threshold": 1}})}, r"by_source\.maths: .* it has 'arithmetic'"),
+        ("algorithm", {"kl": KlConfig(coefficient=0.1, reference="nowhere")}, r"nowhere is not a folder"),
         ("algorithm", {"name": "magic"}, r"algorithm\.name: given 'magic'; allowed: sft"),
         ("reward", {"name": "magic"}, r"reward\.name: given 'magic'; allowed: math"),
     ],

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hpt.config import Config, DataConfig, ModelConfig, TrainerConfig
+from megatron_hpt.config import AlgorithmConfig, Config, DataConfig, MixtureConfig, ModelConfig, TrainerConfig
 from megatron_hpt.errors import ConfigError
-from megatron_hpt.launch.train import resume_point, resume_run
+from megatron_hpt.launch.train import _check_same_batches, resume_point, resume_run
 from megatron_hpt.run import RunDir, create, newest
 
 
@@ -39,6 +39,15 @@ def test_the_newest_checkpoint_after_which_nothing_is_lost(
     tmp_path: Path, checkpoints: list[int], lines: int, export: bool, start: int
 ) -> None:
     assert resume_point(*make(tmp_path, checkpoints, lines, export)) == start
+
+
+def test_a_longer_run_may_not_change_the_schedule_of_its_gate() -> None:
+    config = Config(name="x", model=ModelConfig(path="m"), data=DataConfig(train="t"), algorithm=AlgorithmConfig(name="chord"))
+    longer = config.model_copy(update={"trainer": TrainerConfig(steps=200)})
+    with pytest.raises(ConfigError, match=r"trainer\.steps, which the gate's schedule depends on"):
+        _check_same_batches(config, longer)
+    fixed = AlgorithmConfig(name="chord", mixture=MixtureConfig(steps=100))
+    _check_same_batches(*(c.model_copy(update={"algorithm": fixed}) for c in (config, longer)))
 
 
 def test_half_written_and_renamed_checkpoints_do_not_count(tmp_path: Path) -> None:

@@ -7,9 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hpt.config import AlgorithmConfig, EntropyConfig
+from megatron_hpt.config import (
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    EntropyConfig,
+    GateConfig,
+    KlConfig,
+    MismatchConfig,
+    ModelConfig,
+    apply_overrides,
+)
 from megatron_hpt.errors import ConfigError
-from megatron_hpt.objective.algorithms import ALGORITHMS, build
+from megatron_hpt.objective.algorithms import ALGORITHMS, build, without_effect
 from megatron_hpt.objective.kl import K1, K2, K3, EntropyBonus
 from megatron_hpt.objective.shaping import Identity, Logarithm, PlusLogarithm, Power, Saturating, Uncertain
 from megatron_hpt.objective.value import value_loss
@@ -101,8 +111,10 @@ def test_the_critics_loss() -> None:
 OWN = '''
 from dataclasses import replace
 
-from megatron_hpt.objective.algorithms import Settings, hpt
+from megatron_hpt.objective.algorithms import Settings, hpt, luffy
 from megatron_hpt.objective.advantage import Sign
+from megatron_hpt.objective.correction import IcePop
+from megatron_hpt.objective.kl import EntropyBonus
 
 
 def mine(s: Settings):
@@ -113,6 +125,22 @@ def mine(s: Settings):
 
 def nothing(s: Settings):
     return None
+
+
+def opinionated(s: Settings):
+    base = hpt(s)
+    terms = (replace(base.terms[0], correction=IcePop(2.0, low=0.5)), *base.terms[1:])
+    return replace(base, terms=terms, entropy=EntropyBonus(0.01))
+
+
+def bandless(s: Settings):
+    base = hpt(s)
+    return replace(base, terms=base.terms[:2])
+
+
+def mixed(s: Settings):
+    base = luffy(s)
+    return replace(base, terms=(replace(base.terms[0], roles=base.terms[0].counted),))
 '''
 
 
@@ -127,6 +155,45 @@ def test_an_algorithm_of_ones_own_is_one_function(tmp_path, monkeypatch: pytest.
         build(AlgorithmConfig(name="own_algorithm:nothing"), 8)
     with pytest.raises(ConfigError, match=r"algorithm\.name: 'own_algorithm:none' cannot be imported"):
         build(AlgorithmConfig(name="own_algorithm:none"), 8)
+    own = build(AlgorithmConfig(name="own_algorithm:opinionated"), 8)
+    assert own.entropy.coefficient == 0.01  # the recipe says nothing of it
+    assert "icepop" in own.terms[0].correction.formula
+    own = build(AlgorithmConfig(name="own_algorithm:opinionated", entropy=EntropyConfig(coefficient=0.5)), 8)
+    assert own.entropy.coefficient == 0.5
+    with pytest.raises(ConfigError, match="may choose off_policy rows, and no term trains them"):
+        build(AlgorithmConfig(name="own_algorithm:bandless", gate=GateConfig(off_policy_threshold=3)), 8)
+    with pytest.raises(ConfigError, match="term rollouts mixes rollouts with other rows"):
+        build(AlgorithmConfig(name="own_algorithm:mixed", mismatch=MismatchConfig(correction="tis")), 8)
+    (tmp_path / "broken_algorithm.py").write_text("def mine(:")
+    with pytest.raises(ConfigError, match="cannot be imported: SyntaxError"):
+        build(AlgorithmConfig(name="broken_algorithm:mine"), 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        (["name=hpt", "clip.low=0.3"], ["clip.low"]),  # HPT runs without its paper's clip
+        (["name=grpo", "clip.low=0.3"], []),
+        (["name=grpo", "gate.threshold=2"], ["gate.threshold"]),
+        (["name=luffy", "gate.missing_demonstration=skip"], []),
+        (["gate.soft=true", "gate.threshold=3", "gate.rollout_schedule=[0, 1, 1]"], ["gate.threshold"]),
+        (["mismatch.correction=tis", "mismatch.low=0.1", "mismatch.high=3"], ["mismatch.low"]),
+        (["kl.reference=somewhere"], ["kl.reference"]),
+        (["kl.reference=somewhere", "kl.coefficient=0.1"], []),
+        (["max_rounds=9"], ["max_rounds"]),
+        (["name=dapo", "max_rounds=9", "overlong.buffer=2"], []),
+        (["gate.by_source.olympiad.threshold=4"], []),
+    ],
+)
+def test_settings_that_change_nothing_are_found(settings: list[str], idle: list[str]) -> None:
+    base = Config(name="x", model=ModelConfig(path="m"), data=DataConfig(train="t"))
+    config = apply_overrides(base, [f"algorithm.{setting}" for setting in settings])
+    assert without_effect(config) == [f"algorithm.{key}" for key in idle]
+
+
+def test_a_kl_needs_rollouts() -> None:
+    with pytest.raises(ConfigError, match="sft has no rollouts to measure it on"):
+        build(AlgorithmConfig(name="sft", kl=KlConfig(coefficient=0.1)), 8)
 
 
 def test_an_unknown_algorithm_is_refused_with_the_table() -> None:

@@ -28,6 +28,11 @@ INVARIANT = [name for name in ALGORITHMS if name != "hpt_reference"]
 AROUND = {"demonstration_coefficient": 0.3, "off_policy_coefficient": 0.7}
 
 
+def kl_of(name: str, coefficient: float) -> KlConfig:
+    """A KL wherever there are rollouts to measure it on."""
+    return KlConfig(coefficient=0.0 if name == "sft" else coefficient)
+
+
 def counts(rows: list[HandRow], ranks: int = 1):
     return count(((row.role, row.length, row.weight) for row in rows), ranks)
 
@@ -55,9 +60,10 @@ def test_every_row_of_the_table_is_written_out_by_hand() -> None:
 @given(seed=SEEDS, number=NUMBERS)
 def test_value_and_gradient_equal_a_double_loop(name: str, seed: int, number: int) -> None:
     rows = make_rows(seed, number)
-    config = AlgorithmConfig(name=name, entropy=EntropyConfig(coefficient=0.01), kl=KlConfig(coefficient=0.1), **AROUND)
+    kl = kl_of(name, 0.1)
+    config = AlgorithmConfig(name=name, entropy=EntropyConfig(coefficient=0.01), kl=kl, **AROUND)
     loss, logprobs, entropy = evaluated(build(config, LENGTH), rows, reference=True)
-    expected = by_hand(name, rows, sft_coefficient=0.3, off_coefficient=0.7, entropy=0.01, kl=0.1)
+    expected = by_hand(name, rows, sft_coefficient=0.3, off_coefficient=0.7, entropy=0.01, kl=kl.coefficient)
     assert loss.total.item() == pytest.approx(expected.loss, rel=1e-12, abs=1e-13)
     assert_equal(logprobs, expected.logprobs)
     assert_equal(entropy, expected.entropy)
@@ -101,7 +107,7 @@ def test_any_cut_in_any_order_with_any_padding_adds_up_to_the_whole(
     name: str, seed: int, number: int, data: st.DataObject
 ) -> None:
     rows = make_rows(seed, number)
-    config = AlgorithmConfig(name=name, entropy=EntropyConfig(coefficient=0.01), kl=KlConfig(coefficient=0.1))
+    config = AlgorithmConfig(name=name, entropy=EntropyConfig(coefficient=0.01), kl=kl_of(name, 0.1))
     algorithm = build(config, LENGTH)
     whole, logprobs, _ = evaluated(algorithm, rows, reference=True)
     order = data.draw(st.permutations(range(number)))
@@ -130,7 +136,7 @@ def test_batches_of_one_kind_one_row_or_none_are_finite(name: str, roles: tuple,
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_rows_of_weight_zero_have_a_gradient_of_exactly_zero(name: str) -> None:
     rows = [replace(row, weight=0.0) for row in make_rows(1, 6)]
-    config = AlgorithmConfig(name=name, entropy=EntropyConfig(coefficient=1.0), kl=KlConfig(coefficient=1.0))
+    config = AlgorithmConfig(name=name, entropy=EntropyConfig(coefficient=1.0), kl=kl_of(name, 1.0))
     tokens = flatten(rows, reference=True)
     unified_loss(build(config, LENGTH), tokens, counts(rows)).total.backward()
     assert torch.count_nonzero(tokens.logprobs.grad) == 0
@@ -202,6 +208,27 @@ def test_mismatch_corrections_weigh_rollouts_and_nothing_else(correction: str, l
         expected = [-row.weight * row.advantage * w / (rollouts * LENGTH) for w in weights]
         assert logprobs[index] == pytest.approx(expected, rel=1e-9, abs=1e-14)
     assert loss.parts["dropped"] == dropped
+
+
+@pytest.mark.parametrize("correction", ["tis", "mis", "icepop"])
+def test_a_token_that_the_engine_thought_impossible_is_dropped_not_a_nan(correction: str) -> None:
+    config = AlgorithmConfig(name="hpt", mismatch=MismatchConfig(correction=correction))
+    rows = [one_row(logprobs=[-0.1, -1.0], old=[-100.0, -1.0])]
+    tokens = flatten(rows, torch.float32)
+    loss = unified_loss(build(config, LENGTH), tokens, counts(rows))
+    loss.total.backward()
+    assert torch.isfinite(tokens.logprobs.grad).all()
+    assert loss.parts["dropped"] == (0 if correction == "tis" else 1)
+
+
+def test_the_adaptive_coefficient_sees_the_entropy_of_the_bonus() -> None:
+    rows = [replace(row, weight=1.0) for row in make_rows(11, 6)]
+    rollouts = [x for row in rows if row.role is Role.ROLLOUT for x in row.entropy]
+    config = AlgorithmConfig(name="hpt", entropy=EntropyConfig(coefficient=0.1, demonstrations=False))
+    loss, _, _ = evaluated(build(config, LENGTH), rows)
+    everything = [x for row in rows for x in row.entropy]
+    assert loss.parts["bonus_entropy"].item() == pytest.approx(sum(rollouts) / len(rollouts))
+    assert loss.parts["entropy"].item() == pytest.approx(sum(everything) / len(everything))
 
 
 def test_entropy_weights_pass_no_gradient_to_the_entropy() -> None:

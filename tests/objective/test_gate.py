@@ -82,6 +82,14 @@ def test_hysteresis_holds_a_prompt_that_was_taught() -> None:
     assert choices(GateConfig(threshold=0.25, hysteresis=0.25), previous=Choice.DEMONSTRATION) == "dddddrrrr"
 
 
+def test_hysteresis_moves_no_prompt_to_a_side_that_it_never_was_on() -> None:
+    config = GateConfig(threshold=0, off_policy_threshold=4, hysteresis=1)
+    assert choices(config, previous=Choice.OFF_POLICY) == "dooooorrr"  # the band is wider, the demonstration's side is not
+    assert choices(config, previous=Choice.DEMONSTRATION) == "ddoooorrr"
+    never = GateConfig(threshold=-1, off_policy_threshold=0, hysteresis=1)
+    assert choices(never, previous=Choice.OFF_POLICY) == "oorrrrrrr"
+
+
 def test_a_data_source_has_its_own_thresholds() -> None:
     config = GateConfig(threshold=0, by_source={"olympiad": {"threshold": 3, "off_policy_threshold": 5}})
     assert choices(config) == "drrrrrrrr"
@@ -143,9 +151,17 @@ def test_a_threshold_is_a_count_or_a_share(value: float, message: str) -> None:
 @pytest.mark.parametrize("rule", ["rollouts", "skip"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_a_missing_demonstration_follows_the_rule_and_is_counted(rule: str, soft: bool) -> None:
-    decision = hybrid(GateConfig(missing_demonstration=rule, soft=soft))(solved(0, has_demonstration=False))
+    decision = hybrid(GateConfig(threshold=1, missing_demonstration=rule, soft=soft))(solved(1, has_demonstration=False))
     assert decision.choice == {"rollouts": "rollouts", "skip": "skipped"}[rule]
     assert decision.missing_demonstration
+
+
+def test_a_missing_demonstration_leaves_rollouts_the_weight_they_have() -> None:
+    soft = hybrid(GateConfig(soft=True))(solved(2, has_demonstration=False))
+    assert (soft.rollout_weight, soft.demonstration_weight, soft.missing_demonstration) == (0.25, 0.0, True)
+    mixed = Mixture(0.9, 0.1, 4)(solved(2, has_demonstration=False))
+    assert mixed.rollout_weight == pytest.approx(0.1)
+    assert Union(Choice.SKIPPED)(solved(2, has_demonstration=False)).choice is Choice.SKIPPED
 
 
 def test_pure_gates() -> None:

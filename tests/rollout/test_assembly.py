@@ -1,7 +1,5 @@
 """From graded groups to rows."""
 
-from dataclasses import replace
-
 import pytest
 
 from megatron_hpt.config import (
@@ -15,9 +13,8 @@ from megatron_hpt.config import (
 )
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.data.rows import Source
-from megatron_hpt.errors import ConfigError
 from megatron_hpt.objective import advantage as a
-from megatron_hpt.objective.algorithms import build, of_run
+from megatron_hpt.objective.algorithms import of_run
 from megatron_hpt.objective.gate import Choice
 from megatron_hpt.rollout.assembly import Group, assemble
 from megatron_hpt.rollout.engine import Sample
@@ -31,7 +28,7 @@ def group(name: str, rewards: list, demonstration: list | None = (8, 1), reward:
     return Group(prompt, samples, rewards, reward)
 
 
-def make(groups: list[Group], name: str = "hpt", prompts: int = 8, previous=None, overlong=None, algorithm=None, **settings):
+def make(groups: list[Group], name: str = "hpt", prompts: int = 8, previous=None, overlong=None, **settings):
     config = Config(
         name="x",
         model=ModelConfig(path="m"),
@@ -39,7 +36,7 @@ def make(groups: list[Group], name: str = "hpt", prompts: int = 8, previous=None
         algorithm=AlgorithmConfig(name=name, overlong=overlong or OverlongConfig(), **settings),
         trainer=TrainerConfig(prompts_per_step=prompts),
     )
-    return assemble(3, groups, algorithm or of_run(config), config, {"extra": 1}, previous)
+    return assemble(3, groups, of_run(config), config, {"extra": 1}, previous)
 
 
 def test_hpt_teaches_each_prompt_by_what_its_own_success_says() -> None:
@@ -158,7 +155,9 @@ def test_token_wise_advantages_are_kept_where_they_differ() -> None:
     assert len(batch.rows[1].token_advantages) == 2
 
 
-def test_a_choice_that_no_term_trains_is_an_error() -> None:
-    algorithm = replace(build(AlgorithmConfig(name="sft"), LENGTH), gate=build(AlgorithmConfig(name="grpo"), LENGTH).gate)
-    with pytest.raises(ConfigError, match="its gate chose rollout rows, and none of its terms trains them"):
-        make([group("p", [1.0, 0.0])], algorithm=algorithm)
+@pytest.mark.parametrize(("name", "weight"), [("luffy", 0.0), ("off_on", 0.0), ("srft", 1.0)])
+def test_an_ungraded_demonstration_is_counted_and_trains_only_what_needs_no_grade(name: str, weight: float) -> None:
+    batch = make([group("p", [0.0, 0.0], reward=None)], name=name)
+    (row,) = [row for row in batch.rows if row.source is Source.DEMONSTRATION]
+    assert (row.weight, row.advantage) == (weight, None)
+    assert batch.metrics["gate/ungraded_demonstrations"] == 1

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hpt.config import AlgorithmConfig, Config, DataConfig, GateConfig, ModelConfig, TrainerConfig
+from megatron_hpt.data.history import History
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.errors import ConfigError
@@ -16,7 +17,6 @@ from megatron_hpt.objective.algorithms import of_run
 from megatron_hpt.objective.gate import Choice
 from megatron_hpt.rollout.assembly import Group, assemble
 from megatron_hpt.rollout.engine import Sample
-from megatron_hpt.rollout.history import History
 from megatron_hpt.run import RunDir, create
 from megatron_hpt.telemetry.replay import replay
 
@@ -70,11 +70,42 @@ def test_another_gate_is_counted_step_by_step(tmp_path: Path) -> None:
     assert (first.changed, second.changed) == (1, 0)
 
 
+def test_a_changed_weight_is_a_changed_decision(tmp_path: Path) -> None:
+    ledger = recorded(tmp_path, [[[1.0, 0, 0, 0]] * 3], config_of(GateConfig(soft=True)))
+    other = GateConfig(soft=True, rollout_schedule=[0.9, 1], demonstration_schedule=[0.1, 0.01])
+    (step,) = replay(ledger, of_run(config_of(other)).gate)
+    assert step.recorded == step.replayed
+    assert step.changed == 3
+    assert step.replayed_weights[0] == pytest.approx(3 * 0.925)
+
+
+def test_a_prompt_that_occurs_twice_in_a_step_is_decided_as_it_was(tmp_path: Path) -> None:
+    config = config_of(GateConfig(threshold=0, hysteresis=1))
+    ledger, prompt = Ledger(tmp_path), Prompt("p", [5], [8, 1], "7", "")
+    samples = [Sample([7], [-0.1], "stop", 0)] * 4
+    twice = [Group(prompt, samples, rewards) for rewards in ([0.0] * 4, [1.0, 0, 0, 0])]
+    ledger.write(assemble(0, twice, of_run(config), config, {"data/next_prompt": 2}))
+    (step,) = replay(ledger, of_run(config).gate)
+    assert step.changed == 0
+
+
+def test_steps_of_a_first_phase_of_sft_are_left_out(tmp_path: Path) -> None:
+    ledger = recorded(tmp_path, [[[], []], [[0.0] * 4, [1.0] * 4]], config_of(GateConfig()))
+    assert [step.step for step in replay(ledger, of_run(config_of(GateConfig())).gate)] == [1]
+
+
+def test_an_ungraded_visit_is_not_remembered(tmp_path: Path) -> None:
+    config = config_of(GateConfig(threshold=0, hysteresis=2))
+    visits = [[[0.0] * 4] * 2, [[None] * 4] * 2, [[1.0, 0, 0, 0]] * 2]
+    decisions = [Ledger.read(recorded(tmp_path, visits, config), step).decisions[1]["choice"] for step in range(3)]
+    assert decisions == ["demonstration", "skipped", "demonstration"]
+
+
 def test_a_run_without_rollouts_cannot_be_replayed(tmp_path: Path) -> None:
     ledger = recorded(tmp_path, [[[], []]], config_of(GateConfig(), "sft"))
-    with pytest.raises(ConfigError, match="step 0 has no rollouts"):
+    with pytest.raises(ConfigError, match="this run generated none"):
         list(replay(ledger, of_run(config_of(GateConfig())).gate))
-    with pytest.raises(ConfigError, match="no batch to replay"):
+    with pytest.raises(ConfigError, match="no step has rollouts"):
         list(replay(Ledger(tmp_path / "none"), of_run(config_of(GateConfig())).gate))
 
 

@@ -50,6 +50,26 @@ def disturb(value):
     return value * (1 + 1e-6) + 1e-6 if isinstance(value, float) else not value if isinstance(value, bool) else value + 1
 
 
+@needs_vectors
+def test_a_wrong_nan_an_unknown_quantity_and_an_empty_file_are_found(tmp_path: Path) -> None:
+    """A reason to differ holds for the cases it is about, not for every case with that number."""
+    cases = json.loads(VECTORS.read_text())["cases"]
+    likelihood = next(case for case in cases if case["name"] == "sft_pure/on_only")
+    clipped = next(case for case in cases if case["name"] == "ppo/mixed/remove_token_mean=True/remove_clip=False")
+    wrong = [
+        {**likelihood, "expected": {"loss": "NaN"}},
+        {**clipped, "expected": {**clipped["expected"], "pg_clipfrac": 0.93}},
+        {**likelihood, "expected": {**likelihood["expected"], "unheard_of": 1.0}},
+    ]
+    for case in wrong:
+        (tmp_path / "v.json").write_text(json.dumps({"cases": [case]}))
+        (outcome,) = check_file(tmp_path / "v.json")
+        assert len(outcome.misses) == 1
+    (tmp_path / "v.json").write_text(json.dumps({"cases": []}))
+    with pytest.raises(DataError, match="has no cases"):
+        check_file(tmp_path / "v.json")
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / "check_vectors.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -89,7 +109,9 @@ def test_graders_are_compared_with_the_references_verdicts(tmp_path: Path) -> No
         {"name": name, "response": response, "ground_truth": truth, "score": {"6": verdict}}
         for name, (response, truth, verdict) in answers.items()
     ]
-    (tmp_path / "v.json").write_text(json.dumps({"cases": []}))
+    gate = {"config": {"unify_strategy": "switch", "switch_gate": 0, "switch_gate_off": 0}, "inputs": {"on_solve_num": [0]}}
+    gate |= {"name": "g", "function": "select_on_off_ada_balance", "expected": {"rows": [[8, 0, 1]]}}
+    (tmp_path / "v.json").write_text(json.dumps({"cases": [gate]}))
     (tmp_path / "g.json").write_text(json.dumps({"cases": cases}))
     good = run(str(tmp_path / "v.json"), "--grader", str(tmp_path / "g.json"))
     assert good.returncode == 0, good.stdout

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.objective.gate import Choice
+
+
+def last_choices(decisions: Sequence[dict[str, Any]]) -> dict[str, Choice]:
+    """What prompts learnt from, by id; a prompt that was skipped stays where it was."""
+    choices = {decision["prompt_id"]: Choice(decision["choice"]) for decision in decisions}
+    return {prompt_id: choice for prompt_id, choice in choices.items() if choice is not Choice.SKIPPED}
 
 
 class History:
@@ -20,5 +29,5 @@ class History:
     def add(self, step: int) -> None:
         """Take over a step that is in the ledger."""
         decisions, metrics = self._ledger.read_meta(step)
-        self.choices |= {decision["prompt_id"]: Choice(decision["choice"]) for decision in decisions}
+        self.choices |= last_choices(decisions)
         self.next_prompt = metrics["data/next_prompt"]
