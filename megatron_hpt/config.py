@@ -172,6 +172,8 @@ class AlgorithmConfig(Section):
     """Factor on the likelihood term of demonstrations."""
     off_policy_coefficient: NonNegativeFloat = 1.0
     """Factor on the off-policy RL term of demonstrations."""
+    balance: Literal["prompts", "components"] = "prompts"
+    """Behind a gate: every prompt weighs the same, or each side is a mean of its own however few prompts it has."""
     shaping_gamma: PositiveFloat = 0.1
     """γ of the shaping p / (p + γ) of demonstrations under off-policy RL (LUFFY)."""
     clip: ClipConfig = ClipConfig()

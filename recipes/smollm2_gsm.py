@@ -32,7 +32,9 @@ def recipe() -> Config:
         name="smollm2_gsm",
         model=ModelConfig(path=str(INPUTS / "model")),
         data=DataConfig(train=str(INPUTS / "train.parquet"), max_prompt_length=MAX_PROMPT, max_response_length=MAX_RESPONSE),
-        algorithm=AlgorithmConfig(name="hpt", gate=GateConfig(threshold=0), demonstration_coefficient=0.1),
+        algorithm=AlgorithmConfig(
+            name="hpt", gate=GateConfig(threshold=0), demonstration_coefficient=0.1, balance="components"
+        ),
         rollout=RolloutConfig(samples_per_prompt=4, max_running=128),
         parallel=ParallelConfig(pipeline=2),
         actor=ActorConfig(micro_batch_tokens=640),

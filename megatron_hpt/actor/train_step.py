@@ -101,7 +101,7 @@ def accumulate(actor: Actor, rows: Sequence[Row]) -> tuple[dict[str, float], Den
     if actor.reference is not None:
         references = reference_logprobs(actor.reference, actor, _packed(rows, plan, actor))
         rows = penalised(rows, plan, references, actor) if kl is not None and kl.in_reward else rows
-    denominators = count(((row.role, row.response_length, row.weight) for row in rows), actor.ranks.data_size)
+    denominators = count(((row.role, row.group, row.response_length, row.weight) for row in rows), actor.ranks.data_size)
     return _forward_backward(actor, _packed(rows, plan, actor), references, denominators), denominators
 
 

@@ -78,6 +78,24 @@ class ConstantLength:
 
 
 @dataclass(frozen=True)
+class PromptShare:
+    """A term's own mean times its share of the prompts, so that every prompt weighs the same whichever side it is on.
+
+    It is arXiv 2509.04419, eq. 13, summed over prompts: two prompts of RL beside thirty of SFT have 2/32 of the weight.
+    """
+
+    inner: Aggregation
+
+    @property
+    def formula(self) -> str:
+        """For people."""
+        return f"its share of the prompts · {self.inner.formula}"
+
+    def __call__(self, tokens: Tokens, counted: Tensor, counts: Counts) -> Tensor:
+        return counts.prompt_share * self.inner(tokens, counted, counts)
+
+
+@dataclass(frozen=True)
 class ReferenceConstantWidth:
     """The reference's loss_remove_token_mean: a sum over a rank's rows by the padded width, averaged over ranks."""
 

@@ -19,6 +19,7 @@ from megatron_hpt.objective import correction as c
 from megatron_hpt.objective import gates
 from megatron_hpt.objective.aggregation import (
     ConstantLength,
+    PromptShare,
     ReferenceConstantWidth,
     ReferenceTokenMean,
     SequenceMean,
@@ -89,6 +90,13 @@ def off_policy(s: Settings, roles: frozenset[Role]) -> Term:
         shaping=Saturating(s.algorithm.shaping_gamma),
         coefficient=s.algorithm.off_policy_coefficient,
     )
+
+
+def balanced(s: Settings, *terms: Term) -> tuple[Term, ...]:
+    """The two sides of a gate, weighed as algorithm.balance says."""
+    if s.algorithm.balance == "components":
+        return terms
+    return tuple(replace(term, aggregation=PromptShare(term.aggregation)) for term in terms)
 
 
 def band(s: Settings) -> tuple[Term, ...]:
@@ -202,11 +210,12 @@ def hpt(s: Settings) -> Algorithm:
     """Hybrid post-training (arXiv 2509.04419): Dr. GRPO above the gate, SFT below.
 
     As in the reference code the ratio is not clipped, and demonstrations are a token mean. Unlike there, both
-    denominators are global: the reference sums rollouts over rows and averages demonstrations within a micro-batch, so
-    the balance of the two depends on how the batch was cut. With algorithm.gate.off_policy_threshold, prompts between
-    the two thresholds train their demonstration by off-policy RL; with algorithm.gate.soft both losses live on a prompt.
+    denominators are global, and every prompt weighs the same (eq. 13): the reference sums rollouts over rows and
+    averages demonstrations within a micro-batch, so the balance of the two depends on how the batch was cut. With
+    algorithm.gate.off_policy_threshold, prompts between the two thresholds train their demonstration by off-policy RL;
+    with algorithm.gate.soft both losses live on a prompt.
     """
-    return Algorithm((centred(s), likelihood(s), *band(s)), gates.hybrid(s.algorithm.gate))
+    return Algorithm(balanced(s, centred(s), likelihood(s), *band(s)), gates.hybrid(s.algorithm.gate))
 
 
 def hpt_reference(s: Settings) -> Algorithm:
@@ -219,7 +228,7 @@ def hpt_reference(s: Settings) -> Algorithm:
 
 def off_on(s: Settings) -> Algorithm:
     """OFF/ON, an ablation of HPT: below the gate off-policy RL on the demonstration in place of SFT."""
-    return Algorithm((centred(s), off_policy(s, DEMONSTRATION | OFF_POLICY)), gates.hybrid(s.algorithm.gate))
+    return Algorithm(balanced(s, centred(s), off_policy(s, DEMONSTRATION | OFF_POLICY)), gates.hybrid(s.algorithm.gate))
 
 
 def mix_on(s: Settings) -> Algorithm:
@@ -228,7 +237,7 @@ def mix_on(s: Settings) -> Algorithm:
     The paper's mixture is algorithm.demonstration_coefficient=0.1 with algorithm.off_policy_coefficient=1.
     """
     both = off_policy(s, DEMONSTRATION | OFF_POLICY)
-    return Algorithm((centred(s), likelihood(s), both), gates.hybrid(s.algorithm.gate))
+    return Algorithm(balanced(s, centred(s), likelihood(s), both), gates.hybrid(s.algorithm.gate))
 
 
 def sft_grpo(s: Settings) -> Algorithm:

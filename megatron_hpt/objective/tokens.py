@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class Counts:
     rows: int = 0
     ranks: int = 1
     """Data parallel ranks; only the reference's as-run means depend on it."""
+    prompt_share: float = 1.0
+    """Prompts that these rows are of, as a share of all trained prompts."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,19 @@ class Denominators:
 
     by_role: Mapping[Role, Counts]
     ranks: int = 1
+    prompts: Mapping[Role, frozenset[int]] = field(default_factory=dict)
+    """The prompts (groups) that have trained rows of a role."""
 
     def of(self, roles: Iterable[Role]) -> Counts:
         """Counts of some roles together."""
+        roles = list(roles)
         counts = [self.by_role.get(role, Counts()) for role in roles]
-        return Counts(sum(c.tokens for c in counts), sum(c.rows for c in counts), self.ranks)
+        some, everyone = self._prompts(roles), self._prompts(Role)
+        share = some / everyone if everyone else 1.0
+        return Counts(sum(c.tokens for c in counts), sum(c.rows for c in counts), self.ranks, share)
+
+    def _prompts(self, roles: Iterable[Role]) -> int:
+        return len(frozenset().union(*(self.prompts.get(role, frozenset()) for role in roles)))
 
     @property
     def tokens(self) -> int:
@@ -91,16 +101,19 @@ class Denominators:
         return self.of(Role).rows
 
 
-def count(rows: Iterable[tuple[Role, int, float]], ranks: int = 1) -> Denominators:
+def count(rows: Iterable[tuple[Role, int, int, float]], ranks: int = 1) -> Denominators:
     """Count the whole batch.
 
     Args:
-        rows: role, response length and weight of each row; weight 0 is not trained.
+        rows: role, prompt (group), response length and weight of each row; weight 0 is not trained.
         ranks: data parallel ranks that share the batch.
     """
     tokens, number = dict.fromkeys(Role, 0), dict.fromkeys(Role, 0)
-    for role, length, weight in rows:
+    prompts: dict[Role, set[int]] = {role: set() for role in Role}
+    for role, group, length, weight in rows:
         if weight != 0:
             tokens[role] += length
             number[role] += 1
-    return Denominators({role: Counts(tokens[role], number[role]) for role in Role}, ranks)
+            prompts[role].add(group)
+    by_role = {role: Counts(tokens[role], number[role]) for role in Role}
+    return Denominators(by_role, ranks, {role: frozenset(groups) for role, groups in prompts.items()})

@@ -125,6 +125,7 @@ def reference_training(model: Path) -> Outcome:
     for step in range(STEPS):
         rows = [row for row in make_rows(model, step) if row.weight]
         rollouts = [row for row in rows if row.source is Source.ROLLOUT]
+        rollout_share = len(rollouts) / len(rows)  # every row is a prompt of its own here
         demonstration_tokens = sum(row.response_length for row in rows) - sum(row.response_length for row in rollouts)
         loss, entropy_sum = torch.zeros(()), torch.zeros(())
         for row in rows:
@@ -132,9 +133,9 @@ def reference_training(model: Path) -> Outcome:
             entropy_sum = entropy_sum + entropy.sum()
             if row.source is Source.ROLLOUT:
                 ratio = (logp - torch.tensor(row.behaviour_logprobs)).exp()
-                loss = loss - row.advantage * ratio.sum() / (len(rollouts) * MAX_RESPONSE)
+                loss = loss - rollout_share * row.advantage * ratio.sum() / (len(rollouts) * MAX_RESPONSE)
             else:
-                loss = loss - 0.5 * logp.sum() / demonstration_tokens
+                loss = loss - (1 - rollout_share) * 0.5 * logp.sum() / demonstration_tokens
         entropy = entropy_sum / sum(row.response_length for row in rows)
         total = loss - 0.01 * entropy
         optimizer.zero_grad()

@@ -23,6 +23,7 @@ class HandRow:
     old: list[float]
     entropy: list[float]
     reference: list[float]
+    group: int = 0
 
     @property
     def length(self) -> int:
@@ -55,6 +56,7 @@ def make_rows(
                 old=[rng.uniform(-3, -0.01) for _ in range(n)] if role is Role.ROLLOUT else [0.0] * n,
                 entropy=[rng.uniform(0, 3) for _ in range(n)],
                 reference=[rng.uniform(-3, -0.01) for _ in range(n)],
+                group=rng.randrange(4),
             )
         )
     return rows
@@ -98,6 +100,11 @@ class Batch:
         self.tokens = {role: sum(row.length for row in trained if row.role is role) for role in Role}
         self.all_rows, self.all_tokens = len(trained), sum(row.length for row in trained)
         self.sft, self.off, self.ranks = sft, off, ranks
+        self.prompts = {role: {row.group for row in trained if row.role is role} for role in Role}
+
+    def share(self, *roles: Role) -> float:
+        """Prompts with rows of these roles, of all prompts."""
+        return len(set().union(*(self.prompts[role] for role in roles))) / len(set().union(*self.prompts.values()))
 
     @property
     def rl_rows(self) -> int:
@@ -189,11 +196,19 @@ def nothing(b: Batch, row: HandRow, t: int) -> tuple[float, float]:
 
 def off_demonstration(b: Batch, row: HandRow, t: int) -> tuple[float, float]:
     rows = b.rows[Role.DEMONSTRATION] + b.rows[Role.OFF_POLICY]
-    return scaled(shaped(row, t, rows * LENGTH), b.off)
+    return scaled(shaped(row, t, rows * LENGTH), b.off * b.share(Role.DEMONSTRATION, Role.OFF_POLICY))
 
 
 def hpt_rollout(b: Batch, row: HandRow, t: int) -> tuple[float, float]:
-    return unclipped(row, t, b.rl_rows * LENGTH)
+    return scaled(unclipped(row, t, b.rl_rows * LENGTH), b.share(Role.ROLLOUT))
+
+
+def hpt_demonstration(b: Batch, row: HandRow, t: int) -> tuple[float, float]:
+    return scaled(sft(b, row, t), b.share(Role.DEMONSTRATION))
+
+
+def band_demonstration(b: Batch, row: HandRow, t: int) -> tuple[float, float]:
+    return scaled(shaped(row, t, b.rows[Role.OFF_POLICY] * LENGTH), b.off * b.share(Role.OFF_POLICY))
 
 
 def grpo_rollout(b: Batch, row: HandRow, t: int) -> tuple[float, float]:
@@ -217,10 +232,10 @@ TABLE = {
     "gspo": (gspo, nothing),
     "luffy": (lambda b, r, t: clipped(r, t, b.all_tokens), lambda b, r, t: scaled(shaped(r, t, b.all_tokens), b.off)),
     "srft": (srft_rollout, srft_demonstration),
-    "hpt": (hpt_rollout, sft),
+    "hpt": (hpt_rollout, hpt_demonstration),
     "hpt_reference": (lambda b, r, t: unclipped(r, t, LENGTH * b.ranks), reference_sft),
     "off_on": (hpt_rollout, off_demonstration),
-    "mix_on": (hpt_rollout, lambda b, r, t: added(sft(b, r, t), off_demonstration(b, r, t))),
+    "mix_on": (hpt_rollout, lambda b, r, t: added(hpt_demonstration(b, r, t), off_demonstration(b, r, t))),
     "sft_grpo": (grpo_rollout, sft),
     "chord": (grpo_rollout, chord_demonstration),
 }
@@ -241,7 +256,7 @@ def by_hand(
     """The loss of a batch and its derivatives."""
     batch, hand = Batch(rows, sft_coefficient, off_coefficient, ranks), Hand()
     entropy_tokens = sum(row.length for row in rows if row.weight and row.role in entropy_roles)
-    of_role = {Role.ROLLOUT: TABLE[name][0], Role.DEMONSTRATION: TABLE[name][1], Role.OFF_POLICY: off_demonstration}
+    of_role = {Role.ROLLOUT: TABLE[name][0], Role.DEMONSTRATION: TABLE[name][1], Role.OFF_POLICY: band_demonstration}
     for row in rows:
         hand.logprobs.append([0.0] * row.length)
         hand.entropy.append([0.0] * row.length)

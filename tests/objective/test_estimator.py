@@ -21,7 +21,7 @@ from megatron_hpt.objective.roles import Role
 from megatron_hpt.objective.shaping import Saturating
 from megatron_hpt.objective.tokens import count
 
-from .by_hand import LENGTH, TABLE, HandRow, by_hand, flatten, make_rows, unflatten
+from .by_hand import LENGTH, TABLE, Batch, HandRow, by_hand, flatten, make_rows, unflatten
 
 SEEDS, NUMBERS = st.integers(0, 2**32), st.integers(0, 9)
 INVARIANT = [name for name in ALGORITHMS if name != "hpt_reference"]
@@ -34,7 +34,7 @@ def kl_of(name: str, coefficient: float) -> KlConfig:
 
 
 def counts(rows: list[HandRow], ranks: int = 1):
-    return count(((row.role, row.length, row.weight) for row in rows), ranks)
+    return count(((row.role, row.group, row.length, row.weight) for row in rows), ranks)
 
 
 def evaluated(algorithm: Algorithm, rows: list[HandRow], whole: list[HandRow] | None = None, **layout):
@@ -74,12 +74,18 @@ def test_the_band_between_two_thresholds_is_off_policy_rl(seed: int, number: int
     rows = make_rows(seed, number, tuple(Role))
     config = AlgorithmConfig(name="hpt", gate=GateConfig(threshold=1, off_policy_threshold=3), **AROUND)
     _, logprobs, _ = evaluated(build(config, LENGTH), rows)
-    without_demonstrations = [replace(row, weight=0.0) if row.role is Role.DEMONSTRATION else row for row in rows]
-    off = by_hand("hpt", without_demonstrations, sft_coefficient=0.3, off_coefficient=0.7)
-    sft = by_hand("hpt", rows, sft_coefficient=0.3, off_coefficient=0.7)
-    for index, row in enumerate(rows):
-        expected = (sft if row.role is not Role.OFF_POLICY else off).logprobs[index]
-        assert logprobs[index] == pytest.approx(expected, rel=1e-12, abs=1e-14)
+    assert_equal(logprobs, by_hand("hpt", rows, sft_coefficient=0.3, off_coefficient=0.7).logprobs)
+
+
+@given(seed=SEEDS, number=st.integers(1, 9))
+def test_each_side_may_be_a_mean_of_its_own(seed: int, number: int) -> None:
+    rows = make_rows(seed, number)
+    _, shared, _ = evaluated(build(AlgorithmConfig(name="hpt"), LENGTH), rows)
+    _, own, _ = evaluated(build(AlgorithmConfig(name="hpt", balance="components"), LENGTH), rows)
+    batch = Batch(rows, 1.0, 1.0)
+    for row, ours, theirs in zip(rows, shared, own, strict=True):
+        if row.weight:
+            assert ours == pytest.approx([batch.share(row.role) * slope for slope in theirs], rel=1e-12)
 
 
 @given(seed=SEEDS, number=NUMBERS, ranks=st.integers(1, 4))
@@ -193,7 +199,7 @@ def weights_of(correction: str, level: str, row: HandRow) -> list[float]:
 @given(seed=SEEDS, number=NUMBERS)
 def test_mismatch_corrections_weigh_rollouts_and_nothing_else(correction: str, level: str, seed: int, number: int) -> None:
     rows = make_rows(seed, number)
-    plain = AlgorithmConfig(name="hpt")
+    plain = AlgorithmConfig(name="hpt", balance="components")
     config = plain.model_copy(update={"mismatch": MismatchConfig(correction=correction, level=level)})
     loss, logprobs, _ = evaluated(build(config, LENGTH), rows)
     _, uncorrected, _ = evaluated(build(plain, LENGTH), rows)
