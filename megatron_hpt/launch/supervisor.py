@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
@@ -20,6 +23,7 @@ from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import Progress
 
 POLL_S = 0.2
+LOWEST_PORT = 10240
 SETTLE_S = 1.5
 """Seconds without a further failure after which those of one cause are taken to be complete; all are reported."""
 
@@ -143,9 +147,19 @@ def _interrupt(number: int, _: Any) -> NoReturn:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A free port below the range that the kernel gives to outgoing connections.
+
+    The engine binds it only seconds later; a port of that range may by then belong to somebody's request.
+
+    Raises:
+        HptError: none found.
+    """
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.SystemRandom().sample(range(LOWEST_PORT, max(first_outgoing, LOWEST_PORT + 1000)), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise HptError("no free port for an engine on 127.0.0.1; 100 were tried")
 
 
 def _healthy(url: str) -> bool:
