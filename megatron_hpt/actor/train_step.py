@@ -97,12 +97,14 @@ def accumulate(actor: Actor, rows: Sequence[Row]) -> tuple[dict[str, float], Den
     plan = plan_micro_batches(
         [len(row.tokens) - 1 for row in rows], actor.ranks.data_size, actor.config.actor.micro_batch_tokens
     )[actor.ranks.data]
-    references: list[Tensor] = []
+    batches, references = _packed(rows, plan, actor), []
     if actor.reference is not None:
-        references = reference_logprobs(actor.reference, actor, _packed(rows, plan, actor))
-        rows = penalised(rows, plan, references, actor) if kl is not None and kl.in_reward else rows
+        references = reference_logprobs(actor.reference, actor, batches)
+    if kl is not None and kl.in_reward:
+        rows = penalised(rows, plan, references, actor)
+        batches = _packed(rows, plan, actor)  # with the advantages estimated again
     denominators = count(((row.role, row.group, row.response_length, row.weight) for row in rows), actor.ranks.data_size)
-    return _forward_backward(actor, _packed(rows, plan, actor), references, denominators), denominators
+    return _forward_backward(actor, batches, references, denominators), denominators
 
 
 def _metrics(actor: Actor, sums: dict[str, float], denominators: Denominators) -> dict[str, float | None]:
@@ -141,7 +143,7 @@ def _forward_backward(
     actor.optimizer.zero_grad()
     parts = get_forward_backward_func()(
         forward_step_func=lambda data, model: _forward(actor, denominators, next(data), model),
-        data_iterator=iter(list(_with_references(batches, references))),
+        data_iterator=_with_references(batches, references),
         model=actor.model,
         num_microbatches=len(batches),
         seq_length=actor.config.max_sequence_length,  # shapes are exchanged (variable_seq_lengths); this bounds none
