@@ -233,18 +233,40 @@ class ParallelConfig(Section):
     """Tensor parallel ranks."""
     pipeline: PositiveInt = 1
     """Pipeline parallel ranks."""
+    virtual_pipeline: PositiveInt = 1
+    """Pieces of the model on every pipeline rank (interleaved schedule: a smaller bubble, more messages)."""
+    context: PositiveInt = 1
+    """Context parallel ranks: every row is cut over them."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals are cut over the tensor parallel ranks too."""
+    expert: PositiveInt = 1
+    """Expert parallel ranks of a mixture of experts; taken from the data and context parallel ranks."""
+    expert_tensor: PositiveInt | None = None
+    """Tensor parallel ranks inside an expert; default: as `tensor`."""
     data: PositiveInt = 1
     """Data parallel ranks (the optimizer state is sharded over them)."""
 
     @property
     def ranks(self) -> int:
         """Trainer processes in all."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def row_multiple(self) -> int:
+        """Tokens that a row is padded to a multiple of: its two mirrored pieces on every context parallel rank are equal."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def batch_multiple(self) -> int:
+        """Tokens that a micro-batch is padded to a multiple of: sequence parallel ranks hold equal parts of it."""
+        return self.row_multiple * (self.tensor if self.sequence else 1)
 
 
 class ActorConfig(Section):
     micro_batch_tokens: PositiveInt = 8192
-    """Tokens packed into one micro-batch (one row longer than this gets a micro-batch of its own)."""
+    """Tokens packed into one micro-batch, over all its context parallel ranks (a longer row gets one of its own)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, those of the core attention, or every layer's."""
     threads: PositiveInt = 1
     """Torch threads of one rank on the host."""
 

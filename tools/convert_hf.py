@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 def _build(hf: Path):
     """The model of a Hugging Face folder on one rank, its weights not loaded."""
     from megatron_hpt.actor import model, parallel, platform
-    from megatron_hpt.config import ModelConfig, ParallelConfig
+    from megatron_hpt.config import Config, DataConfig, ModelConfig
     from megatron_hpt.weights.hf_config import model_shape
 
     shape = model_shape(hf)
@@ -31,9 +31,9 @@ def _build(hf: Path):
         port = probe.getsockname()[1]
     os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     where = platform.detect(threads=os.cpu_count() or 1)
-    layout = ParallelConfig()
-    ranks = parallel.initialize(layout, where, seed=0, deadline_s=600)
-    gpt = model.build(shape, model.transformer_config(shape, ModelConfig(path=str(hf)), layout, where), ranks, where)
+    config = Config(name="conversion", model=ModelConfig(path=str(hf)), data=DataConfig(train=""))
+    ranks = parallel.initialize(config.parallel, where, seed=0, deadline_s=600)
+    gpt = model.build(shape, model.transformer_config(shape, config, where), ranks, where)
     return gpt, shape, ranks, where
 
 

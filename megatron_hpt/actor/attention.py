@@ -1,7 +1,8 @@
 """Core attention on torch's scaled_dot_product_attention, for layer specs without Transformer Engine.
 
-Megatron's own unfused attention builds whole score matrices and refuses packed rows. This one takes packed rows
-(``thd``): they are laid side by side only here, for one fused causal call, so every other layer computes no padding.
+Megatron's own unfused attention builds whole score matrices and refuses packed rows and context parallelism. This one
+takes packed rows (``thd``): they are laid side by side only here, for one fused causal call, so every other layer
+computes no padding. Under context parallelism every rank gathers the keys and values of the rows.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 from torch import Tensor
+
+from megatron_hpt.actor.packing import RowPacking
 
 
 class PackedAttention(MegatronModule):
@@ -32,8 +36,6 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("PackedAttention does not support context parallelism")
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         heads = divide(config.num_attention_heads, config.tensor_model_parallel_size)
         self.repeat = divide(heads, divide(config.num_query_groups, config.tensor_model_parallel_size))
@@ -46,39 +48,45 @@ class PackedAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: RowPacking | None = None,
     ) -> Tensor:
         """Attend within each row.
 
         Args:
-            query: [tokens, heads, head_dim]; key and value: [tokens, kv_heads, head_dim].
-            packed_seq_params: cumulative row lengths; they add up to `tokens`.
+            query: [local tokens, heads, head_dim]; key and value: [local tokens, kv_heads, head_dim].
+            packed_seq_params: the places of the rows; without context parallelism they add up to the tokens.
 
         Returns:
-            [tokens, heads · head_dim].
+            [local tokens, heads · head_dim].
         """
-        if packed_seq_params is None:
-            raise ValueError("PackedAttention attends over packed rows only: packed_seq_params is missing")
-        index, places = _side_by_side(packed_seq_params, query.device)
-        rows = [x[index].transpose(1, 2) for x in (query, key, value)]  # [rows, heads, longest, head_dim]
+        packing = packed_seq_params
+        if not isinstance(packing, RowPacking):
+            raise ValueError("PackedAttention attends over packed rows only: packed_seq_params must be a RowPacking")
+        if packing.context_size > 1:
+            group = parallel_state.get_context_parallel_group()
+            key, value = (_Gather.apply(x, group)[packing.unsliced] for x in (key, value))
+        index, places = packing.queries
+        rows = [x[i].transpose(1, 2) for x, i in ((query, index), (key, packing.keys), (value, packing.keys))]
         if self.repeat > 1:
             rows[1:] = [x.repeat_interleave(self.repeat, dim=1) for x in rows[1:]]
         # A row's padding comes after it, where causal attention never looks.
-        out = F.scaled_dot_product_attention(*rows, is_causal=True, scale=self.scale)
+        mask = {"is_causal": True} if packing.context_size == 1 else {"attn_mask": packing.mask}
+        out = F.scaled_dot_product_attention(*rows, scale=self.scale, **mask)
         return out.transpose(1, 2).flatten(0, 1)[places].flatten(1)
 
 
-def _side_by_side(params: PackedSeqParams, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices between packed tokens and padded rows.
+class _Gather(torch.autograd.Function):
+    """All ranks' parts along the first dimension; the gradient of a part is the sum over ranks."""
 
-    Returns:
-        index: [rows, longest], the token at each place (padding repeats the row's last token);
-        places: [tokens], where each token lies in the flattened rows.
-    """
-    ends = params.cu_seqlens_q[1:].to(device=device, dtype=torch.long)
-    starts = params.cu_seqlens_q[:-1].to(device=device, dtype=torch.long)
-    longest = int(params.max_seqlen_q)
-    columns = torch.arange(longest, device=device)
-    index = starts[:, None] + columns
-    places = (index < ends[:, None]).flatten().nonzero().squeeze(1)
-    return torch.minimum(index, ends[:, None] - 1), places
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        whole = part.new_empty((group.size() * part.shape[0], *part.shape[1:]))
+        dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        part = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(part, grad.contiguous(), group=ctx.group)
+        return part, None

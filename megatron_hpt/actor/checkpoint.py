@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 def save(
     run: RunDir,
     step: int,
-    model: GPTModel,
+    chunks: Sequence[GPTModel],
     optimizer: MegatronOptimizer,
     platform: Platform,
     keep: int,
     state: dict[str, Any],
 ) -> None:
     """Write the checkpoint of a step into a run and remove all but the newest `keep`; collective over all ranks."""
-    save_to(run.checkpoint(step), step, model, optimizer, platform, state)
+    save_to(run.checkpoint(step), step, chunks, optimizer, platform, state)
     if dist.get_rank() == 0:
         for old in run.checkpoint_steps()[:-keep]:
             shutil.rmtree(run.checkpoint(old))
@@ -45,7 +46,7 @@ def save(
 def save_to(
     final: Path,
     step: int,
-    model: GPTModel,
+    chunks: Sequence[GPTModel],
     optimizer: MegatronOptimizer | None,
     platform: Platform,
     state: dict[str, Any] | None = None,
@@ -61,7 +62,7 @@ def save_to(
         temporary.mkdir(parents=True)
     dist.barrier()
     with platform.building():
-        dist_checkpointing.save(_state(model, optimizer, loading=False), str(temporary))
+        dist_checkpointing.save(_state(chunks, optimizer, loading=False), str(temporary))
     _end_helper_process()
     dist.barrier()
     if dist.get_rank() == 0:
@@ -81,7 +82,7 @@ def _end_helper_process() -> None:
         filesystem_async._results_queue = None
 
 
-def load(path: Path, model: GPTModel, optimizer: MegatronOptimizer | None, platform: Platform) -> dict[str, Any]:
+def load(path: Path, chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | None, platform: Platform) -> dict[str, Any]:
     """Load a checkpoint into this layout; collective over all ranks.
 
     Returns:
@@ -97,15 +98,21 @@ def load(path: Path, model: GPTModel, optimizer: MegatronOptimizer | None, platf
     if optimizer is not None and not meta["optimizer"]:
         raise CheckpointError(f"{path}: holds weights without optimizer state; it can be exported, not resumed")
     with platform.building(), torch.no_grad():
-        state = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
-        model.load_state_dict(state["model"])
+        state = dist_checkpointing.load(_state(chunks, optimizer, loading=True), str(path))
+        for index, chunk in enumerate(chunks):
+            chunk.load_state_dict(state[_key(chunks, index)])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
     return meta
 
 
-def _state(model: GPTModel, optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": model.sharded_state_dict()}
+def _state(chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {_key(chunks, i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=_SHARDING)
     return state
+
+
+def _key(chunks: Sequence[GPTModel], index: int) -> str:
+    """Megatron's optimizer finds the chunks' parts of a state under these names."""
+    return f"model{index}" if len(chunks) > 1 else "model"

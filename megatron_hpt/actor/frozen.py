@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_hpt.actor.microbatch import MicroBatch
+from megatron_hpt.actor.microbatch import MicroBatch, ends_of
+from megatron_hpt.actor.model import PolicyModel
 from megatron_hpt.actor.predictions import model_logprobs
 from megatron_hpt.data.estimation import overlong_penalties, with_advantages
 from megatron_hpt.data.rows import Row, Source
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def reference_logprobs(model: GPTModel, actor: Actor, batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """log π_ref of every target of every micro-batch; empty on ranks that are not on the last stage. Collective."""
+def reference_logprobs(chunks: Sequence[PolicyModel], actor: Actor, batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """log π_ref of every response token of every micro-batch, [positions] each; empty before the last stage. Collective."""
     parts = get_forward_backward_func()(
         forward_step_func=lambda data, stage: _forward(actor, next(data), stage),
-        data_iterator=iter(batches),
-        model=model,
+        data_iterator=[iter(batches) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(batches),
         seq_length=actor.config.max_sequence_length,
         micro_batch_size=1,
@@ -35,13 +35,13 @@ def reference_logprobs(model: GPTModel, actor: Actor, batches: Sequence[MicroBat
     return [part["logprobs"] for part in parts] if actor.ranks.is_last_stage else []
 
 
-def _forward(actor: Actor, batch: MicroBatch, model: torch.nn.Module):
+def _forward(actor: Actor, batch: MicroBatch, model: PolicyModel):
     output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
 
-    def collect(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logprobs, _ = model_logprobs(logits.flatten(0, 1), batch.targets, actor)
-        nothing = torch.zeros((), device=logits.device)
-        return nothing, torch.ones((), dtype=torch.int, device=logits.device), {"logprobs": logprobs}
+    def collect(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logprobs, _ = model_logprobs(hidden, batch, model, actor)
+        nothing = torch.zeros((), device=hidden.device)
+        return nothing, torch.ones((), dtype=torch.int, device=hidden.device), {"logprobs": logprobs}
 
     return output, collect
 
@@ -59,10 +59,8 @@ def penalised(rows: Sequence[Row], plan: Sequence[Sequence[int]], references: Se
     mine: dict[int, list[float]] = {}
     if actor.ranks.reports:
         for indices, logprobs in zip(plan, references, strict=True):
-            end = 0
-            for index in indices:
+            for index, end in zip(indices, ends_of([len(rows[index].tokens) - 1 for index in indices], actor.cut), strict=True):
                 row = rows[index]
-                end += len(row.tokens) - 1
                 if row.source is Source.ROLLOUT:
                     behaviour = torch.tensor(row.behaviour_logprobs, dtype=torch.float64)
                     log_ratio = behaviour - logprobs[end - row.response_length : end].double().cpu()

@@ -114,6 +114,20 @@ def install() -> None:
         if name.startswith("megatron.core") and module.__dict__.get("torch") is torch:
             module.torch = facade
     _track_host_generator(importlib.import_module("megatron.core.tensor_parallel.random"))
+    _complete_experts(
+        importlib.import_module("megatron.core.transformer.moe.moe_utils"),
+        importlib.import_module("megatron.core.transformer.moe.token_dispatcher"),
+    )
+
+
+def _complete_experts(utils: types.ModuleType, dispatcher: types.ModuleType) -> None:
+    """What mixtures of experts lack without Transformer Engine and CUDA in 0.16.1."""
+    if not hasattr(utils, "te_general_gemm"):
+        utils.te_general_gemm = None  # read although it was never imported
+    # Megatron's own leaves a host tensor as it is, even where numpy is asked for.
+    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
 
 
 def _track_host_generator(rng: types.ModuleType) -> None:

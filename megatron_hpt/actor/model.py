@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_hpt.actor.attention import PackedAttention
+from megatron_hpt.actor.norm import RMSNorm
 from megatron_hpt.actor.parallel import Ranks
 from megatron_hpt.actor.platform import Platform
-from megatron_hpt.config import Config, ModelConfig, ParallelConfig
+from megatron_hpt.config import Config, ParallelConfig
 from megatron_hpt.weights.hf_config import ModelShape, model_shape
 from megatron_hpt.weights.hf_files import HfTensors
 from megatron_hpt.weights.mapping import ShardView, shard_views
 
 
-def transformer_config(
-    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, platform: Platform
-) -> TransformerConfig:
+class PolicyModel(GPTModel):
+    """A GPT model whose last stage gives hidden states: log-probabilities are made of them without logits in between."""
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[local vocabulary, hidden], this rank's rows of the output layer; on the last stage only."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def transformer_config(shape: ModelShape, config: Config, platform: Platform) -> TransformerConfig:
     """Megatron's configuration of the model; fusions that need CUDA extensions are off."""
-    dtype = getattr(torch, model.dtype)
+    dtype, parallel = getattr(torch, config.model.dtype), config.parallel
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -42,6 +63,10 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        overlap_p2p_comm=False,  # an interleaved schedule with it exchanges no shapes, and ours differ
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -50,7 +75,6 @@ def transformer_config(
         # parallel, and the gradient norm would count only rank 0's shards.
         perform_initialization=True,
         variable_seq_lengths=True,  # packed micro-batches differ in length
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even in a dense model
         batch_p2p_comm=False,
         calculate_per_token_loss=True,  # the loss is already divided by its global denominators
         persist_layer_norm=False,
@@ -59,36 +83,64 @@ def transformer_config(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        **_RECOMPUTE[config.actor.recompute],
+        **_experts(shape, parallel),
     )
 
 
-def build(shape: ModelShape, config: TransformerConfig, ranks: Ranks, platform: Platform) -> GPTModel:
-    """This rank's part of the model, with weights not yet loaded."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+def _experts(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
+    dispatch = {"moe_token_dispatcher_type": "alltoall"}  # the default refuses variable lengths, even in a dense model
+    if not shape.experts:
+        return dispatch
+    return {
+        **dispatch,
+        "num_moe_experts": shape.experts,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.ffn,
+        "moe_router_dtype": "fp32",
+        # No auxiliary loss: it would pull the policy away from what the objective asks for.
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
+    }
+
+
+def build(shape: ModelShape, config: TransformerConfig, ranks: Ranks, platform: Platform) -> list[PolicyModel]:
+    """This rank's chunks of the model, with weights not yet loaded."""
+    pieces = config.virtual_pipeline_model_parallel_size or 1
+    return [_build_chunk(shape, config, ranks, platform, piece if pieces > 1 else None) for piece in range(pieces)]
+
+
+def _build_chunk(
+    shape: ModelShape, config: TransformerConfig, ranks: Ranks, platform: Platform, piece: int | None
+) -> PolicyModel:
+    layer = get_gpt_layer_local_spec(num_experts=shape.experts or None, moe_grouped_gemm=False, normalization="RMSNorm")
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layers = get_num_layers_to_build(config, vp_stage=piece)
     with platform.building():
-        model = GPTModel(
+        model = PolicyModel(
             config,
-            spec,
+            TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm),
             vocab_size=padded_vocabulary(shape.vocab, ranks.tensor.size),
             max_sequence_length=shape.max_positions,
-            pre_process=ranks.pipeline == 0,
-            post_process=ranks.is_last_stage,
+            pre_process=ranks.pipeline == 0 and not piece,
+            post_process=ranks.is_last_stage and piece in (None, (config.virtual_pipeline_model_parallel_size or 1) - 1),
             parallel_output=True,
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
+            vp_stage=piece,
         )
     return model.to(platform.device)
 
 
-def load(folder: str, config: Config, ranks: Ranks, platform: Platform) -> GPTModel:
-    """This rank's part of the model in a Hugging Face folder, in the run's layout."""
+def load(folder: str, config: Config, ranks: Ranks, platform: Platform) -> list[PolicyModel]:
+    """This rank's chunks of the model in a Hugging Face folder, in the run's layout."""
     shape = model_shape(folder)
-    settings = transformer_config(shape, config.model, config.parallel, platform)
-    gpt = build(shape, settings, ranks, platform)
-    load_hf(gpt, shape, ranks, folder)
-    return gpt
+    chunks = build(shape, transformer_config(shape, config, platform), ranks, platform)
+    load_hf(chunks, shape, ranks, folder)
+    return chunks
 
 
 def padded_vocabulary(vocab: int, tensor: int) -> int:
@@ -96,48 +148,66 @@ def padded_vocabulary(vocab: int, tensor: int) -> int:
     return -(-vocab // tensor) * tensor
 
 
-def global_parameters(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    """This rank's parameters under names with the global layer number."""
-    offset = get_transformer_layer_offset(model.config)
-    for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, layer, rest = name.split(".", 3)
-            name = f"decoder.layers.{int(layer) + offset}.{rest}"
-        yield name, parameter
+def global_parameters(chunks: Sequence[PolicyModel], shape: ModelShape, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    """This rank's parameters under names with the global numbers of layer and expert."""
+    first_expert = ranks.expert.rank * (shape.experts // ranks.expert.size)
+    for chunk in chunks:
+        layers = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
+        for name, parameter in chunk.named_parameters():
+            name = _shifted(name, "decoder.layers.", layers)
+            yield _shifted(name, ".local_experts.", first_expert), parameter
+
+
+def _shifted(name: str, before: str, by: int) -> str:
+    """The name with `by` added to the number that follows `before`."""
+    head, found, tail = name.partition(before)
+    if not found:
+        return name
+    number, _, rest = tail.partition(".")
+    return f"{head}{before}{int(number) + by}.{rest}"
+
+
+def is_expert(parameter: Tensor) -> bool:
+    """A parameter of an expert: cut over expert (tensor) parallel ranks, replicated over expert data parallel ranks."""
+    return not getattr(parameter, "allreduce", True)
 
 
 def views(
-    model: GPTModel,
+    chunks: Sequence[PolicyModel],
     shape: ModelShape,
     ranks: Ranks,
     *,
     loading: bool = False,
+    contributing: bool = False,
     of: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> list[ShardView]:
     """Every Hugging Face box that this rank's parameters hold.
 
     Args:
+        contributing: only those that this rank contributes to an export: each box of the model comes from one rank.
         of: what of a parameter is looked at: itself, or a tensor of its shape (its gradient).
     """
-    return [
-        view
-        for name, parameter in global_parameters(model)
-        for view in shard_views(name, of(parameter), shape, ranks.tensor, loading=loading)
-    ]
+    found = []
+    for name, parameter in global_parameters(chunks, shape, ranks):
+        expert = is_expert(parameter)
+        place = ranks.expert_tensor if expert else ranks.tensor
+        mine = shard_views(name, of(parameter), shape, place, loading=loading)
+        if contributing:
+            first = ranks.expert_data == 0 if expert else ranks.data == 0 and ranks.context.rank == 0
+            mine = [view for view in mine if first and (place.rank == 0 or view.extent != view.shape)]
+        found += mine
+    return found
 
 
 def contributed_views(
-    model: GPTModel, shape: ModelShape, ranks: Ranks, of: Callable[[Tensor], Tensor] = Tensor.detach
+    chunks: Sequence[PolicyModel], shape: ModelShape, ranks: Ranks, of: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> list[ShardView]:
-    """The boxes that this rank contributes to an export: each box of the model is contributed exactly once."""
-    if ranks.data > 0:
-        return []
-    mine = views(model, shape, ranks, of=of)
-    return [view for view in mine if ranks.tensor.rank == 0 or view.extent != view.shape]
+    """The boxes that this rank contributes to an export."""
+    return views(chunks, shape, ranks, contributing=True, of=of)
 
 
 @torch.no_grad()
-def load_hf(model: GPTModel, shape: ModelShape, ranks: Ranks, folder: str | Path) -> None:
+def load_hf(chunks: Sequence[PolicyModel], shape: ModelShape, ranks: Ranks, folder: str | Path) -> None:
     """Fill this rank's parameters from the folder's safetensors; every parameter is written completely.
 
     Raises:
@@ -145,7 +215,7 @@ def load_hf(model: GPTModel, shape: ModelShape, ranks: Ranks, folder: str | Path
     """
     files = HfTensors(folder)
     files.check(shape)
-    for parameter in model.parameters():
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         parameter.zero_()  # rows that only pad the vocabulary
-    for view in views(model, shape, ranks, loading=True):
+    for view in views(chunks, shape, ranks, loading=True):
         view.write(files.get(view.name))

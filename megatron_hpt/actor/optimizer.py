@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -13,21 +15,19 @@ from megatron_hpt.actor.platform import Platform
 from megatron_hpt.config import OptimizerConfig
 
 
-def wrap(model: GPTModel) -> DistributedDataParallel:
-    """Gradient buffers that are reduced in float32 and sharded over the data parallel ranks."""
+def wrap(chunks: Sequence[GPTModel]) -> list[DistributedDataParallel]:
+    """Gradient buffers that are reduced in float32 and sharded over the data parallel ranks, one for each chunk."""
     config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    wrapped = DistributedDataParallel(model.config, config, model)
+    model = chunks[0].config
     # num_tokens is dropped: it would divide the gradient a second time by a denominator the loss already has.
-    model.config.finalize_model_grads_func = lambda models, num_tokens=None, **kwargs: finalize_model_grads(
-        models, None, **kwargs
-    )
-    return wrapped
+    model.finalize_model_grads_func = lambda models, num_tokens=None, **kwargs: finalize_model_grads(models, None, **kwargs)
+    return [DistributedDataParallel(model, config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
 
 
-def build(config: OptimizerConfig, wrapped: DistributedDataParallel, platform: Platform) -> MegatronOptimizer:
+def build(config: OptimizerConfig, wrapped: Sequence[DistributedDataParallel], platform: Platform) -> MegatronOptimizer:
     """Adam with float32 master weights, its state sharded over the data parallel ranks."""
     adam.offer_to_megatron()
-    dtype = wrapped.config.params_dtype
+    dtype = wrapped[0].config.params_dtype
     megatron = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -41,11 +41,11 @@ def build(config: OptimizerConfig, wrapped: DistributedDataParallel, platform: P
         use_distributed_optimizer=True,
     )
     with platform.building():
-        optimizer = get_megatron_optimizer(megatron, [wrapped])
+        optimizer = get_megatron_optimizer(megatron, list(wrapped))
         # Moments are there from the start: a run whose first steps are all skipped writes a checkpoint too.
         for part in optimizer.chained_optimizers:
             part.init_state_fn(part.optimizer)
-    wrapped.module.config.grad_scale_func = optimizer.scale_loss
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 

@@ -21,9 +21,18 @@ class Ranks:
 
     rank: int
     tensor: Place
+    """Shard of a dense parameter."""
     pipeline: int
+    context: Place
+    """Part of every row."""
+    expert: Place
+    """Share of a layer's experts."""
+    expert_tensor: Place
+    """Shard of an expert's parameter."""
     data: int
     data_size: int
+    expert_data: int
+    """Among the ranks that hold the same shard of the same experts."""
     is_last_stage: bool
 
     @property
@@ -33,8 +42,8 @@ class Ranks:
 
     @property
     def reports(self) -> bool:
-        """One tensor parallel rank of the last stage, per data parallel rank: counts each loss once."""
-        return self.is_last_stage and self.tensor.rank == 0
+        """One tensor and context parallel rank of the last stage, per data parallel rank: counts each loss once."""
+        return self.is_last_stage and self.tensor.rank == 0 and self.context.rank == 0
 
 
 def initialize(config: ParallelConfig, platform: Platform, seed: int, deadline_s: float) -> Ranks:
@@ -46,19 +55,31 @@ def initialize(config: ParallelConfig, platform: Platform, seed: int, deadline_s
     world = int(os.environ["WORLD_SIZE"])
     if world != config.ranks:
         raise ConfigError(
-            f"parallel: tensor {config.tensor} × pipeline {config.pipeline} × data {config.data} needs {config.ranks} "
-            f"ranks, but {world} were started"
+            f"parallel: tensor {config.tensor} × pipeline {config.pipeline} × context {config.context} × data {config.data} "
+            f"needs {config.ranks} ranks, but {world} were started"
         )
     dist.init_process_group(platform.backend, timeout=datetime.timedelta(seconds=deadline_s))
-    parallel_state.initialize_model_parallel(config.tensor, config.pipeline)
+    state = parallel_state
+    state.initialize_model_parallel(
+        config.tensor,
+        config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Ranks(
         rank=dist.get_rank(),
-        tensor=Place(parallel_state.get_tensor_model_parallel_rank(), config.tensor),
-        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
-        data=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
-        is_last_stage=parallel_state.is_pipeline_last_stage(),
+        tensor=Place(state.get_tensor_model_parallel_rank(), config.tensor),
+        pipeline=state.get_pipeline_model_parallel_rank(),
+        context=Place(state.get_context_parallel_rank(), config.context),
+        expert=Place(state.get_expert_model_parallel_rank(), config.expert),
+        expert_tensor=Place(state.get_expert_tensor_parallel_rank(), state.get_expert_tensor_parallel_world_size()),
+        data=state.get_data_parallel_rank(),
+        data_size=state.get_data_parallel_world_size(),
+        expert_data=state.get_expert_data_parallel_rank(),
+        is_last_stage=state.is_pipeline_last_stage(),
     )
 
 

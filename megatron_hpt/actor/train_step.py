@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_hpt.actor import guard
 from megatron_hpt.actor.frozen import penalised, reference_logprobs
-from megatron_hpt.actor.microbatch import MicroBatch, pack
+from megatron_hpt.actor.microbatch import Cut, MicroBatch, pack
+from megatron_hpt.actor.model import PolicyModel
 from megatron_hpt.actor.optimizer import learning_rate
 from megatron_hpt.actor.parallel import Ranks
 from megatron_hpt.actor.platform import Platform
@@ -41,16 +41,26 @@ class Actor:
     config: Config
     algorithm: Algorithm
     vocab: int
-    model: DistributedDataParallel
+    wrapped: list[DistributedDataParallel]
+    """This rank's chunks of the model with their gradient buffers; more than one under virtual pipelining."""
     optimizer: MegatronOptimizer
     ranks: Ranks
     platform: Platform
-    reference: GPTModel | None
+    cut: Cut
+    """What the layout asks of micro-batches."""
+    attention_parity: float
+    """Tokens of a row at which its attention costs as much as everything else."""
+    reference: list[PolicyModel] | None
     """The frozen reference policy of the KL, laid out like the actor."""
     entropy_coefficient: float
     """Where an adaptive coefficient stands."""
     skipped_in_a_row: int = 0
     timer: ObjectiveTimer = field(default_factory=ObjectiveTimer)
+
+    @property
+    def chunks(self) -> list[PolicyModel]:
+        """The bare chunks of the model."""
+        return [wrapped.module for wrapped in self.wrapped]
 
 
 def selected_rows(rows: Sequence[Row], in_reward: bool = False) -> list[Row]:
@@ -94,9 +104,7 @@ def accumulate(actor: Actor, rows: Sequence[Row]) -> tuple[dict[str, float], Den
     """
     kl = actor.algorithm.kl
     rows = selected_rows(rows, kl is not None and kl.in_reward)
-    plan = plan_micro_batches(
-        [len(row.tokens) - 1 for row in rows], actor.ranks.data_size, actor.config.actor.micro_batch_tokens
-    )[actor.ranks.data]
+    plan = _plan(rows, actor)
     batches, references = _packed(rows, plan, actor), []
     if actor.reference is not None:
         references = reference_logprobs(actor.reference, actor, batches)
@@ -131,20 +139,33 @@ def _mean(total: float, number: float) -> float | None:
     return total / number if number else None
 
 
+def _plan(rows: Sequence[Row], actor: Actor) -> list[list[int]]:
+    """This data parallel rank's micro-batches, as indices of rows."""
+    parallel = actor.config.parallel
+    return plan_micro_batches(
+        [len(row.tokens) - 1 for row in rows],
+        actor.ranks.data_size,
+        actor.config.actor.micro_batch_tokens,
+        attention_parity=actor.attention_parity,
+        count_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
+    )[actor.ranks.data]
+
+
 def _packed(rows: Sequence[Row], plan: Sequence[Sequence[int]], actor: Actor) -> list[MicroBatch]:
-    return [pack([rows[index] for index in indices], actor.platform.device) for indices in plan]
+    return [pack([rows[index] for index in indices], actor.platform.device, actor.cut) for indices in plan]
 
 
 def _forward_backward(
     actor: Actor, batches: Sequence[MicroBatch], references: Sequence[Tensor], denominators: Denominators
 ) -> dict[str, float]:
     """Gradients of the whole batch into the buffers; returns global sums by name."""
-    actor.model.zero_grad_buffer()
+    for wrapped in actor.wrapped:
+        wrapped.zero_grad_buffer()
     actor.optimizer.zero_grad()
     parts = get_forward_backward_func()(
         forward_step_func=lambda data, model: _forward(actor, denominators, next(data), model),
-        data_iterator=_with_references(batches, references),
-        model=actor.model,
+        data_iterator=[_with_references(batches, references) for _ in actor.wrapped],
+        model=actor.wrapped,
         num_microbatches=len(batches),
         seq_length=actor.config.max_sequence_length,  # shapes are exchanged (variable_seq_lengths); this bounds none
         micro_batch_size=1,
@@ -163,23 +184,23 @@ def _with_references(batches: Sequence[MicroBatch], references: Sequence[Tensor]
     return zip(batches, references or [None] * len(batches), strict=True)
 
 
-def _forward(actor: Actor, denominators: Denominators, data: tuple[MicroBatch, Tensor | None], model: torch.nn.Module):
-    """Megatron's forward step: this stage's output, and the loss as a function of the last stage's."""
+def _forward(actor: Actor, denominators: Denominators, data: tuple[MicroBatch, Tensor | None], model: DistributedDataParallel):
+    """Megatron's forward step: this chunk's output, and the loss as a function of the last one's."""
     batch, reference = data
     output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
 
-    def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        value, sums = _loss(actor, denominators, batch, reference, logits.flatten(0, 1))
+    def loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        predictions = model_logprobs(hidden, batch, model.module, actor)
+        value, sums = _loss(actor, denominators, batch, reference, *predictions)
         return value, torch.ones((), dtype=torch.int, device=value.device), {"sums": sums}
 
     return output, loss
 
 
 def _loss(
-    actor: Actor, denominators: Denominators, batch: MicroBatch, reference: Tensor | None, logits: Tensor
+    actor: Actor, denominators: Denominators, batch: MicroBatch, reference: Tensor | None, logprobs: Tensor, entropy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss of one micro-batch from its logits [positions, local vocabulary], and its sums in the order of their names."""
-    logprobs, entropy = model_logprobs(logits, batch.targets, actor)
+    """Loss of one micro-batch, and its sums in the order of their names."""
     with actor.timer.forward():
         loss = _objective(actor, denominators, batch, reference, logprobs, entropy)
     actor.timer.watch_backward(loss.total, (logprobs, entropy))

@@ -14,11 +14,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_hpt.actor import checkpoint, export, guard, model, optimizer, parallel, platform
+from megatron_hpt.actor.microbatch import Cut
 from megatron_hpt.actor.train_step import Actor, train_step
 from megatron_hpt.blackboard import Blackboard
 from megatron_hpt.config import Config, load_yaml
 from megatron_hpt.data.files import whole, write_whole
 from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.data.packing import attention_parity
 from megatron_hpt.objective import algorithms
 from megatron_hpt.process import die_with_parent, log_to
 from megatron_hpt.run import RunDir
@@ -36,19 +38,24 @@ def build_actor(config: Config) -> Actor:
     shape = model_shape(config.model.path)
     algorithm = algorithms.of_run(config)
     wrapped = optimizer.wrap(model.load(config.model.path, config, ranks, where))
-    wrapped.train()
+    for chunk in wrapped:
+        chunk.train()
     reference = None
     if algorithm.kl is not None:
         path = config.algorithm.kl.reference or config.model.path
-        reference = model.load(path, config, ranks, where).requires_grad_(False).eval()
+        reference = [chunk.requires_grad_(False).eval() for chunk in model.load(path, config, ranks, where)]
     return Actor(
         config=config,
         algorithm=algorithm,
         vocab=shape.vocab,
-        model=wrapped,
+        wrapped=wrapped,
         optimizer=optimizer.build(config.optimizer, wrapped, where),
         ranks=ranks,
         platform=where,
+        cut=Cut(config.parallel.row_multiple, config.parallel.batch_multiple, ranks.context.size, ranks.context.rank),
+        attention_parity=attention_parity(
+            shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim, shape.experts_per_token or 1
+        ),
         reference=reference,
         entropy_coefficient=algorithm.entropy.coefficient,
     )
@@ -63,7 +70,7 @@ class Trainer:
         self._ledger = Ledger(run.batches)
         self._actor = build_actor(self._config)
         if start:
-            state = checkpoint.load(run.checkpoint(start), self._gpt, self._actor.optimizer, self._actor.platform)
+            state = checkpoint.load(run.checkpoint(start), self._actor.chunks, self._actor.optimizer, self._actor.platform)
             self._actor.entropy_coefficient = state.get("entropy_coefficient", self._actor.entropy_coefficient)
             self._actor.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self._sender = self._make_sender()
@@ -83,18 +90,16 @@ class Trainer:
             self._publish(step + 1)
         if config.trainer.export:
             shape = model_shape(config.model.path)
-            export.export_hf(config.model.path, self._run.export, model.contributed_views(self._gpt, shape, self._actor.ranks))
+            export.export_hf(
+                config.model.path, self._run.export, model.contributed_views(self._actor.chunks, shape, self._actor.ranks)
+            )
         self._sender.close()
-
-    @property
-    def _gpt(self) -> Any:
-        return self._actor.model.module
 
     def _make_sender(self) -> WeightSender:
         shape = model_shape(self._config.model.path)
         self._tell("status/trainer", "ready")
         engines = self._board.wait("engines", self._config.deadlines.startup_s, "an engine")
-        views = model.contributed_views(self._gpt, shape, self._actor.ranks)
+        views = model.contributed_views(self._actor.chunks, shape, self._actor.ranks)
         return WeightSender(views, hf_tensor_shapes(shape), engines, self._config.deadlines.transfer_s, dist.group.WORLD)
 
     def _publish(self, version: int) -> None:
@@ -115,7 +120,7 @@ class Trainer:
                 "entropy_coefficient": self._actor.entropy_coefficient,
                 "skipped_in_a_row": self._actor.skipped_in_a_row,
             }
-            checkpoint.save(self._run, step, self._gpt, self._actor.optimizer, self._actor.platform, keep, state)
+            checkpoint.save(self._run, step, self._actor.chunks, self._actor.optimizer, self._actor.platform, keep, state)
 
     def _keep_if_skipped(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep the batch of a step that was not taken, and stop when there are too many in a row."""

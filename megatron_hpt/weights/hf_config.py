@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_hpt.errors import ModelError
 
-SUPPORTED = ("llama",)
+SUPPORTED = ("llama", "mixtral")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class ModelShape:
     rope_theta: float
     norm_eps: float
     max_positions: int
+    experts: int = 0
+    """Experts of a layer; 0: a dense model."""
+    experts_per_token: int = 0
 
     @property
     def heads_per_group(self) -> int:
@@ -86,7 +89,17 @@ def model_shape(folder: str | Path) -> ModelShape:
         rope_theta=float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         max_positions=_need(config, "max_position_embeddings", file),
+        **_experts(config, file),
     )
+
+
+def _experts(config: dict[str, Any], file: Path) -> dict[str, int]:
+    if config["model_type"] != "mixtral":
+        return {}
+    return {
+        "experts": _need(config, "num_local_experts", file),
+        "experts_per_token": _need(config, "num_experts_per_tok", file),
+    }
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

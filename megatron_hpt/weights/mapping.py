@@ -58,7 +58,8 @@ class Place:
     """Tensor parallel ranks."""
 
 
-Rule = Callable[[Tensor, ModelShape, Place, str], Iterator[ShardView]]
+Rule = Callable[[Tensor, ModelShape, Place, tuple[str, ...]], Iterator[ShardView]]
+"""From a parameter, the model, the shard and the numbers in the parameter's name (layer, expert) to its views."""
 
 
 def _box(name: str, shape: tuple[int, ...], start: int, view: Tensor, extent: tuple[int, ...], dim: int = 0) -> ShardView:
@@ -69,8 +70,8 @@ def _box(name: str, shape: tuple[int, ...], start: int, view: Tensor, extent: tu
 def replicated(hf: str) -> Rule:
     """The same tensor on every tensor parallel rank (norms)."""
 
-    def rule(local: Tensor, shape: ModelShape, place: Place, layer: str) -> Iterator[ShardView]:
-        yield _box(hf.format(layer), tuple(local.shape), 0, local, tuple(local.shape))
+    def rule(local: Tensor, shape: ModelShape, place: Place, indices: tuple[str, ...]) -> Iterator[ShardView]:
+        yield _box(hf.format(*indices), tuple(local.shape), 0, local, tuple(local.shape))
 
     return rule
 
@@ -78,9 +79,9 @@ def replicated(hf: str) -> Rule:
 def split(hf: str, dim: int) -> Rule:
     """One HF tensor cut along `dim` over the tensor parallel ranks."""
 
-    def rule(local: Tensor, shape: ModelShape, place: Place, layer: str) -> Iterator[ShardView]:
+    def rule(local: Tensor, shape: ModelShape, place: Place, indices: tuple[str, ...]) -> Iterator[ShardView]:
         whole = tuple(n * place.size if d == dim else n for d, n in enumerate(local.shape))
-        yield _box(hf.format(layer), whole, place.rank * local.shape[dim], local, tuple(local.shape), dim)
+        yield _box(hf.format(*indices), whole, place.rank * local.shape[dim], local, tuple(local.shape), dim)
 
     return rule
 
@@ -88,7 +89,7 @@ def split(hf: str, dim: int) -> Rule:
 def vocabulary(hf: str) -> Rule:
     """Rows of the vocabulary; Megatron pads it to divide by the ranks, Hugging Face has only the real rows."""
 
-    def rule(local: Tensor, shape: ModelShape, place: Place, layer: str) -> Iterator[ShardView]:
+    def rule(local: Tensor, shape: ModelShape, place: Place, indices: tuple[str, ...]) -> Iterator[ShardView]:
         start = place.rank * local.shape[0]
         rows = max(0, min(local.shape[0], shape.vocab - start))
         if rows:
@@ -100,10 +101,10 @@ def vocabulary(hf: str) -> Rule:
 def stacked(*hf: str) -> Rule:
     """Several HF tensors of equal shape stacked on dim 0 of every rank's shard (gate over up)."""
 
-    def rule(local: Tensor, shape: ModelShape, place: Place, layer: str) -> Iterator[ShardView]:
+    def rule(local: Tensor, shape: ModelShape, place: Place, indices: tuple[str, ...]) -> Iterator[ShardView]:
         for name, part in zip(hf, local.chunk(len(hf)), strict=True):
             whole = (part.shape[0] * place.size, *part.shape[1:])
-            yield _box(name.format(layer), whole, place.rank * part.shape[0], part, tuple(part.shape))
+            yield _box(name.format(*indices), whole, place.rank * part.shape[0], part, tuple(part.shape))
 
     return rule
 
@@ -111,13 +112,13 @@ def stacked(*hf: str) -> Rule:
 def grouped_qkv(q: str, k: str, v: str) -> Rule:
     """Query, key and value rows interleaved by query group, so that a cut of dim 0 keeps whole groups."""
 
-    def rule(local: Tensor, shape: ModelShape, place: Place, layer: str) -> Iterator[ShardView]:
+    def rule(local: Tensor, shape: ModelShape, place: Place, indices: tuple[str, ...]) -> Iterator[ShardView]:
         queries, width = shape.heads_per_group, local.shape[1:]
         groups = local.view(-1, queries + 2, shape.head_dim, *width)
         for name, start, count in ((q, 0, queries), (k, queries, 1), (v, queries + 1, 1)):
             view = groups.narrow(1, start, count)
             rows = groups.shape[0] * count * shape.head_dim
-            yield _box(name.format(layer), (rows * place.size, *width), place.rank * rows, view, (rows, *width))
+            yield _box(name.format(*indices), (rows * place.size, *width), place.rank * rows, view, (rows, *width))
 
     return rule
 
@@ -143,16 +144,27 @@ LLAMA: dict[str, Rule] = {
 # Tied embeddings: the last pipeline stage keeps a copy that is loaded from, but never exported as, the embedding.
 TIED_OUTPUT = vocabulary("model.embed_tokens.weight")
 
-FAMILIES: dict[str, dict[str, Rule]] = {"llama": LLAMA}
+MIXTRAL: dict[str, Rule] = {
+    **{name: rule for name, rule in LLAMA.items() if ".mlp.linear_" not in name},
+    "decoder.layers.{}.mlp.router.weight": replicated("model.layers.{}.block_sparse_moe.gate.weight"),
+    "decoder.layers.{}.mlp.experts.local_experts.{}.linear_fc1.weight": stacked(
+        "model.layers.{}.block_sparse_moe.experts.{}.w1.weight", "model.layers.{}.block_sparse_moe.experts.{}.w3.weight"
+    ),
+    "decoder.layers.{}.mlp.experts.local_experts.{}.linear_fc2.weight": split(
+        "model.layers.{}.block_sparse_moe.experts.{}.w2.weight", dim=1
+    ),
+}
 
-_LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
+FAMILIES: dict[str, dict[str, Rule]] = {"llama": LLAMA, "mixtral": MIXTRAL}
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def shard_views(name: str, local: Tensor, shape: ModelShape, place: Place, *, loading: bool = False) -> list[ShardView]:
     """Views of one local parameter.
 
     Args:
-        name: Megatron name with the *global* layer number, e.g. ``decoder.layers.3.mlp.linear_fc1.weight``.
+        name: Megatron name with the *global* numbers of layer and expert, e.g. ``decoder.layers.3.mlp.linear_fc1.weight``.
         local: the parameter as it lies on this rank (any device, also meta).
         loading: include the tied output layer, which is read from the embedding but not written back.
 
@@ -160,13 +172,12 @@ def shard_views(name: str, local: Tensor, shape: ModelShape, place: Place, *, lo
         ModelError: the family has no rule for this parameter.
     """
     rules = FAMILIES[shape.family]
-    match = _LAYER.fullmatch(name)
-    pattern, layer = (f"{match[1]}{{}}{match[3]}", match[2]) if match else (name, "")
+    indices, pattern = tuple(_NUMBER.findall(name)), _NUMBER.sub("{}", name)
     if pattern == "output_layer.weight" and shape.tied_embeddings:
-        return list(TIED_OUTPUT(local, shape, place, layer)) if loading else []
+        return list(TIED_OUTPUT(local, shape, place, indices)) if loading else []
     if pattern not in rules:
         raise ModelError(f"no rule of family {shape.family!r} maps the Megatron parameter {name!r}")
-    return list(rules[pattern](local, shape, place, layer))
+    return list(rules[pattern](local, shape, place, indices))
 
 
 def hf_tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -184,8 +195,24 @@ def hf_tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
             f"{layer}.self_attn.k_proj.weight": (kv, shape.hidden),
             f"{layer}.self_attn.v_proj.weight": (kv, shape.hidden),
             f"{layer}.self_attn.o_proj.weight": (shape.hidden, q),
-            f"{layer}.mlp.gate_proj.weight": (shape.ffn, shape.hidden),
-            f"{layer}.mlp.up_proj.weight": (shape.ffn, shape.hidden),
-            f"{layer}.mlp.down_proj.weight": (shape.hidden, shape.ffn),
         }
+        tensors |= _experts(layer, shape) if shape.experts else _dense(layer, shape)
+    return tensors
+
+
+def _dense(layer: str, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{layer}.mlp.gate_proj.weight": (shape.ffn, shape.hidden),
+        f"{layer}.mlp.up_proj.weight": (shape.ffn, shape.hidden),
+        f"{layer}.mlp.down_proj.weight": (shape.hidden, shape.ffn),
+    }
+
+
+def _experts(layer: str, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    moe = f"{layer}.block_sparse_moe"
+    tensors = {f"{moe}.gate.weight": (shape.experts, shape.hidden)}
+    for expert in range(shape.experts):
+        tensors[f"{moe}.experts.{expert}.w1.weight"] = (shape.ffn, shape.hidden)
+        tensors[f"{moe}.experts.{expert}.w2.weight"] = (shape.hidden, shape.ffn)
+        tensors[f"{moe}.experts.{expert}.w3.weight"] = (shape.ffn, shape.hidden)
     return tensors

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_hpt.actor import checkpoint, export, model, parallel
 from megatron_hpt.actor.train_step import Actor, accumulate, train_step
@@ -21,13 +20,13 @@ from megatron_hpt.weights.hf_config import model_shape
 def write_gradients(actor: Actor, rows, out: Path) -> None:
     """Loss, and the gradient under Hugging Face names, gathered from all ranks."""
     sums, _ = accumulate(actor, rows)
-    group = parallel_state.get_data_parallel_group()
-    for buffer in actor.model.buffers:
+    for buffer in (b for chunk in actor.wrapped for b in chunk.buffers + chunk.expert_parallel_buffers):
+        group = buffer.data_parallel_group
         for bucket in buffer.buckets:  # every data parallel rank holds the sum of its own shard
-            shards = bucket.grad_data.chunk(actor.ranks.data_size)
-            dist.all_gather([shard for shard in shards], shards[actor.ranks.data].clone(), group=group)
+            shards = bucket.grad_data.chunk(group.size())
+            dist.all_gather([shard for shard in shards], shards[group.rank()].clone(), group=group)
     shape = model_shape(actor.config.model.path)
-    gradients = model.contributed_views(actor.model.module, shape, actor.ranks, of=lambda parameter: parameter.main_grad)
+    gradients = model.contributed_views(actor.chunks, shape, actor.ranks, of=lambda parameter: parameter.main_grad)
     export.export_hf(actor.config.model.path, out / "hf", gradients)
     if actor.ranks.is_lead:
         (out / "metrics.json").write_text(json.dumps([sums]))
@@ -45,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_yaml(arguments.config)
     actor = build_actor(config)
-    gpt = actor.model.module
+    gpt = actor.chunks
     if arguments.load:
         assert checkpoint.load(arguments.load, gpt, actor.optimizer, actor.platform)["step"] == arguments.first
     if arguments.gradients:

@@ -1,0 +1,76 @@
+"""Packed rows as Megatron's attention sees them, with what our own attention on the host needs to find them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_hpt.data.packing import context_slice
+
+
+@dataclass
+class RowPacking(PackedSeqParams):
+    """`PackedSeqParams` of rows that lie one after the other; the indices are made once a micro-batch, not once a layer."""
+
+    slots: tuple[int, ...] = ()
+    """Places of each row, padding included."""
+    context_size: int = 1
+    context_rank: int = 0
+
+    @classmethod
+    def of(cls, slots: Sequence[int], context_size: int, context_rank: int, device: torch.device) -> RowPacking:
+        """Rows with so many places each, cut over the context parallel ranks."""
+        cumulative = torch.tensor([0, *np.cumsum(slots)], dtype=torch.int32, device=device)
+        longest = max(slots)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cumulative,
+            cu_seqlens_kv=cumulative,
+            cu_seqlens_q_padded=cumulative if context_size > 1 else None,
+            cu_seqlens_kv_padded=cumulative if context_size > 1 else None,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            slots=tuple(slots),
+            context_size=context_size,
+            context_rank=context_rank,
+        )
+
+    @cached_property
+    def unsliced(self) -> Tensor:
+        """[tokens]: where each packed position lies in the concatenation of all context parallel ranks' parts."""
+        order = np.concatenate([context_slice(self.slots, self.context_size, rank) for rank in range(self.context_size)])
+        return torch.from_numpy(np.argsort(order)).to(self.cu_seqlens_q.device)
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """[rows, longest]: packed position at each place of the rows laid side by side (padding repeats the last)."""
+        return self._side_by_side(self.slots)[0]
+
+    @cached_property
+    def queries(self) -> tuple[Tensor, Tensor]:
+        """As `keys`, of this rank's part; and [local tokens], where each lies in the flattened rows."""
+        return self._side_by_side([slot // self.context_size for slot in self.slots])
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """[rows, 1, longest / context_size, longest] bool: what a local query may look at."""
+        local = torch.from_numpy(context_slice(self.slots, self.context_size, self.context_rank))
+        starts = torch.repeat_interleave(torch.tensor([0, *np.cumsum(self.slots)[:-1]]), torch.tensor(self.slots))
+        places = (local - starts[local]).to(self.cu_seqlens_q.device)[self.queries[0]]  # of each query in its row
+        columns = torch.arange(max(self.slots), device=places.device)
+        return (places[:, :, None] >= columns)[:, None]
+
+    def _side_by_side(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        lengths = np.array(slots)[:, None]
+        ends = np.cumsum(lengths)[:, None]
+        columns = np.arange(lengths.max())
+        index = np.minimum(ends - lengths + columns, ends - 1)
+        places = (columns < lengths).reshape(-1).nonzero()[0]
+        device = self.cu_seqlens_q.device
+        return torch.from_numpy(index).to(device), torch.from_numpy(places).to(device)
