@@ -29,9 +29,9 @@ def write(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = _tokenizer()
+    words = tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(words),
         hidden_size=hidden,
         intermediate_size=hidden * 8 // 3 // 64 * 64,
         num_hidden_layers=layers,
@@ -41,18 +41,19 @@ def write(
         max_position_embeddings=positions,
         tie_word_embeddings=tied,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        words.save_pretrained(temporary)
 
 
-def _tokenizer():
+def tokenizer():
+    """The tokenizer of these models: a fast one, with a chat template."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -62,6 +63,6 @@ def _tokenizer():
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|\d{1,2}|[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    tokenizer.chat_template = _TEMPLATE
-    return tokenizer
+    words = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    words.chat_template = _TEMPLATE
+    return words

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_hpt.config import Config, GateConfig, SourceGateConfig
+from megatron_hpt.config import Config, GateConfig, ParallelConfig, SourceGateConfig
 from megatron_hpt.data.prompts import Limits, load_prompts
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.objective import algorithms
@@ -75,28 +75,60 @@ def _check_bands(config: Config) -> None:
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:
-    """The actor's and the engines' layouts divide the model.
+    """The actor's and the engines' layouts divide the model and each other.
 
     Raises:
         ConfigError: naming the key and the values that would do.
     """
-    divisions = (
-        (
-            "parallel.tensor",
-            config.parallel.tensor,
-            {"attention heads": shape.heads, "key/value heads": shape.kv_heads, "ffn size": shape.ffn},
-        ),
-        ("parallel.pipeline", config.parallel.pipeline, {"layers": shape.layers}),
-        ("rollout.tensor_parallel", config.rollout.tensor_parallel, {"attention heads": shape.heads}),
-    )
-    for key, given, sizes in divisions:
-        for what, size in sizes.items():
-            if size % given:
-                allowed = [n for n in range(1, size + 1) if all(s % n == 0 for s in sizes.values())]
-                raise ConfigError(
-                    f"{key}: given {given}, which does not divide the model's {size} {what}; "
-                    f"allowed: {', '.join(map(str, allowed))}"
-                )
+    parallel = config.parallel
+    heads = {"attention heads": shape.heads, "key/value heads": shape.kv_heads}
+    expert_tensor = parallel.expert_tensor or parallel.tensor
+    _divides("parallel.tensor", parallel.tensor, heads if shape.experts else {**heads, "ffn size": shape.ffn})
+    _divides("parallel.pipeline", parallel.pipeline, {"layers": shape.layers})
+    _divides("parallel.virtual_pipeline", parallel.virtual_pipeline, {"layers a stage": shape.layers // parallel.pipeline})
+    _divides("rollout.tensor_parallel", config.rollout.tensor_parallel, {"attention heads": shape.heads})
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline: given {parallel.virtual_pipeline}; pieces are interleaved over stages, so "
+            "parallel.pipeline must be above 1"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError("parallel.sequence: cuts over tensor parallel ranks, so parallel.tensor must be above 1")
+    if shape.experts:
+        _divides("parallel.expert", parallel.expert, {"experts": shape.experts})
+        _divides("parallel.expert_tensor", expert_tensor, {"expert ffn size": shape.ffn})
+        if parallel.tensor > 1 and not parallel.sequence:
+            raise ConfigError(
+                "parallel.sequence: Megatron-Core trains a mixture of experts with tensor parallelism only under sequence "
+                "parallelism; set parallel.sequence=true"
+            )
+    elif parallel.expert > 1 or parallel.expert_tensor is not None:
+        raise ConfigError(
+            f"parallel.expert: given {parallel.expert}, parallel.expert_tensor {parallel.expert_tensor}; the model in "
+            f"{config.model.path} has no experts: leave both out"
+        )
+    _divides_ranks(parallel, expert_tensor)
+
+
+def _divides(key: str, given: int, sizes: dict[str, int]) -> None:
+    for what, size in sizes.items():
+        if size % given:
+            allowed = [n for n in range(1, size + 1) if all(s % n == 0 for s in sizes.values())]
+            raise ConfigError(
+                f"{key}: given {given}, which does not divide the model's {size} {what}; "
+                f"allowed: {', '.join(map(str, allowed))}"
+            )
+
+
+def _divides_ranks(parallel: ParallelConfig, expert_tensor: int) -> None:
+    """Expert ranks are taken from those of one pipeline stage."""
+    stage = parallel.tensor * parallel.context * parallel.data
+    if stage % (parallel.expert * expert_tensor):
+        allowed = [n for n in range(1, stage + 1) if stage % (n * expert_tensor) == 0]
+        raise ConfigError(
+            f"parallel.expert: given {parallel.expert} × expert_tensor {expert_tensor}, which does not divide the {stage} "
+            f"ranks of a stage (tensor × context × data); allowed with this expert_tensor: {', '.join(map(str, allowed))}"
+        )
 
 
 def _check_reference_model(config: Config, shape: ModelShape) -> None:

@@ -17,8 +17,8 @@ from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.weights.hf_config import model_shape
 
 
-def write_gradients(actor: Actor, rows, out: Path) -> None:
-    """Loss, and the gradient under Hugging Face names, gathered from all ranks."""
+def write_gradients(actor: Actor, rows, out: Path) -> dict[str, float]:
+    """The gradient under Hugging Face names, gathered from all ranks; returns the loss and its parts."""
     sums, _ = accumulate(actor, rows)
     for buffer in (b for chunk in actor.wrapped for b in chunk.buffers + chunk.expert_parallel_buffers):
         group = buffer.data_parallel_group
@@ -27,9 +27,18 @@ def write_gradients(actor: Actor, rows, out: Path) -> None:
             dist.all_gather([shard for shard in shards], shards[group.rank()].clone(), group=group)
     shape = model_shape(actor.config.model.path)
     gradients = model.contributed_views(actor.chunks, shape, actor.ranks, of=lambda parameter: parameter.main_grad)
-    export.export_hf(actor.config.model.path, out / "hf", gradients)
-    if actor.ranks.is_lead:
-        (out / "metrics.json").write_text(json.dumps([sums]))
+    export.export_hf(actor.config.model.path, out, gradients)
+    return sums
+
+
+def probe(actor: Actor, ledger: Ledger, out: Path) -> list[dict[str, float]]:
+    """Loss and gradient of the last batch after one and after three optimizer steps."""
+    sums = []
+    for step in range(3):
+        train_step(actor, ledger.read(step).rows, step)
+        if step in (0, 2):
+            sums.append(write_gradients(actor, ledger.read(2).rows, out / f"after_{step + 1}"))
+    return sums
 
 
 def main() -> None:
@@ -41,24 +50,32 @@ def main() -> None:
     parser.add_argument("--load", type=Path)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--gradients", action="store_true", help="export the first batch's gradient, train nothing")
+    parser.add_argument("--probe", action="store_true", help="train 3 steps, export gradients after 1 and 3 of them")
     arguments = parser.parse_args()
     config = load_yaml(arguments.config)
     actor = build_actor(config)
     gpt = actor.chunks
+    ledger = Ledger(arguments.ledger)
     if arguments.load:
         assert checkpoint.load(arguments.load, gpt, actor.optimizer, actor.platform)["step"] == arguments.first
     if arguments.gradients:
-        write_gradients(actor, Ledger(arguments.ledger).read(arguments.first).rows, arguments.out)
-        parallel.shutdown()
+        finish(actor, [write_gradients(actor, ledger.read(arguments.first).rows, arguments.out / "hf")], arguments.out)
+        return
+    if arguments.probe:
+        finish(actor, probe(actor, ledger, arguments.out), arguments.out)
         return
     steps = range(arguments.first, arguments.last)
-    metrics = [train_step(actor, Ledger(arguments.ledger).read(step).rows, step) for step in steps]
+    metrics = [train_step(actor, ledger.read(step).rows, step) for step in steps]
     if arguments.save:
         checkpoint.save_to(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform)
     shape = model_shape(config.model.path)
     export.export_hf(config.model.path, arguments.out / "hf", model.contributed_views(gpt, shape, actor.ranks))
+    finish(actor, metrics, arguments.out)
+
+
+def finish(actor: Actor, metrics: list[dict], out: Path) -> None:
     if actor.ranks.is_lead:
-        (arguments.out / "metrics.json").write_text(json.dumps(metrics))
+        (out / "metrics.json").write_text(json.dumps(metrics))
     parallel.shutdown()
 
 
