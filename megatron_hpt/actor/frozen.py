@@ -28,7 +28,7 @@ def reference_logprobs(chunks: Sequence[PolicyModel], actor: Actor, batches: Seq
         data_iterator=[iter(batches) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=actor.config.max_sequence_length,
+        seq_length=batches[0].length,
         micro_batch_size=1,
         forward_only=True,
     )

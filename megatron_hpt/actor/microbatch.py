@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_hpt.actor.packing import RowPacking
-from megatron_hpt.data.packing import context_slice, padded_lengths
+from megatron_hpt.data.packing import context_slice, places
 from megatron_hpt.data.rows import Row, Source
 
 
@@ -22,6 +23,8 @@ class Cut:
     batch_multiple: int = 1
     context_size: int = 1
     context_rank: int = 0
+    equal: bool = False
+    """All micro-batches of a step have the same number of positions."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class MicroBatch:
     """[1, local positions] place in the row."""
     targets: Tensor
     """[local positions] ids to predict."""
+    length: int
+    """Positions over all context parallel ranks."""
     predicted: Tensor
     """Indices of the local positions that predict a response token."""
     packing: RowPacking
@@ -55,21 +60,21 @@ FILLER = Row("", 0, Source.DEMONSTRATION, (0, 0), 1, None, None, None, 0.0, None
 """A row that keeps a rank busy when others have more micro-batches; its weight of 0 makes its gradient exactly zero."""
 
 
-def pack(rows: Sequence[Row], device: torch.device, cut: Cut) -> MicroBatch:
-    """Pack rows; none gives one inert filler."""
+def pack(rows: Sequence[Row], device: torch.device, cut: Cut, total: int = 0) -> MicroBatch:
+    """Pack rows, with padding to `total` positions where they have fewer; no row gives one inert filler."""
     rows = rows or [FILLER]
     lengths = [len(row.tokens) - 1 for row in rows]
-    slots = padded_lengths(lengths, cut.row_multiple, cut.batch_multiple)
+    slots = places(lengths, cut.row_multiple, cut.batch_multiple, total)
     starts = np.cumsum([0, *slots])
-    total = int(starts[-1])
-    tokens, targets, places = (np.zeros(total, dtype=np.int64) for _ in range(3))
-    responses = np.zeros(total, dtype=bool)
-    floats = {name: np.zeros(total, dtype=np.float32) for name in _FLOATS}
-    measured = np.zeros(total, dtype=bool)
-    for row, length, start in zip(rows, lengths, starts, strict=False):
-        end = start + length
+    length = int(starts[-1])
+    tokens, targets, positions = (np.zeros(length, dtype=np.int64) for _ in range(3))
+    responses = np.zeros(length, dtype=bool)
+    floats = {name: np.zeros(length, dtype=np.float32) for name in _FLOATS}
+    measured = np.zeros(length, dtype=bool)
+    for row, own, start in zip(rows, lengths, starts, strict=False):
+        end = start + own
         response = slice(end - row.response_length, end)
-        tokens[start:end], targets[start:end], places[start:end] = row.tokens[:-1], row.tokens[1:], range(length)
+        tokens[start:end], targets[start:end], positions[start:end] = row.tokens[:-1], row.tokens[1:], range(own)
         responses[response] = True
         floats["weights"][response] = row.weight
         floats["advantages"][response] = row.token_advantages if row.token_advantages is not None else row.advantage or 0.0
@@ -77,23 +82,34 @@ def pack(rows: Sequence[Row], device: torch.device, cut: Cut) -> MicroBatch:
         if row.behaviour_logprobs is not None:
             floats["behaviour_logprobs"][response] = row.behaviour_logprobs
             measured[response] = True
+    owner = np.repeat(np.minimum(np.arange(len(slots)), len(rows) - 1), slots)  # padding goes with the last row
     local = context_slice(slots, cut.context_size, cut.context_rank)
     return MicroBatch(
         tokens=torch.from_numpy(tokens[local])[None].to(device),
-        positions=torch.from_numpy(places[local])[None].to(device),
+        positions=torch.from_numpy(positions[local])[None].to(device),
         targets=torch.from_numpy(targets[local]).to(device),
+        length=length,
         predicted=torch.from_numpy(responses[local].nonzero()[0]).to(device),
         packing=RowPacking.of(slots, cut.context_size, cut.context_rank, device),
-        rows=torch.from_numpy(np.repeat(np.arange(len(rows)), slots)).to(device),
-        roles=torch.from_numpy(np.repeat([int(row.role) for row in rows], slots)).to(device),
+        rows=torch.from_numpy(owner).to(device),
+        roles=torch.from_numpy(np.array([int(row.role) for row in rows])[owner]).to(device),
         measured=torch.from_numpy(measured).to(device),
         **{name: torch.from_numpy(values).to(device) for name, values in floats.items()},
     )
 
 
+def pack_all(rows: Sequence[Row], plan: Sequence[Sequence[int]], device: torch.device, cut: Cut) -> list[MicroBatch]:
+    """The micro-batches of one data parallel rank.
+
+    Args:
+        plan: indices of rows of each.
+    """
+    chosen = [[rows[index] for index in indices] for indices in plan]
+    totals = [sum(places([len(row.tokens) - 1 for row in part or [FILLER]], cut.row_multiple, 1)) for part in chosen]
+    return [pack(part, device, cut, max(totals) if cut.equal else 0) for part in chosen]
+
+
 def ends_of(lengths: Sequence[int], cut: Cut) -> list[int]:
     """Where rows of so many tokens end in their micro-batch, padding not counted."""
-    if not lengths:
-        return []
-    starts = np.cumsum([0, *padded_lengths(lengths, cut.row_multiple, cut.batch_multiple)[:-1]])
-    return [int(start) + length for start, length in zip(starts, lengths, strict=True)]
+    slots = [length + -length % cut.row_multiple for length in lengths]
+    return [end - slot + length for end, slot, length in zip(itertools.accumulate(slots), slots, lengths, strict=True)]

@@ -64,7 +64,6 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        overlap_p2p_comm=False,  # an interleaved schedule with it exchanges no shapes, and ours differ
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
@@ -74,7 +73,9 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         # Every weight is loaded afterwards, but without initialisation Megatron does not mark its parameters as tensor
         # parallel, and the gradient norm would count only rank 0's shards.
         perform_initialization=True,
-        variable_seq_lengths=True,  # packed micro-batches differ in length
+        # Packed micro-batches differ in length. An interleaved schedule of two stages would confuse the shapes of the two
+        # directions (both go to the same rank), so there all micro-batches of a step are padded to one length.
+        variable_seq_lengths=parallel.virtual_pipeline == 1,
         batch_p2p_comm=False,
         calculate_per_token_loss=True,  # the loss is already divided by its global denominators
         persist_layer_norm=False,

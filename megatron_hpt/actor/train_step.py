@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_hpt.actor import guard
 from megatron_hpt.actor.frozen import penalised, reference_logprobs
-from megatron_hpt.actor.microbatch import Cut, MicroBatch, pack
+from megatron_hpt.actor.microbatch import Cut, MicroBatch, pack_all
 from megatron_hpt.actor.model import PolicyModel
 from megatron_hpt.actor.optimizer import learning_rate
 from megatron_hpt.actor.parallel import Ranks
@@ -152,7 +152,7 @@ def _plan(rows: Sequence[Row], actor: Actor) -> list[list[int]]:
 
 
 def _packed(rows: Sequence[Row], plan: Sequence[Sequence[int]], actor: Actor) -> list[MicroBatch]:
-    return [pack([rows[index] for index in indices], actor.platform.device, actor.cut) for indices in plan]
+    return pack_all(rows, plan, actor.platform.device, actor.cut)
 
 
 def _forward_backward(
@@ -167,7 +167,7 @@ def _forward_backward(
         data_iterator=[_with_references(batches, references) for _ in actor.wrapped],
         model=actor.wrapped,
         num_microbatches=len(batches),
-        seq_length=actor.config.max_sequence_length,  # shapes are exchanged (variable_seq_lengths); this bounds none
+        seq_length=batches[0].length,  # of all where they are equal; elsewhere shapes are exchanged
         micro_batch_size=1,
         forward_only=False,
     )

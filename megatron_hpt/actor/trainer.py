@@ -52,7 +52,13 @@ def build_actor(config: Config) -> Actor:
         optimizer=optimizer.build(config.optimizer, wrapped, where),
         ranks=ranks,
         platform=where,
-        cut=Cut(config.parallel.row_multiple, config.parallel.batch_multiple, ranks.context.size, ranks.context.rank),
+        cut=Cut(
+            config.parallel.row_multiple,
+            config.parallel.batch_multiple,
+            ranks.context.size,
+            ranks.context.rank,
+            equal=config.parallel.virtual_pipeline > 1,
+        ),
         attention_parity=attention_parity(
             shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim, shape.experts_per_token or 1
         ),

@@ -44,14 +44,20 @@ def attention_parity(hidden: int, ffn: int, heads: int, kv_heads: int, head_dim:
     return parameters / (heads * head_dim)
 
 
-def padded_lengths(lengths: Sequence[int], row_multiple: int, batch_multiple: int) -> list[int]:
-    """Places of the rows of one micro-batch: each a multiple of `row_multiple`, their sum one of `batch_multiple`.
+def places(lengths: Sequence[int], row_multiple: int, batch_multiple: int, total: int = 0) -> list[int]:
+    """Places of the rows of one micro-batch: each a multiple of `row_multiple`, together one of `batch_multiple`.
 
-    The last row takes what the sum lacks.
+    What the sum lacks follows as further rows of padding alone, none longer than the longest row, so that they cost no
+    more than their tokens.
+
+    Args:
+        total: at least so many places together.
     """
     slots = [length + -length % row_multiple for length in lengths]
-    slots[-1] += -sum(slots) % batch_multiple
-    return slots
+    wanted = max(total, sum(slots))
+    lacking = wanted + -wanted % batch_multiple - sum(slots)
+    longest = max(slots)
+    return slots + [min(longest, lacking - taken) for taken in range(0, lacking, longest)]
 
 
 def context_slice(slots: Sequence[int], size: int, rank: int) -> np.ndarray:
