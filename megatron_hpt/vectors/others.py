@@ -163,17 +163,19 @@ def check_eos_mask(case: Case) -> Iterator[Comparison]:
 
 
 def check_logits(case: Case) -> Iterator[Comparison]:
-    """Log-probabilities and entropy of logits, with both gradients, through the vocabulary-parallel kernel."""
-    from megatron_hpt.actor.logprob import logprob_and_entropy
+    """Log-probabilities and entropy of logits, with both gradients, through the vocabulary-parallel kernel.
+
+    The output layer is the unit matrix, so the hidden states are the logits.
+    """
+    from megatron_hpt.actor.logprob import Vocabulary, logprob_and_entropy
 
     labels = torch.tensor(case.inputs["labels"])
     for index, (name, gradient) in enumerate({"log_prob": "sum_log_prob", "entropy": "sum_entropy"}.items()):
         logits = torch.tensor(case.inputs["logits"], dtype=torch.float64).requires_grad_()
         vocab = logits.shape[-1]
         with _group_of_one() as group:
-            outputs = logprob_and_entropy(
-                logits.flatten(0, -2), labels.flatten(), temperature=1.0, vocab=vocab, first=0, group=group
-            )
+            unit = torch.eye(vocab, dtype=torch.float64)
+            outputs = logprob_and_entropy(logits.flatten(0, -2), unit, labels.flatten(), Vocabulary(vocab, 0, group))
         outputs[index].sum().backward()
         yield Comparison(name, outputs[index].detach().reshape(labels.shape), case.expected[name])
         yield Comparison(f"d{gradient}/dlogits", logits.grad, case.gradients[f"logits_of_{gradient}"])

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hpt.config import Config, DataConfig, GateConfig, KlConfig, ModelConfig, OverlongConfig, dump_yaml
+from megatron_hpt.config import Config, DataConfig, GateConfig, KlConfig, ModelConfig, OverlongConfig, ParallelConfig, dump_yaml
 from megatron_hpt.errors import ConfigError, HptError
+from megatron_hpt.examples import tiny_mixtral
 from megatron_hpt.launch import preflight
+from megatron_hpt.weights.hf_config import model_shape
 
 
 @pytest.fixture
@@ -27,6 +29,10 @@ def test_a_good_configuration_passes(config: Config) -> None:
         ("parallel", {"tensor": 3}, r"parallel\.tensor: given 3, .* 4 attention heads; allowed: 1, 2"),
         ("parallel", {"tensor": 4}, r"parallel\.tensor: given 4, .* 2 key/value heads; allowed: 1, 2"),
         ("parallel", {"pipeline": 3}, r"parallel\.pipeline: given 3, .* 2 layers; allowed: 1, 2"),
+        ("parallel", {"pipeline": 2, "virtual_pipeline": 2}, r"virtual_pipeline: given 2, .* 1 layers a stage; allowed: 1"),
+        ("parallel", {"virtual_pipeline": 2}, r"parallel\.virtual_pipeline: given 2; .* parallel\.pipeline must be above 1"),
+        ("parallel", {"sequence": True}, r"parallel\.sequence: .* parallel\.tensor must be above 1"),
+        ("parallel", {"expert": 2}, r"parallel\.expert: given 2, .* has no experts: leave both out"),
         ("rollout", {"tensor_parallel": 3}, r"rollout\.tensor_parallel: given 3, .* 4 attention heads; allowed: 1, 2, 4"),
         ("data", {"max_response_length": 60}, r"given 68; the model has 64 positions"),
         ("data", {"max_response_length": 5}, r"row 0, target: \d+ tokens .* data\.max_response_length allows 5"),
@@ -47,6 +53,23 @@ def test_a_bad_setting_names_key_given_and_allowed(config: Config, section: str,
     changed = config.model_copy(update={section: getattr(config, section).model_copy(update=change)})
     with pytest.raises(HptError, match=message):
         preflight.check(changed)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"expert": 3, "data": 3}, r"parallel\.expert: given 3, .* 4 experts; allowed: 1, 2, 4"),
+        ({"expert": 4, "data": 2}, r"expert: given 4 × expert_tensor 1, .* the 2 ranks of a stage .* allowed .*: 1, 2$"),
+        ({"tensor": 2}, r"only under sequence parallelism; set parallel\.sequence=true"),
+        ({"expert_tensor": 3}, r"parallel\.expert_tensor: given 3, .* 64 expert ffn size; allowed: 1, 2, 4"),
+    ],
+)
+def test_a_bad_layout_of_experts_names_what_would_divide(config: Config, tmp_path: Path, parallel: dict, message: str) -> None:
+    tiny_mixtral.write(tmp_path / "moe")
+    shape = model_shape(tmp_path / "moe")
+    with pytest.raises(ConfigError, match=message):
+        preflight.check_layout(config.model_copy(update={"parallel": ParallelConfig(**parallel)}), shape)
+    preflight.check_layout(config.model_copy(update={"parallel": ParallelConfig(data=2, expert=2)}), shape)
 
 
 def copied(config: Config, folder: Path, *names: str) -> Config:
