@@ -5,11 +5,17 @@ from __future__ import annotations
 import datetime
 import json
 import socket
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch.distributed import DistError, DistStoreError, TCPStore
 
 from megatron_hpt.errors import DeadlineError
+
+NOTICE = "notice"
+"""Key that is set when the run is to save and end soon."""
+_POLL_S = 0.05
 
 
 class Blackboard:
@@ -51,6 +57,20 @@ class Blackboard:
     def get(self, key: str, default: Any = None) -> Any:
         """A key's value now, or `default`."""
         return json.loads(self._store.get(key)) if self._store.check([key]) else default
+
+    def wait_any(self, keys: Sequence[str], seconds: float, late: str) -> str:
+        """Wait until one of the keys is set, and return it: the first of them that is.
+
+        Raises:
+            DeadlineError: none was set in time.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for key in keys:
+                if self._store.check([key]):
+                    return key
+            time.sleep(_POLL_S)
+        raise DeadlineError(f"{late} is late: none of {', '.join(map(repr, keys))} came within {seconds:.0f} s")
 
     def wait(self, key: str, seconds: float, late: str) -> Any:
         """Wait until a key is set.

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from megatron_hpt.errors import HptError
+from megatron_hpt.errors import HptError, RequeueRequested
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 RUNS = Path("runs")
@@ -84,7 +84,7 @@ def _wide_console() -> Console:
 
 
 def main() -> None:
-    """Entry point; an error of this project is one message and exit code 1 (130 when interrupted)."""
+    """Entry point; an error of this project is one message and exit code 1 (130: interrupted, 75: to be continued)."""
     from megatron_hpt.launch.supervisor import Interrupted
 
     try:
@@ -92,6 +92,9 @@ def main() -> None:
     except Interrupted as error:
         Console(stderr=True).print(f"[yellow]{error}[/yellow]", highlight=False)
         sys.exit(130)
+    except RequeueRequested as error:
+        Console(stderr=True).print(f"[yellow]{error}[/yellow]", highlight=False)
+        sys.exit(error.EXIT_CODE)
     except HptError as error:
         console = Console(stderr=True, soft_wrap=True)
         console.print("error: ", style="red", end="")

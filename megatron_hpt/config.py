@@ -316,6 +316,8 @@ class TrainerConfig(Section):
     """Write a checkpoint after every k-th step (0: only after the last)."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that stay on disk."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of every k-th step stay too (0: none)."""
     export: bool = True
     """Write the final model as a Hugging Face folder."""
 
@@ -327,6 +329,8 @@ class DeadlinesConfig(Section):
     """One generation request, and the coordinator's whole batch."""
     step_s: PositiveFloat = 3600.0
     """One training step including the weight transfer."""
+    notice_s: PositiveFloat = 600.0
+    """From SIGTERM or SIGUSR1 (Slurm's notice) to a saved checkpoint; after that the run ends without a new one."""
     transfer_s: PositiveFloat = 300.0
     """One call of the engine's weight-transfer API."""
 

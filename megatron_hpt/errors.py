@@ -25,6 +25,13 @@ class EngineError(HptError):
     """A rollout engine that failed, or answered what it must not answer."""
 
 
+class RequeueRequested(HptError):
+    """The run ended on a notice, not because it is done: start it again with --resume. The exit code says the same."""
+
+    EXIT_CODE = 75
+    """EX_TEMPFAIL of sysexits.h."""
+
+
 class DeadlineError(HptError):
     """Somebody is late; the message names who."""
 

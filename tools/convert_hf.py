@@ -51,7 +51,7 @@ def to_megatron(hf: Path, checkpoint: Path) -> None:
     HfTensors(hf).check(wanted)
     gpt, shape, ranks, where = _build(hf)
     model.load_hf(gpt, shape, ranks, hf)
-    checkpoints.save_to(checkpoint, 0, gpt, None, where)
+    checkpoints.save_now(checkpoint, 0, gpt, None, where)
     parallel.shutdown()
     print(f"wrote {checkpoint}")
 

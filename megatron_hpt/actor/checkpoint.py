@@ -2,48 +2,88 @@
 
 A checkpoint is a folder ``step_000020`` that appears by one rename after every rank has written its part, so a folder
 of that name is whole. ``step`` is the number of optimizer steps it contains, which is also the version of its weights.
+A run writes them in the background: a forked process of every rank writes the memory as it was at the fork (on CUDA: a
+copy on the host), and training goes on.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
+import logging
+import multiprocessing
+import os
 import shutil
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_hpt.actor.platform import Platform
+from megatron_hpt.data.checkpoints import META, record
 from megatron_hpt.errors import CheckpointError
-from megatron_hpt.run import RunDir
+from megatron_hpt.process import die_with_parent
+
+logger = logging.getLogger(__name__)
 
 # The one sharding of optimizer state that loads into any layout and works with packed parameter buffers.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+_VERSIONS = ("megatron_hpt", "megatron-core", "torch")
 
 
-def save(
-    run: RunDir,
-    step: int,
-    chunks: Sequence[GPTModel],
-    optimizer: MegatronOptimizer,
-    platform: Platform,
-    keep: int,
-    state: dict[str, Any],
-) -> None:
-    """Write the checkpoint of a step into a run and remove all but the newest `keep`; collective over all ranks."""
-    save_to(run.checkpoint(step), step, chunks, optimizer, platform, state)
-    if dist.get_rank() == 0:
-        for old in run.checkpoint_steps()[:-keep]:
-            shutil.rmtree(run.checkpoint(old))
-    dist.barrier()
+class Saver:
+    """Writes checkpoints in the background, one at a time; all methods are collective over all ranks."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform = platform
+        self._queue = AsyncCallsQueue()
+
+    def save(
+        self,
+        final: Path,
+        step: int,
+        chunks: Sequence[GPTModel],
+        optimizer: MegatronOptimizer | None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """Start writing a checkpoint; it appears in a later `finish`. One that is still being written is finished first.
+
+        Args:
+            optimizer: None writes the weights alone (a converted model).
+            state: small values that training depends on besides weights and optimizer; JSON.
+        """
+        self.finish()
+        temporary = _new_folder(final)
+        _watch_results_process()
+        with self._platform.building():
+            request = dist_checkpointing.save(_state(chunks, optimizer, loading=False), str(temporary), async_sharded_save=True)
+        torch.save(_rng_state(), temporary / f"rng_{dist.get_rank()}.pt")
+        meta = {**(state or {}), "step": step, "optimizer": optimizer is not None, "versions": _versions()}
+        request.finalize_fns.append(functools.partial(_appear, temporary, final, meta))
+        if request.async_fn is not None:
+            request = request._replace(async_fn=functools.partial(_in_writer, request.async_fn))
+        self._queue.schedule_async_request(request)
+
+    def finish(self, wait: bool = True) -> None:
+        """Let what has been written by all ranks appear.
+
+        Args:
+            wait: for what is still being written.
+        """
+        self._queue.maybe_finalize_async_calls(blocking=wait)
 
 
-def save_to(
+def save_now(
     final: Path,
     step: int,
     chunks: Sequence[GPTModel],
@@ -51,35 +91,10 @@ def save_to(
     platform: Platform,
     state: dict[str, Any] | None = None,
 ) -> None:
-    """Write one checkpoint, whole; without an optimizer the weights alone (a converted model).
-
-    Args:
-        state: small values that training depends on besides weights and optimizer; JSON.
-    """
-    temporary = final.with_name(f".{final.name}.partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    with platform.building():
-        dist_checkpointing.save(_state(chunks, optimizer, loading=False), str(temporary))
-    _end_helper_process()
-    dist.barrier()
-    if dist.get_rank() == 0:
-        meta = {**(state or {}), "step": step, "optimizer": optimizer is not None}
-        (temporary / "megatron_hpt.json").write_text(json.dumps(meta))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-    dist.barrier()
-
-
-def _end_helper_process() -> None:
-    """Megatron's writer keeps a manager process for its next save; it would outlive a rank that is killed."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if filesystem_async._results_queue is not None:
-        filesystem_async._results_queue._manager.shutdown()
-        filesystem_async._results_queue = None
+    """Write one checkpoint and wait for it (arguments as `Saver.save`); collective over all ranks."""
+    saver = Saver(platform)
+    saver.save(final, step, chunks, optimizer, state)
+    saver.finish()
 
 
 def load(path: Path, chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | None, platform: Platform) -> dict[str, Any]:
@@ -89,10 +104,10 @@ def load(path: Path, chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | 
         ``step``, the optimizer steps that it contains, and the small values that were saved with it.
 
     Raises:
-        CheckpointError: not a checkpoint of this project, or saved without the optimizer that is to be loaded.
+        CheckpointError: not a checkpoint of this project, damaged, or saved without the optimizer that is to be loaded.
     """
     try:
-        meta = json.loads((path / "megatron_hpt.json").read_text())
+        meta = json.loads((path / META).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of this project: {error}") from None
     if optimizer is not None and not meta["optimizer"]:
@@ -103,7 +118,65 @@ def load(path: Path, chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | 
             chunk.load_state_dict(state[_key(chunks, index)])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
+            _restore_rng(path)
     return meta
+
+
+def _new_folder(final: Path) -> Path:
+    """A folder beside `final` that no writer of a killed run still writes into; the same on every rank."""
+    name = [f".{final.name}.{os.getpid()}.partial" if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(name, src=0)
+    temporary = final.with_name(name[0])
+    if dist.get_rank() == 0:
+        for old in final.parent.glob(".step_*.partial"):
+            shutil.rmtree(old, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    return temporary
+
+
+def _appear(temporary: Path, final: Path, meta: dict[str, Any]) -> None:
+    """Rename a checkpoint that every rank has written into place."""
+    if dist.get_rank() == 0:
+        record(temporary, meta)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    dist.barrier()
+
+
+def _in_writer(write: Callable[..., None], *arguments: Any, **named: Any) -> None:
+    """In the forked process: die with the rank, whose signal handlers and thread pool are not this process's."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    die_with_parent()
+    torch.set_num_threads(1)  # a forked OpenMP pool has no threads, and waits for them for ever
+    write(*arguments, **named)
+
+
+def _watch_results_process() -> None:
+    """Megatron's writer keeps a manager process for its results; start it so that it does not outlive a killed rank."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=die_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+
+
+def _rng_state() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}
+
+
+def _restore_rng(path: Path) -> None:
+    """Of this rank, where as many ranks wrote the checkpoint; in another layout the generators start from the seed."""
+    if len(list(path.glob("rng_*.pt"))) != dist.get_world_size():
+        logger.warning("%s was written by another number of ranks: random generators start from trainer.seed", path)
+        return
+    state = torch.load(path / f"rng_{dist.get_rank()}.pt", weights_only=True)
+    torch.set_rng_state(state["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
 def _state(chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from megatron_hpt.actor import checkpoint, export, guard, model, optimizer, parallel, platform
 from megatron_hpt.actor.microbatch import Cut
 from megatron_hpt.actor.train_step import Actor, train_step
-from megatron_hpt.blackboard import Blackboard
+from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config, load_yaml
+from megatron_hpt.data.checkpoints import remove, superseded
 from megatron_hpt.data.files import whole, write_whole
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.packing import attention_parity
@@ -75,6 +76,7 @@ class Trainer:
         self._config = load_yaml(run.config)
         self._ledger = Ledger(run.batches)
         self._actor = build_actor(self._config)
+        self._saver = checkpoint.Saver(self._actor.platform)
         if start:
             state = checkpoint.load(run.checkpoint(start), self._actor.chunks, self._actor.optimizer, self._actor.platform)
             self._actor.entropy_coefficient = state.get("entropy_coefficient", self._actor.entropy_coefficient)
@@ -83,17 +85,20 @@ class Trainer:
 
     def run(self) -> None:
         """Train every step from the start, publish every version, save, export."""
-        config, board = self._config, self._board
+        config = self._config
         self._publish(self._start)
         for step in range(self._start, config.trainer.steps):
-            board.wait(f"batch/{step}", config.deadlines.rollout_s, "the coordinator")
+            if not self._next_batch(step):
+                return self._stop(step)
             started = time.monotonic()
             metrics: dict[str, Any] = train_step(self._actor, self._ledger.read(step).rows, step)
             metrics["time/train_s"] = time.monotonic() - started
             self._keep_if_skipped(step, metrics)
+            self._saver.finish(wait=False)
             self._maybe_save(step + 1)
             self._tell(f"trained/{step}", metrics)
             self._publish(step + 1)
+        self._finish_saving()
         if config.trainer.export:
             shape = model_shape(config.model.path)
             export.export_hf(
@@ -118,15 +123,45 @@ class Trainer:
             nbytes = self._sender.publish(version)
         self._tell(f"published/{version}", {"time/transfer_s": time.monotonic() - started, "weights/bytes": nbytes})
 
+    def _next_batch(self, step: int) -> bool:
+        """Wait for a batch; False: a notice came first. Rank 0 decides, so that all ranks do the same."""
+        config, board = self._config, self._board
+        if self._actor.ranks.is_lead:
+            key = board.wait_any((f"batch/{step}", NOTICE), config.deadlines.rollout_s, "the coordinator")
+            board.put(f"go/{step}", board.get(NOTICE) is None and key != NOTICE)
+        return board.wait(f"go/{step}", config.deadlines.rollout_s, "rank 0")
+
+    def _stop(self, step: int) -> None:
+        """Save what has been trained and say so; the supervisor ends the run."""
+        if step > self._start:
+            self._save(step)
+        self._finish_saving()
+        self._tell("stopped", step)
+        self._sender.close()
+
     def _maybe_save(self, step: int) -> None:
         every, last = self._config.trainer.save_every, self._config.trainer.steps
         if step == last or (every and step % every == 0):
-            keep = self._config.trainer.keep_checkpoints
-            state = {
-                "entropy_coefficient": self._actor.entropy_coefficient,
-                "skipped_in_a_row": self._actor.skipped_in_a_row,
-            }
-            checkpoint.save(self._run, step, self._actor.chunks, self._actor.optimizer, self._actor.platform, keep, state)
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        state = {
+            "entropy_coefficient": self._actor.entropy_coefficient,
+            "skipped_in_a_row": self._actor.skipped_in_a_row,
+            "next_prompt": self._ledger.read_meta(step - 1)[1].get("data/next_prompt"),
+        }
+        self._saver.save(self._run.checkpoint(step), step, self._actor.chunks, self._actor.optimizer, state)
+        self._remove_superseded()
+
+    def _finish_saving(self) -> None:
+        self._saver.finish()
+        self._remove_superseded()
+
+    def _remove_superseded(self) -> None:
+        if self._actor.ranks.is_lead:
+            trainer = self._config.trainer
+            for step in superseded(self._run.checkpoint_steps(), trainer.keep_checkpoints, trainer.keep_every):
+                remove(self._run.checkpoint(step))
 
     def _keep_if_skipped(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep the batch of a step that was not taken, and stop when there are too many in a row."""

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 import httpx
 
-from megatron_hpt.blackboard import Blackboard
+from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
-from megatron_hpt.errors import DeadlineError, HptError
+from megatron_hpt.errors import DeadlineError, HptError, RequeueRequested
 from megatron_hpt.launch.children import Child, Failure, failure_of, stop_all
 from megatron_hpt.rollout import vllm
 from megatron_hpt.run import RunDir
@@ -33,7 +33,7 @@ class RunFailed(HptError):
 
 
 class Interrupted(HptError):
-    """SIGINT or SIGTERM ended the run."""
+    """SIGINT ended the run, or a second notice."""
 
 
 class Supervisor:
@@ -48,16 +48,20 @@ class Supervisor:
         self._announced = False
         self._shown = start
         self._read = 0
+        self._noticed: float | None = None
+        self._notice = ""
 
     def run(self) -> None:
         """Run to the end.
 
         Raises:
             RunFailed: a process died; all others have been ended.
-            Interrupted: SIGINT or SIGTERM; likewise.
+            Interrupted: SIGINT, or a second notice; likewise.
+            RequeueRequested: SIGTERM or SIGUSR1; the trainer has saved what it had trained, or ran out of time for it.
             DeadlineError: an engine was not ready in time; likewise.
         """
-        previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {signal.SIGINT: _interrupt, signal.SIGTERM: self._take_notice, signal.SIGUSR1: self._take_notice}
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             with Progress(self._config.trainer.steps, self._start) as progress:
                 self._start_all()
@@ -87,6 +91,8 @@ class Supervisor:
     def _watch(self, progress: Progress) -> None:
         """Return when trainer and coordinator have ended well."""
         while not self._finished():
+            if self._noticed is not None:
+                self._end_if_saved()
             self._check_children()
             if not self._announced:
                 self._announce_engines(progress)
@@ -94,6 +100,31 @@ class Supervisor:
                 self._show(progress)
             time.sleep(POLL_S)
         self._show(progress)
+
+    def _take_notice(self, number: int, _: Any) -> None:
+        """A scheduler's notice: the loop asks the trainer to save; a second one does not wait for that."""
+        if self._noticed is not None:
+            _interrupt(number, _)
+        self._noticed, self._notice = time.monotonic(), signal.Signals(number).name
+
+    def _end_if_saved(self) -> None:
+        """Pass the notice on, and end the run when the checkpoint and the last line of metrics are there.
+
+        Raises:
+            RequeueRequested: they are, or it took too long, or nothing has been trained yet.
+        """
+        if self._board.get(NOTICE) is None:
+            self._board.put(NOTICE, True)
+        stopped = self._board.get("stopped")
+        if not self._announced:
+            raise RequeueRequested(f"ended by {self._notice} before training; continue with --resume")
+        if stopped is not None and len(metrics.read(self._run.metrics)) >= stopped:
+            raise RequeueRequested(f"ended by {self._notice} after step {stopped}, which is saved; continue with --resume")
+        if time.monotonic() - self._noticed > self._config.deadlines.notice_s:
+            raise RequeueRequested(
+                f"ended by {self._notice}; no checkpoint within {self._config.deadlines.notice_s:.0f} s (deadlines.notice_s), "
+                "the last one counts; continue with --resume"
+            )
 
     def _finished(self) -> bool:
         return all(child.exit_code == 0 for child in self._children if child not in self._engines.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
+from megatron_hpt.data.checkpoints import damage
 from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import preflight
@@ -64,7 +65,12 @@ def resume_point(run: RunDir, config: Config) -> int:
     steps, lines = config.trainer.steps, len(metrics.read(run.metrics))
     finished = lines >= steps and (run.export.is_dir() or not config.trainer.export)
     usable = [s for s in run.checkpoint_steps() if s <= lines and (s < steps or (s == steps and finished))]
-    return max(usable, default=0)
+    for step in reversed(usable):
+        reason = damage(run.checkpoint(step))
+        if reason is None:
+            return step
+        logger.warning("%s is damaged (%s): continuing from the checkpoint before", run.checkpoint(step), reason)
+    return 0
 
 
 def _check_same_batches(saved: Config, config: Config) -> None:

@@ -67,7 +67,7 @@ def main() -> None:
     steps = range(arguments.first, arguments.last)
     metrics = [train_step(actor, ledger.read(step).rows, step) for step in steps]
     if arguments.save:
-        checkpoint.save_to(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform)
+        checkpoint.save_now(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform)
     shape = model_shape(config.model.path)
     export.export_hf(config.model.path, arguments.out / "hf", model.contributed_views(gpt, shape, actor.ranks))
     finish(actor, metrics, arguments.out)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hpt.config import AlgorithmConfig, Config, DataConfig, MixtureConfig, ModelConfig, TrainerConfig
+from megatron_hpt.data.checkpoints import record, superseded
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch.train import _check_same_batches, resume_point, resume_run
 from megatron_hpt.run import RunDir, create, newest
@@ -16,6 +17,7 @@ def make(tmp_path: Path, checkpoints: list[int], lines: int, export: bool = Fals
     run = create(config, tmp_path)
     for step in checkpoints:
         run.checkpoint(step).mkdir()
+        record(run.checkpoint(step), {"step": step})
     run.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(lines)))
     if export:
         run.export.mkdir()
@@ -39,6 +41,32 @@ def test_the_newest_checkpoint_after_which_nothing_is_lost(
     tmp_path: Path, checkpoints: list[int], lines: int, export: bool, start: int
 ) -> None:
     assert resume_point(*make(tmp_path, checkpoints, lines, export)) == start
+
+
+@pytest.mark.parametrize("harm", ["missing", "short", "no record", "half removed"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    run, config = make(tmp_path, [4], 7)
+    newest_, weights = run.checkpoint(6), run.checkpoint(6) / "weights.distcp"
+    newest_.mkdir()
+    weights.write_bytes(b"12345")
+    record(newest_, {"step": 6})
+    assert resume_point(run, config) == 6
+    if harm == "missing":
+        weights.unlink()
+    elif harm == "short":
+        weights.write_bytes(b"1234")
+    else:
+        (newest_ / "megatron_hpt.json").write_text("{" if harm == "no record" else "{}")
+    assert resume_point(run, config) == 4
+    assert "step_000006 is damaged" in caplog.text
+
+
+def test_the_newest_and_every_nth_stay() -> None:
+    assert superseded([2, 4, 6, 8, 10, 12], newest=2, every=0) == [2, 4, 6, 8]
+    assert superseded([2, 4, 6, 8, 10, 12], newest=1, every=4) == [2, 6, 10]
+    assert superseded([2], newest=2, every=0) == []
 
 
 def test_a_longer_run_may_not_change_the_schedule_of_its_gate() -> None:
