@@ -267,8 +267,22 @@ class ActorConfig(Section):
     """Tokens packed into one micro-batch, over all its context parallel ranks (a longer row gets one of its own)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, those of the core attention, or every layer's."""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """Matrix products in FP8, by this recipe of Transformer Engine; master weights and reductions stay float32."""
+    fp8_param_gather: bool = False
+    """Weights are kept and gathered in FP8 too."""
+    bf16_layers: NonNegativeInt = 1
+    """Layers at each end of the model that stay in bfloat16 under FP8; 0 with the delayed recipe."""
     threads: PositiveInt = 1
     """Torch threads of one rank on the host."""
+
+    @model_validator(mode="after")
+    def _fp8_settings(self) -> ActorConfig:
+        if self.fp8_param_gather and self.fp8 == "none":
+            raise ValueError("fp8_param_gather keeps weights in FP8: choose a recipe in fp8, or leave it out")
+        if self.fp8 == "delayed" and self.bf16_layers:
+            raise ValueError("Megatron-Core has no bfloat16 layers with fp8=delayed: set bf16_layers to 0")
+        return self
 
 
 class OptimizerConfig(Section):

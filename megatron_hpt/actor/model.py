@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -18,7 +18,8 @@ from megatron_hpt.actor.attention import PackedAttention
 from megatron_hpt.actor.norm import RMSNorm
 from megatron_hpt.actor.parallel import Ranks
 from megatron_hpt.actor.platform import Platform
-from megatron_hpt.config import Config, ParallelConfig
+from megatron_hpt.actor.precision import FP8_RECIPES, prove_fp8
+from megatron_hpt.config import ActorConfig, Config, ParallelConfig
 from megatron_hpt.weights.hf_config import ModelShape, model_shape
 from megatron_hpt.weights.hf_files import HfTensors
 from megatron_hpt.weights.mapping import ShardView, shard_views
@@ -85,8 +86,22 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         **_RECOMPUTE[config.actor.recompute],
+        **_fp8(config.actor),
         **_experts(shape, parallel),
     )
+
+
+def _fp8(actor: ActorConfig) -> dict[str, Any]:
+    if actor.fp8 == "none":
+        return {}
+    return {
+        "fp8": FP8_RECIPES[actor.fp8].format,
+        "fp8_recipe": actor.fp8,
+        "fp8_param": actor.fp8_param_gather,
+        "first_last_layers_bf16": actor.bf16_layers > 0,
+        "num_layers_at_start_in_bf16": actor.bf16_layers,
+        "num_layers_at_end_in_bf16": actor.bf16_layers,
+    }
 
 
 def _experts(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
@@ -115,14 +130,10 @@ def build(shape: ModelShape, config: TransformerConfig, ranks: Ranks, platform: 
 def _build_chunk(
     shape: ModelShape, config: TransformerConfig, ranks: Ranks, platform: Platform, piece: int | None
 ) -> PolicyModel:
-    layer = get_gpt_layer_local_spec(num_experts=shape.experts or None, moe_grouped_gemm=False, normalization="RMSNorm")
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layers = get_num_layers_to_build(config, vp_stage=piece)
     with platform.building():
         model = PolicyModel(
             config,
-            TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm),
+            _block(shape, get_num_layers_to_build(config, vp_stage=piece), platform),
             vocab_size=padded_vocabulary(shape.vocab, ranks.tensor.size),
             max_sequence_length=shape.max_positions,
             pre_process=ranks.pipeline == 0 and not piece,
@@ -136,10 +147,25 @@ def _build_chunk(
     return model.to(platform.device)
 
 
+def _block(shape: ModelShape, layers: int, platform: Platform) -> TransformerBlockSubmodules:
+    """The layers: Transformer Engine's where there is one, else Megatron's with an attention and a norm of our own."""
+    experts = shape.experts or None
+    if platform.has_transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=False)
+        return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
+    layer = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, normalization="RMSNorm")
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
 def load(folder: str, config: Config, ranks: Ranks, platform: Platform) -> list[PolicyModel]:
     """This rank's chunks of the model in a Hugging Face folder, in the run's layout."""
     shape = model_shape(folder)
     chunks = build(shape, transformer_config(shape, config, platform), ranks, platform)
+    prove_fp8(config.actor.fp8, (module for chunk in chunks for module in chunk.modules()))
     load_hf(chunks, shape, ranks, folder)
     return chunks
 

@@ -15,9 +15,11 @@ from megatron_hpt.actor.platform import Platform
 from megatron_hpt.config import OptimizerConfig
 
 
-def wrap(chunks: Sequence[GPTModel]) -> list[DistributedDataParallel]:
+def wrap(chunks: Sequence[GPTModel], fp8_param_gather: bool) -> list[DistributedDataParallel]:
     """Gradient buffers that are reduced in float32 and sharded over the data parallel ranks, one for each chunk."""
-    config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True, fp8_param_gather=fp8_param_gather
+    )
     model = chunks[0].config
     # num_tokens is dropped: it would divide the gradient a second time by a denominator the loss already has.
     model.finalize_model_grads_func = lambda models, num_tokens=None, **kwargs: finalize_model_grads(models, None, **kwargs)

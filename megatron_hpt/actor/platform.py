@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -20,6 +21,11 @@ class Platform:
     def is_cuda(self) -> bool:
         """A real accelerator."""
         return self.device.type == "cuda"
+
+    @property
+    def has_transformer_engine(self) -> bool:
+        """Layers are Transformer Engine's: a real accelerator with the package installed."""
+        return self.is_cuda and importlib.util.find_spec("transformer_engine") is not None
 
     def building(self) -> contextlib.AbstractContextManager:
         """Hold while building, stepping or loading Megatron objects."""

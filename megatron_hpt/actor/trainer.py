@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_hpt.actor import checkpoint, export, guard, model, optimizer, parallel, platform
 from megatron_hpt.actor.microbatch import Cut
+from megatron_hpt.actor.precision import check_fp8, this_machine, token_multiple
 from megatron_hpt.actor.train_step import Actor, train_step
 from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config, load_yaml
@@ -35,10 +36,11 @@ logger = logging.getLogger(__name__)
 def build_actor(config: Config) -> Actor:
     """The actor of this rank, with the weights of `config.model.path`; joins the process group."""
     where = platform.detect(config.actor.threads)
+    check_fp8(config.actor.fp8, config.model.dtype, this_machine())
     ranks = parallel.initialize(config.parallel, where, config.trainer.seed, config.deadlines.step_s)
     shape = model_shape(config.model.path)
     algorithm = algorithms.of_run(config)
-    wrapped = optimizer.wrap(model.load(config.model.path, config, ranks, where))
+    wrapped = optimizer.wrap(model.load(config.model.path, config, ranks, where), config.actor.fp8_param_gather)
     for chunk in wrapped:
         chunk.train()
     reference = None
@@ -55,7 +57,7 @@ def build_actor(config: Config) -> Actor:
         platform=where,
         cut=Cut(
             config.parallel.row_multiple,
-            config.parallel.batch_multiple,
+            config.parallel.batch_multiple * token_multiple(config.actor.fp8),
             ranks.context.size,
             ranks.context.rank,
             equal=config.parallel.virtual_pipeline > 1,

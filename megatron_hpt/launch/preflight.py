@@ -28,6 +28,7 @@ def check(config: Config) -> None:
     HfTensors(config.model.path).check(shape)
     _check_reference_model(config, shape)
     check_layout(config, shape)
+    check_precision(config)
     check_lengths(config, shape)
     _check_data(config, shape, algorithm.gate)
 
@@ -72,6 +73,18 @@ def _check_bands(config: Config) -> None:
                 f"{key}.off_policy_threshold: given {section.off_policy_threshold}, below the threshold {section.threshold} "
                 f"for {n} samples; the band would be empty"
             )
+
+
+def check_precision(config: Config) -> None:
+    """FP8 runs on this machine, where the trainer will.
+
+    Raises:
+        ConfigError: names what is missing.
+    """
+    if config.actor.fp8 != "none":
+        from megatron_hpt.actor.precision import check_fp8, this_machine  # imports torch
+
+        check_fp8(config.actor.fp8, config.model.dtype, this_machine())
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--load", type=Path)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--gradients", action="store_true", help="export the first batch's gradient, train nothing")
+    parser.add_argument("--each", action="store_true", help="export every batch's gradient, train nothing")
     parser.add_argument("--probe", action="store_true", help="train 3 steps, export gradients after 1 and 3 of them")
     arguments = parser.parse_args()
     config = load_yaml(arguments.config)
@@ -60,6 +61,10 @@ def main() -> None:
         assert checkpoint.load(arguments.load, gpt, actor.optimizer, actor.platform)["step"] == arguments.first
     if arguments.gradients:
         finish(actor, [write_gradients(actor, ledger.read(arguments.first).rows, arguments.out / "hf")], arguments.out)
+        return
+    if arguments.each:
+        steps = range(arguments.first, arguments.last)
+        finish(actor, [write_gradients(actor, ledger.read(s).rows, arguments.out / f"batch_{s}") for s in steps], arguments.out)
         return
     if arguments.probe:
         finish(actor, probe(actor, ledger, arguments.out), arguments.out)

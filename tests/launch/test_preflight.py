@@ -33,6 +33,7 @@ def test_a_good_configuration_passes(config: Config) -> None:
         ("parallel", {"virtual_pipeline": 2}, r"parallel\.virtual_pipeline: given 2; .* parallel\.pipeline must be above 1"),
         ("parallel", {"sequence": True}, r"parallel\.sequence: .* parallel\.tensor must be above 1"),
         ("parallel", {"expert": 2}, r"parallel\.expert: given 2, .* has no experts: leave both out"),
+        ("actor", {"fp8": "tensorwise"}, r"actor\.fp8: given 'tensorwise', .*Transformer Engine .* 2\.2 or newer, found none"),
         ("rollout", {"tensor_parallel": 3}, r"rollout\.tensor_parallel: given 3, .* 4 attention heads; allowed: 1, 2, 4"),
         ("data", {"max_response_length": 60}, r"given 68; the model has 64 positions"),
         ("data", {"max_response_length": 5}, r"row 0, target: \d+ tokens .* data\.max_response_length allows 5"),

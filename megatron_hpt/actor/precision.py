@@ -1,0 +1,130 @@
+"""FP8: what each recipe needs, what is missing for it, and the proof that a model really computes in it.
+
+Megatron-Core ignores `fp8` in silence where Transformer Engine is missing or the layers are not Transformer Engine's, so
+it is refused before anything starts, and looked for in the model that was built. Imports no Megatron.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from packaging.version import Version
+
+from megatron_hpt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Fp8Recipe:
+    """One way to scale FP8 tensors."""
+
+    name: str
+    format: str
+    """Megatron's `fp8`: e4m3 everywhere, or e5m2 for gradients (hybrid)."""
+    engine: Version
+    """Oldest Transformer Engine."""
+    capability: tuple[int, int]
+    """Lowest compute capability."""
+    cuda: Version
+    """Oldest CUDA."""
+    token_multiple: int
+    """Tokens of a matrix product that contracts over tokens are a multiple of this."""
+
+
+FP8_RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Fp8Recipe("delayed", "hybrid", Version("2.1"), (8, 9), Version("12.1"), 16),
+        Fp8Recipe("tensorwise", "hybrid", Version("2.2"), (8, 9), Version("12.1"), 16),
+        Fp8Recipe("blockwise", "e4m3", Version("2.3"), (9, 0), Version("12.9"), 128),
+        Fp8Recipe("mxfp8", "e4m3", Version("2.1"), (10, 0), Version("12.8"), 32),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What FP8 depends on; None: there is none."""
+
+    engine: Version | None
+    capability: tuple[int, int] | None
+    cuda: Version | None
+
+
+def this_machine() -> Machine:
+    """What this process finds."""
+    try:
+        engine = Version(importlib.metadata.version("transformer-engine"))
+    except importlib.metadata.PackageNotFoundError:
+        engine = None
+    has_cuda = torch.cuda.is_available()
+    return Machine(
+        engine=engine,
+        capability=torch.cuda.get_device_capability() if has_cuda else None,
+        cuda=Version(torch.version.cuda) if has_cuda and torch.version.cuda else None,
+    )
+
+
+def check_fp8(name: str, dtype: str, machine: Machine) -> None:
+    """FP8 by this recipe runs here.
+
+    Args:
+        name: a recipe, or "none".
+        dtype: `model.dtype`.
+
+    Raises:
+        ConfigError: names everything that is missing.
+    """
+    if name == "none":
+        return
+    recipe = FP8_RECIPES[name]
+    needs = [
+        ("Transformer Engine (package transformer-engine)", recipe.engine, machine.engine),
+        ("CUDA", recipe.cuda, machine.cuda),
+        ("a GPU of compute capability", recipe.capability, machine.capability),
+    ]
+    missing = [
+        f"{what} {_text(least)} or newer, found {_text(found) if found else 'none'}"
+        for what, least, found in needs
+        if found is None or found < least
+    ]
+    if dtype != "bfloat16":
+        missing.append(f"model.dtype=bfloat16, given {dtype}")
+    if missing:
+        raise ConfigError(
+            f"actor.fp8: given {name!r}, which needs {'; '.join(missing)}. Install or change that, or set actor.fp8=none"
+        )
+
+
+def token_multiple(name: str) -> int:
+    """Tokens of a rank's micro-batch are a multiple of this."""
+    return FP8_RECIPES[name].token_multiple if name != "none" else 1
+
+
+def prove_fp8(name: str, modules: Iterable[torch.nn.Module]) -> int:
+    """Count the modules that compute in FP8.
+
+    Args:
+        name: the recipe that was asked for.
+        modules: all modules of this rank's model.
+
+    Raises:
+        ConfigError: there is none: the run would train in bfloat16 under an FP8 flag.
+    """
+    count = sum(hasattr(module, "fp8_meta") and _of_transformer_engine(module) for module in modules)
+    if name != "none" and not count:
+        raise ConfigError(
+            f"actor.fp8: given {name!r}, but no layer of the model that was built is one of Transformer Engine's, so it would "
+            "train in bfloat16; set actor.fp8=none"
+        )
+    return count
+
+
+def _of_transformer_engine(module: torch.nn.Module) -> bool:
+    return any(cls.__module__.startswith("transformer_engine.") for cls in type(module).__mro__)
+
+
+def _text(version: Version | tuple[int, int]) -> str:
+    return str(version) if isinstance(version, Version) else ".".join(map(str, version))
