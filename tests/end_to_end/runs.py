@@ -66,7 +66,10 @@ class Run:
 
 
 def _is(process: psutil.Process, name: str) -> bool:
-    command = " ".join(process.cmdline())
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a helper that ended since the list was made, reaped or not
+        return False
     if name.startswith("trainer rank"):
         return "actor.trainer" in command and process.environ().get("RANK") == name[-1]
     if name == "engine core":
