@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step_000020`` that appears by one rename after every rank has written its part, so a folder
 of that name is whole. ``step`` is the number of optimizer steps it contains, which is also the version of its weights.
 A run writes them in the background: a forked process of every rank writes the memory as it was at the fork (on CUDA: a
-copy on the host), and training goes on.
+copy on the host), and training goes on. Every rank writes what it owns (`optimizer_state`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_hpt.actor import optimizer_state
 from megatron_hpt.actor.platform import Platform
 from megatron_hpt.data.checkpoints import META, record
 from megatron_hpt.errors import CheckpointError
@@ -36,8 +39,7 @@ from megatron_hpt.process import die_with_parent
 
 logger = logging.getLogger(__name__)
 
-# The one sharding of optimizer state that loads into any layout and works with packed parameter buffers.
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+FORMAT = 2
 _VERSIONS = ("megatron_hpt", "megatron-core", "torch")
 
 
@@ -66,9 +68,16 @@ class Saver:
         temporary = _new_folder(final)
         _watch_results_process()
         with self._platform.building():
-            request = dist_checkpointing.save(_state(chunks, optimizer, loading=False), str(temporary), async_sharded_save=True)
+            state_dict = _without_copies(_state(chunks, optimizer))
+            request = dist_checkpointing.save(state_dict, str(temporary), async_sharded_save=True)
         torch.save(_rng_state(), temporary / f"rng_{dist.get_rank()}.pt")
-        meta = {**(state or {}), "step": step, "optimizer": optimizer is not None, "versions": _versions()}
+        meta = {
+            **(state or {}),
+            "format": FORMAT,
+            "step": step,
+            "optimizer": optimizer is not None,
+            "versions": _versions(),
+        }
         request.finalize_fns.append(functools.partial(_appear, temporary, final, meta))
         if request.async_fn is not None:
             request = request._replace(async_fn=functools.partial(_in_writer, request.async_fn))
@@ -110,14 +119,19 @@ def load(path: Path, chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | 
         meta = json.loads((path / META).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of this project: {error}") from None
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {meta.get('format')} of {meta.get('versions')}; this version reads format {FORMAT}. "
+            "Export it with the version that wrote it, and start from the export"
+        )
     if optimizer is not None and not meta["optimizer"]:
         raise CheckpointError(f"{path}: holds weights without optimizer state; it can be exported, not resumed")
     with platform.building(), torch.no_grad():
-        state = dist_checkpointing.load(_state(chunks, optimizer, loading=True), str(path))
+        state = dist_checkpointing.load(_state(chunks, optimizer), str(path))
         for index, chunk in enumerate(chunks):
             chunk.load_state_dict(state[_key(chunks, index)])
         if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer_state.set_step(optimizer, state["optimizer"]["step"])
             _restore_rng(path)
     return meta
 
@@ -179,10 +193,24 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
-def _state(chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
+def _state(chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+    """What is written, and what loading fills in place."""
     state: dict[str, Any] = {_key(chunks, i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=_SHARDING)
+        state["optimizer"] = optimizer_state.sharded(optimizer, state)
+    return state
+
+
+def _without_copies(state: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of the host with a storage of their own over the same memory.
+
+    Megatron's writer copies tensors that are a part of a larger storage, as all of a gradient or parameter buffer are.
+    The forked writer has the memory as it was at the fork anyway.
+    """
+    apply_factories(state)
+    for part in nested_values(state):
+        if isinstance(part, ShardedTensor) and part.data.device.type == "cpu":
+            part.data = torch.from_dlpack(part.data.detach())
     return state
 
 
