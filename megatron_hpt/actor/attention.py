@@ -1,8 +1,8 @@
 """Core attention on torch's scaled_dot_product_attention, for layer specs without Transformer Engine.
 
 Megatron's own unfused attention builds whole score matrices and refuses packed rows and context parallelism. This one
-takes packed rows (``thd``): they are laid side by side only here, for one fused causal call, so every other layer
-computes no padding. Under context parallelism every rank gathers the keys and values of the rows.
+takes packed rows (``thd``), one fused call for each, so no padding is computed. Under context parallelism every rank
+gathers the keys and values of the rows.
 """
 
 from __future__ import annotations
@@ -65,14 +65,18 @@ class PackedAttention(MegatronModule):
         if packing.context_size > 1:
             group = parallel_state.get_context_parallel_group()
             key, value = (_Gather.apply(x, group)[packing.unsliced] for x in (key, value))
-        index, places = packing.queries
-        rows = [x[i].transpose(1, 2) for x, i in ((query, index), (key, packing.keys), (value, packing.keys))]
+        queries = query.split([slot // packing.context_size for slot in packing.slots])
+        masks = packing.masks if packing.context_size > 1 else [None] * len(packing.slots)
+        rows = zip(queries, key.split(packing.slots), value.split(packing.slots), masks, strict=True)
+        return torch.cat([self._row(*row) for row in rows]).flatten(1)
+
+    def _row(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """One row; a row's padding comes after it, where causal attention never looks."""
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         if self.repeat > 1:
-            rows[1:] = [x.repeat_interleave(self.repeat, dim=1) for x in rows[1:]]
-        # A row's padding comes after it, where causal attention never looks.
-        mask = {"is_causal": True} if packing.context_size == 1 else {"attn_mask": packing.mask}
-        out = F.scaled_dot_product_attention(*rows, scale=self.scale, **mask)
-        return out.transpose(1, 2).flatten(0, 1)[places].flatten(1)
+            k, v = (x.repeat_interleave(self.repeat, dim=1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
+        return out[0].transpose(0, 1)
 
 
 class _Gather(torch.autograd.Function):

@@ -82,7 +82,10 @@ class _FusedLogprob(torch.autograd.Function):
             grad.scatter_add_(1, local[tokens, None], (grad_logprobs * mine)[tokens, None])
             grad = grad.div_(vocabulary.temperature).to(matrix.dtype)
             grad_hidden[tokens] = (grad @ matrix).to(hidden.dtype)
-            grad_matrix += grad.T @ hidden[tokens].to(matrix.dtype)
+            if grad.dtype is grad_matrix.dtype:
+                grad_matrix.addmm_(grad.T, hidden[tokens].to(grad.dtype))
+            else:
+                grad_matrix += grad.T @ hidden[tokens]
         return grad_hidden, grad_matrix.to(weight.dtype), None, None
 
 

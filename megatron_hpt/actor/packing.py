@@ -48,29 +48,13 @@ class RowPacking(PackedSeqParams):
         return torch.from_numpy(np.argsort(order)).to(self.cu_seqlens_q.device)
 
     @cached_property
-    def keys(self) -> Tensor:
-        """[rows, longest]: packed position at each place of the rows laid side by side (padding repeats the last)."""
-        return self._side_by_side(self.slots)[0]
-
-    @cached_property
-    def queries(self) -> tuple[Tensor, Tensor]:
-        """As `keys`, of this rank's part; and [local tokens], where each lies in the flattened rows."""
-        return self._side_by_side([slot // self.context_size for slot in self.slots])
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """[rows, 1, longest / context_size, longest] bool: what a local query may look at."""
+    def masks(self) -> list[Tensor]:
+        """Of each row, [slots / context_size, slots] bool: which places of the row each local query may look at."""
         local = torch.from_numpy(context_slice(self.slots, self.context_size, self.context_rank))
-        starts = torch.repeat_interleave(torch.tensor([0, *np.cumsum(self.slots)[:-1]]), torch.tensor(self.slots))
-        places = (local - starts[local]).to(self.cu_seqlens_q.device)[self.queries[0]]  # of each query in its row
-        columns = torch.arange(max(self.slots), device=places.device)
-        return (places[:, :, None] >= columns)[:, None]
-
-    def _side_by_side(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        lengths = np.array(slots)[:, None]
-        ends = np.cumsum(lengths)[:, None]
-        columns = np.arange(lengths.max())
-        index = np.minimum(ends - lengths + columns, ends - 1)
-        places = (columns < lengths).reshape(-1).nonzero()[0]
+        parts = local.split([slot // self.context_size for slot in self.slots])
+        starts = np.cumsum([0, *self.slots])
         device = self.cu_seqlens_q.device
-        return torch.from_numpy(index).to(device), torch.from_numpy(places).to(device)
+        return [
+            (part[:, None] - int(start) >= torch.arange(slot)).to(device)
+            for part, start, slot in zip(parts, starts, self.slots, strict=False)
+        ]

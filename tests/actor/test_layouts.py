@@ -51,6 +51,8 @@ class Matrix(Layouts):
         out.mkdir()
         config = self.config(budget, **parallel)
         config.actor = ActorConfig(micro_batch_tokens=budget, recompute=recompute)
+        # With the usual epsilon, elements whose gradient is mere rounding move as far as all others in Adam's first steps.
+        config.optimizer.eps = 1e-6
         (out / "config.yaml").write_text(dump_yaml(config))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.parallel.ranks}"]
         arguments = [WORKER, out / "config.yaml", self.folder / "ledger", out, 0, 3, "--probe"]
