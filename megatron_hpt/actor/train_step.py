@@ -16,6 +16,7 @@ from megatron_hpt.actor import guard
 from megatron_hpt.actor.frozen import penalised, reference_logprobs
 from megatron_hpt.actor.microbatch import Cut, MicroBatch, pack_all
 from megatron_hpt.actor.model import PolicyModel
+from megatron_hpt.actor.offload import Offload
 from megatron_hpt.actor.optimizer import learning_rate
 from megatron_hpt.actor.parallel import Ranks
 from megatron_hpt.actor.platform import Platform
@@ -52,6 +53,8 @@ class Actor:
     """Tokens of a row at which its attention costs as much as everything else."""
     reference: list[PolicyModel] | None
     """The frozen reference policy of the KL, laid out like the actor."""
+    offload: Offload
+    """What rests in host memory."""
     entropy_coefficient: float
     """Where an adaptive coefficient stands."""
     skipped_in_a_row: int = 0
@@ -88,7 +91,8 @@ def train_step(actor: Actor, rows: Sequence[Row], step: int) -> dict[str, float 
     lr = learning_rate(actor.config.optimizer, step, actor.config.trainer.steps)
     for group in actor.optimizer.param_groups:
         group["lr"] = lr
-    update = guard.update(actor, denominators, _mean(sums["k3"], sums["measured"]))
+    with actor.offload.optimizer():
+        update = guard.update(actor, denominators, _mean(sums["k3"], sums["measured"]))
     metrics = _metrics(actor, sums, denominators) | {"train/lr": lr} | update
     bonus = actor.algorithm.entropy
     if not update["train/skipped"] and denominators.of(bonus.roles).tokens:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_hpt.actor import checkpoint, export, guard, model, optimizer, parallel, platform
 from megatron_hpt.actor.microbatch import Cut
+from megatron_hpt.actor.offload import Offload
 from megatron_hpt.actor.precision import check_fp8, this_machine, token_multiple
 from megatron_hpt.actor.train_step import Actor, train_step
 from megatron_hpt.blackboard import NOTICE, Blackboard
@@ -47,12 +48,13 @@ def build_actor(config: Config) -> Actor:
     if algorithm.kl is not None:
         path = config.algorithm.kl.reference or config.model.path
         reference = [chunk.requires_grad_(False).eval() for chunk in model.load(path, config, ranks, where)]
+    megatron = optimizer.build(config.optimizer, wrapped, where)
     return Actor(
         config=config,
         algorithm=algorithm,
         vocab=shape.vocab,
         wrapped=wrapped,
-        optimizer=optimizer.build(config.optimizer, wrapped, where),
+        optimizer=megatron,
         ranks=ranks,
         platform=where,
         cut=Cut(
@@ -66,6 +68,7 @@ def build_actor(config: Config) -> Actor:
             shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim, shape.experts_per_token or 1
         ),
         reference=reference,
+        offload=Offload(config.actor.offload, wrapped, megatron, reference or ()),
         entropy_coefficient=algorithm.entropy.coefficient,
     )
 
@@ -80,7 +83,8 @@ class Trainer:
         self._actor = build_actor(self._config)
         self._saver = checkpoint.Saver(self._actor.platform)
         if start:
-            state = checkpoint.load(run.checkpoint(start), self._actor.chunks, self._actor.optimizer, self._actor.platform)
+            with self._actor.offload.optimizer():
+                state = checkpoint.load(run.checkpoint(start), self._actor.chunks, self._actor.optimizer, self._actor.platform)
             self._actor.entropy_coefficient = state.get("entropy_coefficient", self._actor.entropy_coefficient)
             self._actor.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self._sender = self._make_sender()
@@ -90,7 +94,10 @@ class Trainer:
         config = self._config
         self._publish(self._start)
         for step in range(self._start, config.trainer.steps):
-            if not self._next_batch(step):
+            self._actor.offload.sleep()
+            is_batch = self._next_batch(step)
+            self._actor.offload.wake()
+            if not is_batch:
                 return self._stop(step)
             started = time.monotonic()
             metrics: dict[str, Any] = train_step(self._actor, self._ledger.read(step).rows, step)
@@ -152,7 +159,8 @@ class Trainer:
             "skipped_in_a_row": self._actor.skipped_in_a_row,
             "next_prompt": self._ledger.read_meta(step - 1)[1].get("data/next_prompt"),
         }
-        self._saver.save(self._run.checkpoint(step), step, self._actor.chunks, self._actor.optimizer, state)
+        with self._actor.offload.optimizer():
+            self._saver.save(self._run.checkpoint(step), step, self._actor.chunks, self._actor.optimizer, state)
         self._remove_superseded()
 
     def _finish_saving(self) -> None:

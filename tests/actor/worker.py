@@ -58,7 +58,8 @@ def main() -> None:
     gpt = actor.chunks
     ledger = Ledger(arguments.ledger)
     if arguments.load:
-        assert checkpoint.load(arguments.load, gpt, actor.optimizer, actor.platform)["step"] == arguments.first
+        with actor.offload.optimizer():
+            assert checkpoint.load(arguments.load, gpt, actor.optimizer, actor.platform)["step"] == arguments.first
     if arguments.gradients:
         finish(actor, [write_gradients(actor, ledger.read(arguments.first).rows, arguments.out / "hf")], arguments.out)
         return
@@ -70,9 +71,15 @@ def main() -> None:
         finish(actor, probe(actor, ledger, arguments.out), arguments.out)
         return
     steps = range(arguments.first, arguments.last)
-    metrics = [train_step(actor, ledger.read(step).rows, step) for step in steps]
+    metrics = []
+    for step in steps:
+        metrics.append(train_step(actor, ledger.read(step).rows, step))
+        freed = actor.offload.sleep()
+        assert bool(freed) == (config.actor.offload == "all")
+        actor.offload.wake()
     if arguments.save:
-        checkpoint.save_now(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform)
+        with actor.offload.optimizer():
+            checkpoint.save_now(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform)
     shape = model_shape(config.model.path)
     export.export_hf(config.model.path, arguments.out / "hf", model.contributed_views(gpt, shape, actor.ranks))
     finish(actor, metrics, arguments.out)
