@@ -133,7 +133,7 @@ def _build_chunk(
     with platform.building():
         model = PolicyModel(
             config,
-            _block(shape, get_num_layers_to_build(config, vp_stage=piece), platform),
+            _block(shape, get_num_layers_to_build(config, vp_stage=piece), platform, config.params_dtype),
             vocab_size=padded_vocabulary(shape.vocab, ranks.tensor.size),
             max_sequence_length=shape.max_positions,
             pre_process=ranks.pipeline == 0 and not piece,
@@ -147,10 +147,13 @@ def _build_chunk(
     return model.to(platform.device)
 
 
-def _block(shape: ModelShape, layers: int, platform: Platform) -> TransformerBlockSubmodules:
-    """The layers: Transformer Engine's where there is one, else Megatron's with an attention and a norm of our own."""
+def _block(shape: ModelShape, layers: int, platform: Platform, dtype: torch.dtype) -> TransformerBlockSubmodules:
+    """The layers: Transformer Engine's where there is one, else Megatron's with an attention and a norm of our own.
+
+    Transformer Engine's fused attention computes in half precision only.
+    """
     experts = shape.experts or None
-    if platform.has_transformer_engine:
+    if platform.has_transformer_engine and dtype is not torch.float32:
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=False)

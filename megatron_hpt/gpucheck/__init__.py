@@ -1,0 +1,1 @@
+"""The whole actor on one GPU: what it gives beside what was expected (`tools/gpu_check.py`)."""
