@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_hpt.actor.packing import RowPacking
 from megatron_hpt.data.packing import context_slice, places
 from megatron_hpt.data.rows import Row, Source
+from megatron_hpt.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Cut:
     context_rank: int = 0
     equal: bool = False
     """All micro-batches of a step have the same number of positions."""
+    routers: tuple[int, int, int] = (0, 0, 0)
+    """Layers, top-k and experts of a mixture of experts; 0: a dense model, which ignores recorded routes."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,36 @@ def pack(rows: Sequence[Row], device: torch.device, cut: Cut, total: int = 0) ->
         targets=torch.from_numpy(targets[local]).to(device),
         length=length,
         predicted=torch.from_numpy(responses[local].nonzero()[0]).to(device),
-        packing=RowPacking.of(slots, cut.context_size, cut.context_rank, device),
+        packing=RowPacking.of(slots, cut.context_size, cut.context_rank, device, _routes(rows, starts, local, cut, device)),
         rows=torch.from_numpy(owner).to(device),
         roles=torch.from_numpy(np.array([int(row.role) for row in rows])[owner]).to(device),
         measured=torch.from_numpy(measured).to(device),
         **{name: torch.from_numpy(values).to(device) for name, values in floats.items()},
     )
+
+
+def _routes(rows: Sequence[Row], starts: np.ndarray, local: np.ndarray, cut: Cut, device: torch.device) -> Tensor | None:
+    """[layers, local positions, top-k] of the rows' recorded experts, -1 elsewhere; None where no row has any.
+
+    Raises:
+        DataError: routes of another length than the row's, or of experts that the model does not have.
+    """
+    layers, topk, experts = cut.routers
+    if not layers or all(row.routes is None for row in rows):
+        return None
+    routes = np.full((int(starts[-1]), layers, topk), -1, dtype=np.int64)
+    for row, start in zip(rows, starts, strict=False):
+        if row.routes is None:
+            continue
+        recorded, fed = np.frombuffer(row.routes, dtype=np.int16), len(row.tokens) - 1
+        if recorded.size != fed * layers * topk or recorded.min() < 0 or recorded.max() >= experts:
+            raise DataError(
+                f"prompt {row.prompt_id}: {recorded.size} recorded routes of experts {recorded.min()} to {recorded.max()}; "
+                f"this model needs {fed} tokens × {layers} layers × {topk} of experts 0 to {experts - 1}. "
+                "Was the row sampled from another model?"
+            )
+        routes[start : start + fed] = recorded.reshape(fed, layers, topk)
+    return torch.from_numpy(np.ascontiguousarray(routes[local].swapaxes(0, 1))).to(device)
 
 
 def pack_all(rows: Sequence[Row], plan: Sequence[Sequence[int]], device: torch.device, cut: Cut) -> list[MicroBatch]:

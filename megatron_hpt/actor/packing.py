@@ -22,9 +22,18 @@ class RowPacking(PackedSeqParams):
     """Places of each row, padding included."""
     context_size: int = 1
     context_rank: int = 0
+    routes: Tensor | None = None
+    """[layers, local positions, top-k] experts to route by, -1 where routing is live; None: it is everywhere."""
 
     @classmethod
-    def of(cls, slots: Sequence[int], context_size: int, context_rank: int, device: torch.device) -> RowPacking:
+    def of(
+        cls,
+        slots: Sequence[int],
+        context_size: int,
+        context_rank: int,
+        device: torch.device,
+        routes: Tensor | None = None,
+    ) -> RowPacking:
         """Rows with so many places each, cut over the context parallel ranks."""
         cumulative = torch.tensor([0, *np.cumsum(slots)], dtype=torch.int32, device=device)
         longest = max(slots)
@@ -39,6 +48,7 @@ class RowPacking(PackedSeqParams):
             slots=tuple(slots),
             context_size=context_size,
             context_rank=context_rank,
+            routes=routes,
         )
 
     @cached_property

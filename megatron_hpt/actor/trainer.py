@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_hpt.actor import checkpoint, export, guard, model, optimizer, parallel, platform
+from megatron_hpt.actor import checkpoint, export, guard, model, optimizer, parallel, platform, routing
 from megatron_hpt.actor.microbatch import Cut
 from megatron_hpt.actor.offload import Offload
 from megatron_hpt.actor.precision import check_fp8, this_machine, token_multiple
@@ -44,6 +44,7 @@ def build_actor(config: Config) -> Actor:
     wrapped = optimizer.wrap(model.load(config.model.path, config, ranks, where), config.actor.fp8_param_gather)
     for chunk in wrapped:
         chunk.train()
+    routing.install([chunk.module for chunk in wrapped], ranks)
     reference = None
     if algorithm.kl is not None:
         path = config.algorithm.kl.reference or config.model.path
@@ -63,6 +64,7 @@ def build_actor(config: Config) -> Actor:
             ranks.context.size,
             ranks.context.rank,
             equal=config.parallel.virtual_pipeline > 1,
+            routers=(shape.layers, shape.experts_per_token, shape.experts) if shape.experts else (0, 0, 0),
         ),
         attention_parity=attention_parity(
             shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim, shape.experts_per_token or 1

@@ -47,6 +47,8 @@ class Row:
     """A demonstration that trains by off-policy RL instead of being imitated."""
     token_advantages: Sequence[float] | None = None
     """Â of each response token, where it differs between them."""
+    routes: bytes | None = None
+    """Experts that the engine chose: int16 [tokens − 1, layers, top-k]; None: not recorded, routed live in training."""
 
     @property
     def role(self) -> Role:
@@ -81,6 +83,7 @@ SCHEMA = pa.schema(
         pa.field("finish_reason", pa.string()),
         pa.field("off_policy", pa.bool_(), nullable=False),
         pa.field("token_advantages", pa.list_(pa.float64())),
+        pa.field("routes", pa.binary()),
     ]
 )
 _META = b"megatron_hpt"
