@@ -58,3 +58,37 @@ def test_no_token_is_no_error(group) -> None:
     (logp.sum() + entropy.sum()).backward()
     assert logp.shape == (0,)
     assert torch.count_nonzero(weight.grad) == 0
+
+
+def _one_of_two_ranks(rank: int, folder: str) -> None:
+    """Half of a vocabulary of 17 rows and one that pads; keeps what this rank computed."""
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    hidden, whole, targets, weights = _problem()
+    weight = whole.chunk(2)[rank].float().clone().requires_grad_()
+    hidden = hidden.float().requires_grad_()
+    found = torch.stack(logprob_and_entropy(hidden, weight, targets, Vocabulary(17, 9 * rank, dist.group.WORLD, 0.7)))
+    (found * weights).sum().backward()
+    torch.save({"found": found.detach(), "hidden": hidden.grad, "weight": weight.grad}, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (40, 18))
+    return hidden, weight, torch.randint(17, (40,), generator=generator), torch.rand(2, 40, generator=generator)
+
+
+def test_two_ranks_of_a_vocabulary_equal_the_dense_computation(tmp_path) -> None:
+    torch.multiprocessing.spawn(_one_of_two_ranks, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    hidden, weight, targets, weights = _problem()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logp = (hidden @ weight[:17].T / 0.7).log_softmax(-1)
+    expected = torch.stack([logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)])
+    (expected * weights).sum().backward()
+    assert torch.equal(ranks[0]["found"], ranks[1]["found"])
+    gradients = ranks[0]["hidden"] + ranks[1]["hidden"], torch.cat([rank["weight"] for rank in ranks])
+    for ours, theirs in zip((ranks[0]["found"], *gradients), (expected, hidden.grad, weight.grad), strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
