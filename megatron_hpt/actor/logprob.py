@@ -16,6 +16,8 @@ from torch import Tensor
 
 CHUNK_BYTES = 256 * 2**20
 """Logits of one chunk in float32: large enough for the matrix product, small beside the model."""
+BLOCK_BYTES = 2 * 2**20
+"""What is done with the logits on the host is done to so many of them at a time, which then stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Vocabulary:
     """Tensor parallel ranks."""
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.first >= self.size:
+            raise ValueError(f"a tensor parallel rank has no row of a vocabulary of {self.size}: set parallel.tensor lower")
+
 
 class _FusedLogprob(torch.autograd.Function):
     """Per token: log p[target] and H = -Σ p log p.
@@ -39,20 +45,15 @@ class _FusedLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        matrix, local, mine = _matrix(weight), targets - vocabulary.first, _mine(targets, weight, vocabulary)
+        matrix, local, mine = _matrix(weight, vocabulary), targets - vocabulary.first, _mine(targets, weight, vocabulary)
         parts = []
         for tokens in _chunks(hidden, weight):
-            logits = _logits(hidden[tokens], matrix, vocabulary)
-            at = local[tokens].clamp(0, len(weight) - 1)[:, None]
-            target = torch.where(mine[tokens], logits.gather(1, at).squeeze(1), 0.0)
-            maximum = logits.amax(dim=-1)
-            shifted = logits.sub_(maximum[:, None])
-            exponentials = shifted.exp()
-            # A padding row has the logit -inf and the probability 0, and 0 · -inf is no number.
-            weighted = shifted.masked_fill_(exponentials == 0, 0.0).mul_(exponentials).sum(dim=-1)
-            parts.append(torch.stack([maximum, exponentials.sum(dim=-1), weighted, target]))
+            at = local[tokens].clamp(0, len(matrix) - 1)[:, None]
+            for logits, where in _blocks(_logits(hidden[tokens], matrix, vocabulary), at):
+                parts.append(_statistics(logits, where))
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         maximum, normaliser, weighted, target = torch.cat(parts, 1) if parts else hidden.new_zeros(4, 0, dtype=dtype)
+        target = torch.where(mine, target, 0.0)
         overall = maximum.clone()
         dist.all_reduce(overall, dist.ReduceOp.MAX, group=vocabulary.group)
         shift = maximum - overall  # from each rank's own maximum to that of all
@@ -70,22 +71,22 @@ class _FusedLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, targets, log_partition, entropy = ctx.saved_tensors
-        vocabulary, matrix = ctx.vocabulary, _matrix(weight)
-        local, mine = (targets - vocabulary.first).clamp(0, len(weight) - 1), _mine(targets, weight, vocabulary)
+        vocabulary, matrix = ctx.vocabulary, _matrix(weight, ctx.vocabulary)
+        local, mine = (targets - vocabulary.first).clamp(0, len(matrix) - 1), _mine(targets, weight, vocabulary)
         grad_hidden = torch.empty_like(hidden)
         grad_matrix = torch.zeros(weight.shape, dtype=log_partition.dtype, device=weight.device)
+        per_token = torch.stack([log_partition, entropy, grad_entropy, grad_logprobs, grad_logprobs * mine], 1)
+        real = grad_matrix[: len(matrix)]
         for tokens in _chunks(hidden, weight):
-            logp = _logits(hidden[tokens], matrix, vocabulary).sub_(log_partition[tokens, None])
-            p = logp.exp()
-            inner = logp.masked_fill_(p == 0, 0.0).add_(entropy[tokens, None]).mul_(grad_entropy[tokens, None])
-            grad = inner.add_(grad_logprobs[tokens, None]).mul_(p).neg_()
-            grad.scatter_add_(1, local[tokens, None], (grad_logprobs * mine)[tokens, None])
-            grad = grad.div_(vocabulary.temperature).to(matrix.dtype)
+            grad = _logits(hidden[tokens], matrix, vocabulary)
+            for logits, of_tokens, where in _blocks(grad, per_token[tokens], local[tokens, None]):
+                _to_gradient_(logits, of_tokens, where, vocabulary.temperature)
+            grad = grad.to(matrix.dtype)
             grad_hidden[tokens] = (grad @ matrix).to(hidden.dtype)
-            if grad.dtype is grad_matrix.dtype:
-                grad_matrix.addmm_(grad.T, hidden[tokens].to(grad.dtype))
+            if grad.dtype is real.dtype:
+                real.addmm_(grad.T, hidden[tokens].to(grad.dtype))
             else:
-                grad_matrix += grad.T @ hidden[tokens]
+                real += grad.T @ hidden[tokens]
         return grad_hidden, grad_matrix.to(weight.dtype), None, None
 
 
@@ -108,8 +109,43 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, len(hidden), size))
 
 
-def _matrix(weight: Tensor) -> Tensor:
-    """The output layer in the precision of its matrix products; the host has none of bfloat16 with a float32 result."""
+def _blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same rows of all arguments."""
+    rows = len(logits) if logits.is_cuda else max(1, BLOCK_BYTES // (4 * logits.shape[1]))
+    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
+
+
+def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
+    """[4, rows]: maximum m, Σ exp(z - m), Σ (z - m) · exp(z - m), and the target's logit z[t]; overwrites the logits."""
+    target = logits.gather(1, targets).squeeze(1)
+    maximum = logits.amax(dim=-1)
+    shifted = logits.sub_(maximum[:, None])
+    exponentials = shifted.exp()
+    normaliser = exponentials.sum(dim=-1)
+    return torch.stack([maximum, normaliser, exponentials.mul_(shifted).sum(dim=-1), target])
+
+
+def _to_gradient_(logits: Tensor, of_tokens: Tensor, targets: Tensor, temperature: float) -> None:
+    """Logits to the gradient of the loss in the undivided logits, in place.
+
+    Args:
+        of_tokens: [rows, 5] log-partition, entropy, gradients of entropy and log-probability, and the latter once more, zero
+            where the target is another rank's.
+    """
+    log_partition, entropy, grad_entropy, grad_logprobs, mine = of_tokens.split(1, dim=1)
+    logp = logits.sub_(log_partition)
+    p = logp.exp()
+    # -p · ((log p + H) · g_H + g_logp) / T
+    logp.mul_(-grad_entropy / temperature).sub_((entropy * grad_entropy + grad_logprobs) / temperature).mul_(p)
+    logp.scatter_add_(1, targets, mine / temperature)
+
+
+def _matrix(weight: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """The output layer's real rows in the precision of their matrix products.
+
+    The host has no product of bfloat16 with a float32 result.
+    """
+    weight = weight[: vocabulary.size - vocabulary.first]
     return weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
@@ -118,11 +154,9 @@ def _mine(targets: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
 
 
 def _logits(hidden: Tensor, matrix: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """[chunk, local vocabulary] in float32 (float64), divided by the temperature; -inf where rows only pad."""
+    """[chunk, local real vocabulary] in float32 (float64), divided by the temperature."""
     if matrix.dtype is torch.bfloat16:
         logits = torch.mm(hidden, matrix.T, out_dtype=torch.float32)
     else:
         logits = hidden.to(matrix.dtype) @ matrix.T
-    logits.div_(vocabulary.temperature)
-    logits[:, max(0, vocabulary.size - vocabulary.first) :] = float("-inf")
-    return logits
+    return logits if vocabulary.temperature == 1 else logits.div_(vocabulary.temperature)
