@@ -163,6 +163,7 @@ def _in_writer(write: Callable[..., None], *arguments: Any, **named: Any) -> Non
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     die_with_parent()
+    os.register_at_fork(after_in_child=die_with_parent)  # it forks one process a file, and they would wait for it for ever
     torch.set_num_threads(1)  # a forked OpenMP pool has no threads, and waits for them for ever
     write(*arguments, **named)
 
