@@ -91,11 +91,11 @@ def _steps(optimizer: MegatronOptimizer) -> int:
 
 def _of_parameter(part: DistributedOptimizer, parameter: torch.nn.Parameter, whole: ShardedBase) -> Iterator[ShardedTensor]:
     """The boxes of main weights and moments of the range of a parameter that this rank owns."""
-    owned = part._get_model_param_range_map(parameter)["param"]
+    owned, pieces = part._get_model_param_range_map(parameter)["param"], _pieces(whole, parameter.shape)
     for name, values in part._get_main_param_and_optimizer_states(parameter).items():
         if name == _STEP or (name == _MAIN and values.data_ptr() == _address(parameter, owned.start)):
             continue  # a float32 parameter is its own main weight, and is saved as the model's
-        for piece, begin in _pieces(whole, parameter.shape):
+        for piece, begin in pieces:
             start, end = max(owned.start, begin), min(owned.end, begin + math.prod(piece.local_shape))
             for offset, size in boxes(piece.local_shape, start - begin, end - begin):
                 data = values[start - owned.start :][: math.prod(size)].view((1,) * piece.prepend_axis_num + size)

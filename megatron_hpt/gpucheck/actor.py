@@ -161,7 +161,7 @@ def _actor(variant: Variant, model: Path, sizes: Sizes, **actor: Any):
 
 
 def _rows(number: int, longest: int, vocab: int, ragged: bool):
-    """Rollouts and demonstrations of random tokens, half of each row its prompt's."""
+    """Rollouts and demonstrations of random tokens, a quarter of each row its prompt's."""
     from megatron_hpt.data.rows import Row, Source
 
     rng, rows = random.Random(0), []

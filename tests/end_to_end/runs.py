@@ -84,14 +84,6 @@ def gone(processes: list[psutil.Process], seconds: float = 15) -> list[psutil.Pr
     return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def left_in_shared_memory(before: set[str], seconds: float = 10) -> set[str]:
-    """Names that are new since `before` and stay: resource trackers outlive what they clean up after by a moment."""
-    deadline = time.monotonic() + seconds
-    while (left := shared_memory() - before) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
-
-
 def shared_memory() -> set[str]:
     """Names in /dev/shm."""
     return set(os.listdir("/dev/shm"))
