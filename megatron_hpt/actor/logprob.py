@@ -46,13 +46,13 @@ class _FusedLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
         matrix, local, mine = _matrix(weight, vocabulary), targets - vocabulary.first, _mine(targets, weight, vocabulary)
-        parts = []
+        at = local.clamp(0, len(matrix) - 1)[:, None]
+        # Made before the loops: small tensors that stay, made between large ones that go, would keep the heap from shrinking.
+        statistics = hidden.new_empty(len(hidden), 4, dtype=torch.promote_types(hidden.dtype, torch.float32))
         for tokens in _chunks(hidden, weight):
-            at = local[tokens].clamp(0, len(matrix) - 1)[:, None]
-            for logits, where in _blocks(_logits(hidden[tokens], matrix, vocabulary), at):
-                parts.append(_statistics(logits, where))
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        maximum, normaliser, weighted, target = torch.cat(parts, 1) if parts else hidden.new_zeros(4, 0, dtype=dtype)
+            for block in _blocks(_logits(hidden[tokens], matrix, vocabulary), at[tokens], statistics[tokens]):
+                _statistics(*block)
+        maximum, normaliser, weighted, target = statistics.T.contiguous()
         target = torch.where(mine, target, 0.0)
         overall = maximum.clone()
         dist.all_reduce(overall, dist.ReduceOp.MAX, group=vocabulary.group)
@@ -115,14 +115,15 @@ def _blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
 
-def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
-    """[4, rows]: maximum m, Σ exp(z - m), Σ (z - m) · exp(z - m), and the target's logit z[t]; overwrites the logits."""
-    target = logits.gather(1, targets).squeeze(1)
-    maximum = logits.amax(dim=-1)
+def _statistics(logits: Tensor, targets: Tensor, into: Tensor) -> None:
+    """Maximum m, Σ exp(z - m), Σ (z - m) · exp(z - m), and the target's logit z[t], [rows, 4]; overwrites the logits."""
+    maximum, normaliser, weighted, target = into.unbind(1)
+    target.copy_(logits.gather(1, targets).squeeze(1))
+    maximum.copy_(logits.amax(dim=-1))
     shifted = logits.sub_(maximum[:, None])
     exponentials = shifted.exp()
-    normaliser = exponentials.sum(dim=-1)
-    return torch.stack([maximum, normaliser, exponentials.mul_(shifted).sum(dim=-1), target])
+    normaliser.copy_(exponentials.sum(dim=-1))
+    weighted.copy_(exponentials.mul_(shifted).sum(dim=-1))
 
 
 def _to_gradient_(logits: Tensor, of_tokens: Tensor, targets: Tensor, temperature: float) -> None:

@@ -1,5 +1,8 @@
 """Log-probabilities and entropy against a dense float64 softmax, values and gradients."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -58,6 +61,27 @@ def test_no_token_is_no_error(group) -> None:
     (logp.sum() + entropy.sum()).backward()
     assert logp.shape == (0,)
     assert torch.count_nonzero(weight.grad) == 0
+
+
+MEMORY = """
+import torch, torch.distributed as dist
+from pathlib import Path
+from megatron_hpt.actor import logprob
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+status = lambda key: next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
+hidden, weight = torch.randn(6144, 16, requires_grad=True), torch.randn(100_000, 16, requires_grad=True)
+targets, vocabulary = torch.randint(100_000, (6144,)), logprob.Vocabulary(100_000, 0, dist.group.WORLD)
+for tokens in (256, 6144):  # the first one pays for what every size needs
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    sum(logprob.logprob_and_entropy(hidden[:tokens], weight, targets[:tokens], vocabulary)).sum().backward()
+print((status("VmHWM") - before) * 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_tokens() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3 * logprob.CHUNK_BYTES  # the dense logits are nine
 
 
 def _one_of_two_ranks(rank: int, folder: str) -> None:
