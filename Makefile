@@ -1,6 +1,7 @@
 # make train [RECIPE=quickstart] [ARGS="trainer.steps=20"]   trains a recipe; the first call installs everything
 # make test                                                  all tests
 # make test-fast                                             without Megatron ranks and engines
+# make sglang-env                                            the environment of rollout.engine=sglang, beside the first
 PYTHON ?= python3.11
 RECIPE ?= quickstart
 ARGS ?=
@@ -8,8 +9,9 @@ ARGS ?=
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
+SGLANG := .venv-sglang
 
-.PHONY: train test test-fast lint
+.PHONY: train test test-fast lint sglang-env
 
 train: $(READY)
 	$(BIN)/megatron-hpt train recipes/$(RECIPE).py $(ARGS)
@@ -32,3 +34,12 @@ $(READY): requirements/host.txt setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import torch' || { echo "torch was installed as a CUDA build: point pip at PyTorch's CPU wheels (PIP_EXTRA_INDEX_URL) and run make again"; exit 1; }
 	touch $(READY)
+
+sglang-env: $(SGLANG)/.ready
+
+# --no-deps: SGLang's metadata asks for CUDA packages.
+$(SGLANG)/.ready: requirements/sglang.txt setup.py
+	$(PYTHON) -m venv --clear $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
+	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(SGLANG)/.ready

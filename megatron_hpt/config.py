@@ -212,8 +212,18 @@ class RewardConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["vllm"] = "vllm"
+    engine: Literal["vllm", "sglang"] = "vllm"
     """The inference server."""
+    python: str = ""
+    """Interpreter of the engine's own environment; default: this one for vllm, .venv-sglang's beside it for sglang."""
+    urls: list[str] = []
+    """Servers that run already, e.g. [http://node7:8000]; default: `servers` of them are started on this machine."""
+    host: str = "127.0.0.1"
+    """Address that started servers listen on: loopback, or the cluster's interface."""
+    in_flight: Literal["keep", "recompute", "abort"] = "recompute"
+    """What happens to the keys and values of requests that are under way when new weights arrive."""
+    compare_every: PositiveInt = 50
+    """Engines compare their weights with what was sent at the first version, every k-th, and after an engine's restart."""
     samples_per_prompt: PositiveInt = 8
     """Rollouts a prompt (n)."""
     temperature: PositiveFloat = 1.0

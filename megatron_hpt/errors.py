@@ -25,6 +25,10 @@ class EngineError(HptError):
     """A rollout engine that failed, or answered what it must not answer."""
 
 
+class EngineGone(EngineError):
+    """An engine that nobody answers for: it died, or was never there."""
+
+
 class RequeueRequested(HptError):
     """The run ended on a notice, not because it is done: start it again with --resume. The exit code says the same."""
 

@@ -10,6 +10,14 @@ import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+TOKEN_VARIABLE = "HPT_TOKEN"
+"""Environment variable with the token that the run's servers ask for."""
+
+
+def token_header() -> dict[str, str]:
+    """What a client of the run's servers sends with every request."""
+    token = os.environ.get(TOKEN_VARIABLE)
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def die_with_parent() -> None:

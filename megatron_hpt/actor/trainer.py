@@ -26,10 +26,10 @@ from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.packing import attention_parity
 from megatron_hpt.objective import algorithms
 from megatron_hpt.process import die_with_parent, log_to
+from megatron_hpt.rollout import engines
 from megatron_hpt.run import RunDir
 from megatron_hpt.weights.hf_config import model_shape
-from megatron_hpt.weights.mapping import hf_tensor_shapes
-from megatron_hpt.weights.sender import WeightSender
+from megatron_hpt.weights.sender import Target, WeightSender
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +118,16 @@ class Trainer:
         self._sender.close()
 
     def _make_sender(self) -> WeightSender:
-        shape = model_shape(self._config.model.path)
+        config, shape = self._config, model_shape(self._config.model.path)
         self._tell("status/trainer", "ready")
-        engines = self._board.wait("engines", self._config.deadlines.startup_s, "an engine")
-        views = model.contributed_views(self._actor.chunks, shape, self._actor.ranks)
-        return WeightSender(views, hf_tensor_shapes(shape), engines, self._config.deadlines.transfer_s, dist.group.WORLD)
+        urls = self._board.wait("engines", config.deadlines.startup_s, "an engine")
+        return WeightSender(
+            model.views(self._actor.chunks, shape, self._actor.ranks),
+            shape,
+            [Target(engines.control(config, url), engines.layout(config)) for url in urls],
+            dist.group.WORLD,
+            compare_every=config.rollout.compare_every,
+        )
 
     def _publish(self, version: int) -> None:
         """Send a version, unless its batch is in the ledger already: then nobody will sample from it.

@@ -44,3 +44,10 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file at once."""
     with whole(path) as temporary:
         temporary.write_text(text)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a text file that only this user may read."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)

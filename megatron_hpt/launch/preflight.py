@@ -11,6 +11,7 @@ from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
 from megatron_hpt.objective.gate import Gate, Phases, Union
 from megatron_hpt.rewards.registry import lookup
+from megatron_hpt.rollout.engines import interpreter
 from megatron_hpt.weights.hf_config import ModelShape, model_shape
 from megatron_hpt.weights.hf_files import HfTensors
 
@@ -30,6 +31,7 @@ def check(config: Config) -> None:
     check_layout(config, shape)
     check_precision(config)
     check_lengths(config, shape)
+    check_engine(config)
     _check_data(config, shape, algorithm.gate)
 
 
@@ -85,6 +87,16 @@ def check_precision(config: Config) -> None:
         from megatron_hpt.actor.precision import check_fp8, this_machine  # imports torch
 
         check_fp8(config.actor.fp8, config.model.dtype, this_machine())
+
+
+def check_engine(config: Config) -> None:
+    """The engine's environment is there.
+
+    Raises:
+        ConfigError: it is not; says how it is made.
+    """
+    if not config.rollout.urls:
+        interpreter(config)
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:

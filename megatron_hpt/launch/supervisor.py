@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import secrets
 import signal
 import socket
 import sys
@@ -17,7 +19,8 @@ from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, HptError, RequeueRequested
 from megatron_hpt.launch.children import Child, Failure, failure_of, stop_all
-from megatron_hpt.rollout import vllm
+from megatron_hpt.process import TOKEN_VARIABLE, token_header
+from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import Progress
@@ -74,12 +77,10 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _start_all(self) -> None:
-        for index in range(self._config.rollout.servers):
-            port = _free_port()
-            command, environment = vllm.server_command(self._config, port), vllm.server_environment(self._config)
-            child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), environment)
-            self._engines[f"http://127.0.0.1:{port}"] = child
-            self._children.append(child)
+        # Every process of the run inherits it; servers of the user's own are reached with the one in the environment.
+        os.environ.setdefault(TOKEN_VARIABLE, secrets.token_urlsafe(24))
+        if not self._config.rollout.urls:
+            self._start_engines()
         arguments = [str(self._run.path), "--store", self._board.address, "--from-step", str(self._start)]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
         ranks = f"--nproc-per-node={self._config.parallel.ranks}"
@@ -87,6 +88,15 @@ class Supervisor:
         coordinator = [sys.executable, "-m", "megatron_hpt.rollout.coordinator", *arguments]
         self._children.append(Child.start("trainer", trainer, self._run.log("torchrun")))
         self._children.append(Child.start("coordinator", coordinator, self._run.log("coordinator")))
+
+    def _start_engines(self) -> None:
+        config, kind = self._config, ENGINES[self._config.rollout.engine]
+        for index in range(config.rollout.servers):
+            port = _free_port(config.rollout.host)
+            command = kind.command(config, interpreter(config), port, self._run.path)
+            child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), kind.environment(config))
+            self._engines[f"http://{config.rollout.host}:{port}"] = child
+            self._children.append(child)
 
     def _watch(self, progress: Progress) -> None:
         """Return when trainer and coordinator have ended well."""
@@ -147,10 +157,11 @@ class Supervisor:
 
     def _announce_engines(self, progress: Progress) -> None:
         """Tell trainer and coordinator where the engines are, once all of them answer."""
-        waiting = [child.name for url, child in self._engines.items() if not _healthy(url)]
+        urls = {url: url for url in self._config.rollout.urls} or {url: child.name for url, child in self._engines.items()}
+        waiting = [name for url, name in urls.items() if not _healthy(url)]
         waited = time.monotonic() - self._started
         if not waiting:
-            self._board.put("engines", list(self._engines))
+            self._board.put("engines", list(urls))
             self._announced = True
         elif waited > self._config.deadlines.startup_s:
             raise DeadlineError(
@@ -177,7 +188,7 @@ def _interrupt(number: int, _: Any) -> NoReturn:
     raise Interrupted(f"ended by {signal.Signals(number).name}")
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     """A free port below the range that the kernel gives to outgoing connections.
 
     The engine binds it only seconds later; a port of that range may by then belong to somebody's request.
@@ -188,13 +199,13 @@ def _free_port() -> int:
     first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for port in random.SystemRandom().sample(range(LOWEST_PORT, max(first_outgoing, LOWEST_PORT + 1000)), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
             return port
-    raise HptError("no free port for an engine on 127.0.0.1; 100 were tried")
+    raise HptError(f"no free port for an engine on {host} (rollout.host); 100 were tried")
 
 
 def _healthy(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=1.0, trust_env=False).status_code == httpx.codes.OK
+        return httpx.get(f"{url}/health", timeout=1.0, trust_env=False, headers=token_header()).status_code == httpx.codes.OK
     except httpx.HTTPError:
         return False

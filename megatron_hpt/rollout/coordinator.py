@@ -26,8 +26,9 @@ from megatron_hpt.process import die_with_parent, log_to
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.rollout.assembly import Group, assemble, decide, rollout_metrics
+from megatron_hpt.rollout.engine import Engine
+from megatron_hpt.rollout.engines import ENGINES
 from megatron_hpt.rollout.sampling import Settings, grade, sample
-from megatron_hpt.rollout.vllm import VllmEngine
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry.metrics import MetricsLog
 
@@ -61,13 +62,13 @@ class Coordinator:
         self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self._source = PromptSource(self._load(config.data.train), config.trainer.seed)
         self._held_out = {name: self._load(path) for name, path in config.evaluation.sets.items()}
-        self._engines: list[VllmEngine] = []
+        self._engines: list[Engine] = []
 
     async def run(self) -> None:
         """Make every batch, and one line of metrics for each step."""
         config, board = self._config, self._board
         urls = board.wait("engines", config.deadlines.startup_s, "an engine")
-        self._engines = [VllmEngine(url, config.deadlines.rollout_s) for url in urls]
+        self._engines = [ENGINES[config.rollout.engine].client(config, url) for url in urls]
         for step in range(self._start, config.trainer.steps):
             watch = Stopwatch()
             with watch.phase("step"):

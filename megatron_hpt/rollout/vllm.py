@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from http import HTTPStatus
 from typing import Any
 
-import aiohttp
-
 from megatron_hpt.config import Config
-from megatron_hpt.errors import DeadlineError, EngineError
 from megatron_hpt.rollout.engine import Sample, SamplingRequest
+from megatron_hpt.rollout.http import HttpEngine
+from megatron_hpt.weights.manifest import as_version
 
 
-def server_command(config: Config, port: int) -> list[str]:
+def server_command(config: Config, python: str, port: int) -> list[str]:
     """Command line of a server that waits for its first weights."""
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *(python, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", config.model.path, "--served-model-name", config.name),
-        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--host", config.rollout.host, "--port", str(port)),
+        *("--middleware", "megatron_hpt.rollout.guard.TokenGuard"),
         *("--dtype", config.model.dtype, "--tensor-parallel-size", str(config.rollout.tensor_parallel)),
         *("--max-model-len", str(config.max_sequence_length), "--max-num-seqs", str(config.rollout.max_running)),
         # vLLM 0.32 rewinds a seeded request's generator when it cuts a prompt in two, which the CPU generator cannot do.
@@ -41,7 +39,7 @@ def server_environment(config: Config) -> dict[str, str]:
     """Environment of the server, on top of this process's."""
     return {
         **os.environ,
-        "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; the server listens on loopback only
+        "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; TokenGuard stands before all of them
         "VLLM_PLUGINS": "megatron_hpt",
         "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib),
         "VLLM_NO_USAGE_STATS": "1",
@@ -49,27 +47,13 @@ def server_environment(config: Config) -> dict[str, str]:
     }
 
 
-CONNECTIONS = 256
-"""Requests under way at once, below the usual limit of 1024 open files; further ones wait here."""
+class VllmEngine(HttpEngine):
+    """One running vLLM server."""
 
+    _route = "/inference/v1/generate"
 
-class VllmEngine:
-    """One running server."""
-
-    def __init__(self, url: str, deadline_s: float) -> None:
-        self.url, self._deadline_s = url, deadline_s
-        # A connection a request: the server closes idle ones after 5 s, and a training step lasts longer.
-        connector = aiohttp.TCPConnector(limit=CONNECTIONS, force_close=True)
-        self._http = aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=deadline_s), connector=connector)
-
-    async def generate(self, request: SamplingRequest) -> list[Sample]:
-        """Sample one prompt.
-
-        Raises:
-            EngineError: the server failed, or its answer is incomplete or mixes versions.
-            DeadlineError: no answer in time.
-        """
-        body = {
+    def _body(self, request: SamplingRequest) -> dict[str, Any]:
+        return {
             "token_ids": request.tokens,
             "sampling_params": {
                 "n": request.samples,
@@ -82,32 +66,18 @@ class VllmEngine:
                 "detokenize": False,
             },
         }
-        try:
-            async with self._http.post("/inference/v1/generate", json=body) as response:
-                if response.status != HTTPStatus.OK:
-                    text = (await response.text())[:500]
-                    raise EngineError(f"engine {self.url} refused a request ({response.status}): {text}")
-                answer = await response.json()
-        except TimeoutError:
-            raise DeadlineError(f"engine {self.url} did not answer a request within {self._deadline_s:g} s") from None
-        except aiohttp.ClientError as error:
-            raise EngineError(f"engine {self.url} cannot be reached: {type(error).__name__} {error}") from None
-        if len(answer["choices"]) != request.samples:
-            raise EngineError(f"engine {self.url} answered {len(answer['choices'])} samples; {request.samples} were asked for")
-        return [self._sample(choice) for choice in answer["choices"]]
 
-    async def close(self) -> None:
-        """Close connections."""
-        await self._http.close()
+    def _samples(self, answer: Any) -> list[Sample]:
+        return [
+            self._sample(
+                choice["token_ids"],
+                [entry["logprob"] for entry in choice["logprobs"]["content"]],
+                choice["finish_reason"],
+                {span["version"] for span in choice["weight_versions"] or ()},
+            )
+            for choice in answer["choices"]
+        ]
 
-    def _sample(self, choice: dict[str, Any]) -> Sample:
-        tokens = choice["token_ids"]
-        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        versions = {span["version"] for span in choice["weight_versions"] or ()}
-        if len(logprobs) != len(tokens) or not tokens:
-            raise EngineError(f"engine {self.url} answered {len(tokens)} tokens with {len(logprobs)} log-probabilities")
-        if len(versions) != 1 or not min(versions).isdecimal():
-            raise EngineError(f"engine {self.url} sampled one response with weights {sorted(versions) or 'of no version'}")
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise EngineError(f"engine {self.url} ended a response with {choice['finish_reason']!r}; it is not whole")
-        return Sample(tokens, logprobs, choice["finish_reason"], int(min(versions)))
+    async def version(self) -> int | None:
+        """The version that the server says it serves; None: none of ours."""
+        return as_version((await self._ask("GET", "/weight_info"))["weight_version"])

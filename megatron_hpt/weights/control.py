@@ -1,65 +1,114 @@
-"""The control plane of one engine's weight update: vLLM's own HTTP API, called synchronously from the trainer.
+"""The control plane of one engine's weight update: the engine's own HTTP API, called synchronously from the trainer.
 
-Routes (vllm/entrypoints/rl/online/api_router.py, vLLM 0.32, server in development mode): pause, start_weight_update,
-update_weights, finish_weight_update, reset_prefix_cache, resume, weight_info.
+prepare → (transfer) → verify → commit, the same for both engines:
+
+| | vLLM 0.32 (entrypoints/rl/online/api_router.py) | SGLang 0.5.23 (entrypoints/http_server.py) |
+|---|---|---|
+| prepare | /init_weight_transfer_engine | /update_weights_from_tensor of our load format |
+| pause | /pause | /pause_generation |
+| transfer, verify, load | /start_weight_update, /update_weights | /begin_weight_update, /update_weights_from_tensor |
+| commit | /reset_prefix_cache, /finish_weight_update | /end_weight_update, /flush_cache |
+| resume | /resume | /continue_generation |
 """
 
 from __future__ import annotations
 
-from typing import Any
+import base64
+import json
+import pickle
+from abc import ABC, abstractmethod
+from enum import Enum
+from typing import Any, ClassVar
 
 import httpx
+import torch
 
-from megatron_hpt.errors import DeadlineError, TransferError
-from megatron_hpt.weights.manifest import Manifest
+from megatron_hpt.errors import DeadlineError, EngineGone, TransferError
+from megatron_hpt.process import token_header
+from megatron_hpt.weights.layouts import EngineLayout
+from megatron_hpt.weights.manifest import Contents, Manifest, as_version
 
 
-class VllmControl:
-    """Weight updates of one vLLM server."""
+class InFlight(Enum):
+    """What happens to requests that are under way when weights change."""
 
-    def __init__(self, url: str, deadline_s: float) -> None:
+    KEEP = "keep"
+    """They go on with the keys and values of the old weights."""
+    RECOMPUTE = "recompute"
+    """Their keys and values are computed again with the new weights."""
+    ABORT = "abort"
+    """They end at once with what they have."""
+
+
+class EngineControl(ABC):
+    """Weight updates of one server."""
+
+    def __init__(self, url: str, deadline_s: float, in_flight: InFlight = InFlight.RECOMPUTE) -> None:
         self.url = url
-        self._deadline_s = deadline_s
-        # No connection is kept: the server closes idle ones after 5 s, and a training step lasts longer.
+        self._deadline_s, self._in_flight = deadline_s, in_flight
+        # No connection is kept: the servers close idle ones after 5 s, and a training step lasts longer.
         self._http = httpx.Client(
-            base_url=url, timeout=deadline_s, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
+            base_url=url,
+            timeout=deadline_s,
+            trust_env=False,
+            headers=token_header(),
+            limits=httpx.Limits(max_keepalive_connections=0),
         )
 
-    def prepare(self) -> None:
-        """Introduce our receiver; once, before the first update."""
-        self._post("/init_weight_transfer_engine", {"init_info": {}})
+    @abstractmethod
+    def prepare(self, contents: Contents) -> None:
+        """Introduce a trainer and what it will send; whatever another one left open is given up.
+
+        Raises:
+            TransferError: the engine refused; carries its own words.
+            EngineGone: nobody answers.
+            DeadlineError: it did not answer in time.
+        """
 
     def update(self, manifest: Manifest) -> None:
-        """Bring the engine to `manifest.version`, whole: pause, load, verify, drop caches, resume.
+        """Bring the engine to `manifest.version`, whole: pause, transfer, verify, load, drop caches, compare, resume.
 
         The version is set by the last call that can fail, so an engine that reports it serves it. After an error the
         engine stays paused: it is not used until an update succeeds.
 
-        Raises:
-            TransferError: the engine refused or failed; carries its own words.
-            DeadlineError: it did not answer in time.
+        Raises: as `prepare`.
         """
-        version = str(manifest.version)
-        self._post("/pause", params={"mode": "keep"})
-        self._post("/start_weight_update")
-        self._post("/update_weights", {"update_info": {"manifest": manifest.to_json()}})
-        if not self._post("/reset_prefix_cache").json()["success"]:
-            raise TransferError(f"{self.url} did not drop its prefix cache: something still holds blocks of it")
-        self._post("/finish_weight_update", {"weight_version": version})
-        if self.version() != version:
-            raise TransferError(f"{self.url} reports version {self.version()} after an update to {version}")
-        self._post("/resume")
+        self.pause()
+        self._update(manifest)
+        if self.version() != manifest.version:
+            raise TransferError(f"{self.url} reports version {self.version()} after an update to {manifest.version}")
+        self.resume()
 
-    def version(self) -> str:
-        """The version that the engine says it serves."""
-        return self._call("GET", "/weight_info").json()["weight_version"]
+    @abstractmethod
+    def _update(self, manifest: Manifest) -> None: ...
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Stop generating; requests under way are kept, recomputed or aborted as this control was told."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Generate again."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Free the device memory of weights and caches, for a trainer on the same devices; nothing may be under way."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Take the memory again; weights must be sent before anything is sampled."""
+
+    @abstractmethod
+    def version(self) -> int | None:
+        """The version that the engine says it serves; None: none of ours."""
+
+    @abstractmethod
+    def layout(self) -> EngineLayout:
+        """How the engine is cut."""
 
     def close(self) -> None:
         """Close the connection."""
         self._http.close()
-
-    def _post(self, route: str, body: dict[str, Any] | None = None, params: dict[str, str] | None = None) -> httpx.Response:
-        return self._call("POST", route, json=body, params=params)
 
     def _call(self, method: str, route: str, **request: Any) -> httpx.Response:
         try:
@@ -67,7 +116,152 @@ class VllmControl:
         except httpx.TimeoutException:
             raise DeadlineError(f"engine {self.url} did not answer {route} within {self._deadline_s:g} s") from None
         except httpx.HTTPError as error:
-            raise TransferError(f"engine {self.url} cannot be reached for {route}: {error}") from None
+            raise EngineGone(f"engine {self.url} cannot be reached for {route}: {error}") from None
         if response.status_code != httpx.codes.OK:
-            raise TransferError(f"engine {self.url} failed {route} ({response.status_code}): {response.text[:2000]}")
+            raise TransferError(f"engine {self.url} failed {route} ({response.status_code}): {_words(response)}")
         return response
+
+
+def _words(response: httpx.Response) -> str:
+    """An engine's error without its wrapping."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:2000]
+    error = body.get("error", body) if isinstance(body, dict) else body
+    message = error.get("message", error) if isinstance(error, dict) else error
+    return str(message)[:2000]
+
+
+class VllmControl(EngineControl):
+    """One vLLM server in development mode, our receiver plugged in."""
+
+    def prepare(self, contents: Contents) -> None:
+        """See the base class."""
+        self._give_up_open_update()
+        self._post("/init_weight_transfer_engine", {"init_info": {"contents": contents.to_json()}})
+
+    def _give_up_open_update(self) -> None:
+        """A trainer that died between start and finish leaves an update open, which only a failed step ends."""
+        try:
+            self._post("/update_weights", {"update_info": {"manifest": {}}})
+        except TransferError:
+            return
+
+    def _update(self, manifest: Manifest) -> None:
+        self._post("/start_weight_update")
+        self._post("/update_weights", {"update_info": {"manifest": manifest.to_json()}})
+        again = {"reset_running_requests": str(self._in_flight is InFlight.RECOMPUTE).lower()}
+        if not self._post("/reset_prefix_cache", params=again).json()["success"] and self._in_flight is not InFlight.KEEP:
+            raise TransferError(f"{self.url} did not drop its prefix cache: something still holds blocks of it")
+        self._post("/finish_weight_update", {"weight_version": str(manifest.version)})
+
+    def pause(self) -> None:
+        """See the base class."""
+        self._post("/pause", params={"mode": "abort" if self._in_flight is InFlight.ABORT else "keep"})
+
+    def resume(self) -> None:
+        """See the base class."""
+        self._post("/resume")
+
+    def sleep(self) -> None:
+        """See the base class; level 2: weights are dropped, not kept on the host."""
+        self._post("/sleep", params={"level": "2"})
+
+    def wake(self) -> None:
+        """See the base class."""
+        self._post("/wake_up")
+
+    def version(self) -> int | None:
+        """See the base class."""
+        return as_version(self._call("GET", "/weight_info").json()["weight_version"])
+
+    def layout(self) -> EngineLayout:
+        """See the base class; a server that was not started here tells its number of ranks only."""
+        return EngineLayout(int(self._call("GET", "/get_world_size?include_dp=false").json()["world_size"]))
+
+    def _post(self, route: str, body: dict[str, Any] | None = None, params: dict[str, str] | None = None) -> httpx.Response:
+        return self._call("POST", route, json=body, params=params)
+
+
+class SglangControl(EngineControl):
+    """One SGLang server, our receiver plugged in."""
+
+    _PAUSE: ClassVar = {InFlight.KEEP: "in_place", InFlight.RECOMPUTE: "retract", InFlight.ABORT: "abort"}
+
+    def __init__(self, url: str, deadline_s: float, in_flight: InFlight = InFlight.RECOMPUTE) -> None:
+        super().__init__(url, deadline_s, in_flight)
+        self._ranks = 0
+
+    def prepare(self, contents: Contents) -> None:
+        """See the base class."""
+        self._ranks = self.layout().tensor
+        self._begin(taking_over=True)
+        try:
+            self._command("agree", contents.to_json())
+        finally:
+            self._post("/end_weight_update", {})
+
+    def _update(self, manifest: Manifest) -> None:
+        self._begin(taking_over=False)
+        try:
+            self._command("update", manifest.to_json(), manifest.version)
+        finally:
+            self._post("/end_weight_update", {})
+        if self._in_flight is not InFlight.KEEP:
+            self._call("POST", "/flush_cache", params={"timeout": str(self._deadline_s)})
+
+    def _begin(self, *, taking_over: bool) -> None:
+        try:
+            self._post("/begin_weight_update", {})
+        except TransferError as error:
+            if not taking_over or "already open" not in str(error):
+                raise
+            self._post("/end_weight_update", {})
+            self._post("/begin_weight_update", {})
+
+    def _command(self, action: str, body: dict[str, Any], version: int | None = None) -> None:
+        """Our load format carries a command; SGLang wants it as a pickled list of named tensors, one a rank."""
+        data = bytearray(json.dumps({"action": action, "body": body}).encode())
+        payload = base64.b64encode(pickle.dumps([("command", torch.frombuffer(data, dtype=torch.uint8))])).decode()
+        self._post(
+            "/update_weights_from_tensor",
+            {
+                "serialized_named_tensors": [payload] * self._ranks,
+                "load_format": "megatron_hpt",
+                "flush_cache": False,
+                **({} if version is None else {"weight_version": str(version)}),
+            },
+        )
+
+    def pause(self) -> None:
+        """See the base class."""
+        self._post("/pause_generation", {"mode": self._PAUSE[self._in_flight]})
+
+    def resume(self) -> None:
+        """See the base class."""
+        self._post("/continue_generation", {})
+
+    def sleep(self) -> None:
+        """See the base class."""
+        self._post("/release_memory_occupation", {})
+
+    def wake(self) -> None:
+        """See the base class."""
+        self._post("/resume_memory_occupation", {})
+
+    def version(self) -> int | None:
+        """See the base class."""
+        return as_version(self._call("GET", "/model_info").json()["weight_version"])
+
+    def layout(self) -> EngineLayout:
+        """See the base class."""
+        info = self._call("GET", "/server_info").json()
+        return EngineLayout(int(info["tp_size"]), int(info["pp_size"]), int(info["ep_size"]))
+
+    def _post(self, route: str, body: dict[str, Any]) -> httpx.Response:
+        return self._call("POST", route, json=body)
+
+
+CONTROLS: dict[str, type[EngineControl]] = {"vllm": VllmControl, "sglang": SglangControl}
+"""`rollout.engine` → its control."""

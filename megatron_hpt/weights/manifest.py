@@ -1,68 +1,129 @@
-"""The manifest that travels with weights: what is where, in which box, with which checksum. Pure; imports no torch.
+"""What travels with weights: the contents, agreed on once, and a manifest for every version. Pure; imports no torch.
 
-An engine loads nothing before the manifest has been checked: the pieces of every tensor must tile it exactly once, and
-every expected tensor must be there.
+The contents say which box of which tensor lies where; they hold as long as sender and engine live. A manifest names a
+version and has a checksum for every piece. An engine loads nothing before both have been checked.
 """
 
 from __future__ import annotations
 
-import math
-import zlib
+import hashlib
+import json
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megatron_hpt.errors import TransferError
+from megatron_hpt.weights.boxes import Box, tiles
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """One box of one HF tensor inside one segment."""
+    """One box of one HF tensor, in one place."""
 
     name: str
-    shape: tuple[int, ...]
-    """Shape of the whole tensor."""
-    dtype: str
-    """torch dtype name, e.g. ``float32``."""
-    offset: tuple[int, ...]
-    """Start of the box in each dimension."""
-    extent: tuple[int, ...]
-    """Size of the box in each dimension."""
-    segment: int
-    """Index into `Manifest.segments`."""
+    box: Box
+    source: int
+    """Index into `Contents.sources`."""
     position: int
-    """First byte in the segment."""
+    """First byte there."""
     nbytes: int
-    crc32: int
-    """CRC-32 of the piece's bytes."""
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A sender's memory, opened through ``/proc/<pid>/fd/<fd>``: it has no name, so it cannot outlive its processes."""
+class Contents:
+    """Everything a receiver has to know before the first version."""
 
-    pid: int
-    fd: int
-    nbytes: int
+    session: str
+    """Who sends: one trainer, from its start to its end."""
+    transport: str
+    """A row of `transports.RECEIVERS`."""
+    dtype: str
+    """torch dtype name of every tensor, e.g. ``float32``."""
+    shapes: dict[str, tuple[int, ...]]
+    """HF name → shape of the whole tensor: the complete model."""
+    sources: tuple[dict[str, Any], ...]
+    """How the transport finds each sender's bytes."""
+    pieces: tuple[Piece, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for an HTTP body; a piece is a row [tensor's number, offset, extent, source, position, bytes]."""
+        numbers = {name: i for i, name in enumerate(self.shapes)}
+        return {
+            "session": self.session,
+            "transport": self.transport,
+            "dtype": self.dtype,
+            "tensors": [[name, list(shape)] for name, shape in self.shapes.items()],
+            "sources": list(self.sources),
+            "pieces": [
+                [numbers[p.name], list(p.box.offset), list(p.box.extent), p.source, p.position, p.nbytes] for p in self.pieces
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Contents:
+        """Read what `to_json` wrote.
+
+        Raises:
+            TransferError: a field is missing or of the wrong kind.
+        """
+        try:
+            names = [name for name, _ in data["tensors"]]
+            return cls(
+                session=str(data["session"]),
+                transport=str(data["transport"]),
+                dtype=str(data["dtype"]),
+                shapes={name: tuple(map(int, shape)) for name, shape in data["tensors"]},
+                sources=tuple(dict(source) for source in data["sources"]),
+                pieces=tuple(
+                    Piece(names[number], Box(tuple(map(int, offset)), tuple(map(int, extent))), int(source), int(at), int(size))
+                    for number, offset, extent, source, at, size in data["pieces"]
+                ),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise TransferError(f"the contents of a transfer are malformed: {type(error).__name__}: {error}") from None
+
+    @cached_property
+    def digest(self) -> str:
+        """Names these contents in a manifest."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def by_tensor(self) -> dict[str, list[tuple[int, Piece]]]:
+        """Pieces of each tensor with their numbers, in the order of the model's tensors."""
+        found: dict[str, list[tuple[int, Piece]]] = {name: [] for name in self.shapes}
+        for number, piece in enumerate(self.pieces):
+            found.setdefault(piece.name, []).append((number, piece))
+        return found
 
     @property
-    def path(self) -> str:
-        """Where a receiver on the same host opens it."""
-        return f"/proc/{self.pid}/fd/{self.fd}"
+    def nbytes(self) -> int:
+        """Bytes of all pieces."""
+        return sum(piece.nbytes for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a receiver needs to take in one version whole."""
+    """One version of the weights of agreed contents."""
 
+    session: str
+    contents: str
+    """`Contents.digest`."""
     version: int
-    segments: tuple[Segment, ...]
-    pieces: tuple[Piece, ...]
+    checksums: tuple[int, ...]
+    """One for each piece, in its order."""
+    compare: bool
+    """After loading, the engine's own weights are compared with what was sent."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for an HTTP body."""
-        return asdict(self)
+        """Plain data for an HTTP body. Checksums are hexadecimal: JSON's numbers do not hold 64 bits everywhere."""
+        return {
+            "session": self.session,
+            "contents": self.contents,
+            "version": self.version,
+            "checksums": [f"{c:016x}" for c in self.checksums],
+            "compare": self.compare,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
@@ -72,74 +133,46 @@ class Manifest:
             TransferError: a field is missing or of the wrong kind.
         """
         try:
-            pieces = tuple(
-                Piece(**{**p, "shape": tuple(p["shape"]), "offset": tuple(p["offset"]), "extent": tuple(p["extent"])})
-                for p in data["pieces"]
-            )
-            return cls(int(data["version"]), tuple(Segment(**s) for s in data["segments"]), pieces)
+            checksums = tuple(int(c, 16) for c in data["checksums"])
+            return cls(str(data["session"]), str(data["contents"]), int(data["version"]), checksums, bool(data["compare"]))
         except (KeyError, TypeError, ValueError) as error:
             raise TransferError(f"the weight manifest is malformed: {type(error).__name__}: {error}") from None
 
-    def by_tensor(self) -> dict[str, list[Piece]]:
-        """Pieces of each tensor, in the order of their boxes."""
-        tensors: dict[str, list[Piece]] = defaultdict(list)
-        for piece in self.pieces:
-            tensors[piece.name].append(piece)
-        return {name: sorted(pieces, key=lambda p: p.offset) for name, pieces in tensors.items()}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pieces."""
-        return sum(piece.nbytes for piece in self.pieces)
+def as_version(label: str | None) -> int | None:
+    """An engine's version label as a number; engines start with labels such as ``default``."""
+    return int(label) if label is not None and label.isdecimal() else None
 
 
-def checksum(data: Any) -> int:
-    """CRC-32 of a buffer: it catches what shared memory and sockets do wrong, at memory speed; it is no signature."""
-    return zlib.crc32(data)
-
-
-def check_complete(manifest: Manifest, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a manifest that does not hold exactly the expected tensors, each tiled exactly once.
+def check_contents(contents: Contents, expected: Mapping[str, tuple[int, ...]], dtype: str, needed: Sequence) -> None:
+    """Refuse contents that are not this model, or do not cover what this engine rank needs exactly once.
 
     Args:
-        expected: HF name → shape.
+        expected: HF name → shape of every tensor of the engine's model.
+        dtype: dtype that the engine loads.
+        needed: (name, box) pairs that this engine rank holds.
 
     Raises:
-        TransferError: naming the first tensor that is missing, unknown, of another shape, or not tiled exactly once.
+        TransferError: naming the first tensor that is missing, unknown, of another shape, or not covered exactly once.
     """
-    tensors = manifest.by_tensor()
-    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    missing, unknown = expected.keys() - contents.shapes.keys(), contents.shapes.keys() - expected.keys()
     if missing or unknown:
-        raise TransferError(
-            f"version {manifest.version}: {len(missing)} tensors missing ({_some(missing)}), "
-            f"{len(unknown)} unknown ({_some(unknown)})"
-        )
-    for name, pieces in tensors.items():
-        for piece in pieces:
-            if piece.shape != tuple(expected[name]):
-                raise TransferError(
-                    f"version {manifest.version}: {name} has shape {piece.shape}, expected {tuple(expected[name])}"
-                )
-        _check_tiling(manifest.version, name, pieces)
-
-
-def _check_tiling(version: int, name: str, pieces: list[Piece]) -> None:
-    shape = pieces[0].shape
-    for piece in pieces:
-        inside = all(o >= 0 and o + e <= n for o, e, n in zip(piece.offset, piece.extent, shape, strict=True))
-        if not inside or piece.dtype != pieces[0].dtype:
-            raise TransferError(
-                f"version {version}: {name}: a piece at {piece.offset} + {piece.extent} does not fit {shape} {pieces[0].dtype}"
-            )
-    # Boxes inside the tensor that do not overlap and have its volume tile it.
-    if any(_overlap(a, b) for i, a in enumerate(pieces) for b in pieces[i + 1 :]):
-        raise TransferError(f"version {version}: {name}: two pieces overlap")
-    if sum(math.prod(p.extent) for p in pieces) != math.prod(shape):
-        raise TransferError(f"version {version}: {name}: its pieces do not cover {shape}")
-
-
-def _overlap(a: Piece, b: Piece) -> bool:
-    return all(ao < bo + be and bo < ao + ae for ao, ae, bo, be in zip(a.offset, a.extent, b.offset, b.extent, strict=True))
+        raise TransferError(f"{len(missing)} tensors missing ({_some(missing)}), {len(unknown)} unknown ({_some(unknown)})")
+    if contents.dtype != dtype:
+        raise TransferError(f"the weights are {contents.dtype}, the engine wants {dtype}; set model.dtype alike on both sides")
+    for name, shape in expected.items():
+        if contents.shapes[name] != tuple(shape):
+            raise TransferError(f"{name} has shape {contents.shapes[name]}, expected {tuple(shape)}")
+    boxes: dict[str, list[Box]] = defaultdict(list)
+    for piece in contents.pieces:
+        shape = contents.shapes.get(piece.name, ())
+        sides = list(zip(piece.box.offset, piece.box.extent, shape, strict=False))
+        if len(piece.box.offset) != len(shape) or not all(o >= 0 and e > 0 and o + e <= n for o, e, n in sides):
+            raise TransferError(f"{piece.name}: a piece at {piece.box.offset} + {piece.box.extent} does not fit {shape}")
+        boxes[piece.name].append(piece.box)
+    for name, box in needed:
+        if reason := tiles(boxes[name], box):
+            raise TransferError(f"{name} at {box.offset} + {box.extent}: {reason}")
 
 
 def _some(names: set[str]) -> str:

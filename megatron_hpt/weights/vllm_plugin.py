@@ -7,9 +7,12 @@ with ``--weight-transfer-config '{"backend": "megatron_hpt"}'`` then uses it. Th
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -20,16 +23,19 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from megatron_hpt.errors import TransferError
 from megatron_hpt.weights.hf_config import model_shape
-from megatron_hpt.weights.manifest import Manifest
-from megatron_hpt.weights.mapping import hf_tensor_shapes
-from megatron_hpt.weights.receiver import Receiver
+from megatron_hpt.weights.layouts import EngineLayout
+from megatron_hpt.weights.manifest import Contents, Manifest
+from megatron_hpt.weights.readback import EngineWeights, plain_parameter
+from megatron_hpt.weights.receiver import Receiver, Seat
 
 BACKEND = "megatron_hpt"
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Nothing has to be agreed on beforehand."""
+    """What will travel."""
+
+    contents: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -40,22 +46,29 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Verifies a manifest against the senders' memory, then loads it layer by layer."""
+    """Checks a version against its manifest, then loads it layer by layer, then compares."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._receiver = Receiver(hf_tensor_shapes(model_shape(self.model_config.model)))
-        self._loading = False
+        parallel = self.parallel_config
+        tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+        layout = EngineLayout(tensor, pipeline, tensor if parallel.enable_expert_parallel else 1)
+        dtype = str(self.model_config.dtype).removeprefix("torch.")
+        seat = Seat(model_shape(self.model_config.model), layout, parallel.rank % layout.ranks, dtype)
+        self._tied = seat.shape.tied_embeddings
+        self._receiver = Receiver(seat)
+        self._manifest: Manifest | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """No rendezvous: a manifest says where everything is."""
+        """Agree on what will travel; the trainer that did this last is the one that may update."""
+        self._receiver.agree(Contents.from_json(init_info.contents))
 
     def start_weight_update(self) -> None:
         """Nothing yet: the model is not touched before its new weights have been verified."""
-        self._loading = False
+        self._manifest = None
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Overrides the base method, whose accelerator synchronisation does not exist on the host."""
@@ -69,33 +82,78 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 that no tensor reached.
         """
         manifest = Manifest.from_json(update_info.manifest)
-        self._receiver.verify(manifest)
+        self._receiver.take(manifest)
         expected = {name for name, _ in self.model.named_parameters()}
         # The host's linear layers are repacked after loading; a layerwise reload undoes and redoes that.
         initialize_layerwise_reload(self.model)
-        loaded = self.model.load_weights(self._receiver.tensors(manifest))
-        if missed := expected - set(loaded):
-            raise TransferError(f"version {manifest.version} brought nothing for {sorted(missed)[:3]} of the engine's model")
-        self._loading = True
+        try:
+            loaded = self.model.load_weights(self._receiver.tensors())
+            if missed := expected - set(loaded):
+                raise TransferError(f"version {manifest.version} brought nothing for {sorted(missed)[:3]} of the model")
+        except BaseException:
+            # Layers wait for weights that will not come: without this the next update would start among them.
+            finalize_layerwise_reload(self.model, self.model_config)
+            raise
+        self._manifest = manifest
 
     def finish_weight_update(self) -> None:
-        """Repack what was loaded.
+        """Repack what was loaded, and compare it with what was sent where the manifest asks for it.
 
         Raises:
-            TransferError: no weights were received since the update was started.
+            TransferError: no weights were received since the update was started, or the engine holds others.
         """
-        if not self._loading:
+        if self._manifest is None:
             raise TransferError("finish_weight_update without weights: update_weights has not succeeded")
         finalize_layerwise_reload(self.model, self.model_config)
-        if self.model_config.hf_config.tie_word_embeddings:
+        if self._tied and hasattr(self.model, "lm_head"):
             # A tied output layer has no tensor of its own, so the reload leaves the copy that it packed for itself
             # from the last weights; pack it again from the embedding.
             self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
-        self._loading = False
+        if self._manifest.compare:
+            self._receiver.compare(EngineWeights(self.model, self._receiver.names, plain, tied=self._tied).read)
+        self._manifest = None
 
     def shutdown(self) -> None:
         """Unmap the senders' memory."""
         self._receiver.close()
+
+
+def plain(module: nn.Module, parameter: str) -> Tensor:
+    """A weight as the module computes with it; packed copies of vLLM's host build are undone."""
+    if parameter == "weight" and hasattr(module, "cpu_linear"):
+        return _through(module)
+    if parameter in ("w13_weight", "w2_weight") and (isa := _expert_packing(module)):
+        return _unpacked(getattr(module, parameter), isa)
+    return plain_parameter(module, parameter)
+
+
+def _through(module: nn.Module) -> Tensor:
+    """Unit vectors through a packed linear layer: every sum has one term, so the weight comes out exactly."""
+    width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
+    unit = torch.eye(width, dtype=module.params_dtype)
+    return module.cpu_linear(unit, module.weight, None).t()
+
+
+def _expert_packing(module: nn.Module) -> str | None:
+    kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+    return getattr(getattr(kernel, "fused_experts", None), "isa", None)
+
+
+def _unpacked(packed: Tensor, isa: str) -> Tensor:
+    """Packing permutes the elements of an expert: packing their numbers, digit by digit, says where each went."""
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    base, shape = 128, packed.shape[1:]  # small integers, exact in any dtype
+    numbers = torch.arange(shape.numel())
+    came_from = torch.zeros_like(numbers)
+    for digit in itertools.count():
+        if base**digit >= shape.numel():
+            break
+        part = (numbers // base**digit % base).to(packed.dtype).view(1, *shape)
+        came_from += cpu_prepack_moe_weight(part, isa).flatten().long() * base**digit
+    dense = torch.empty_like(packed).flatten(1)
+    dense[:, came_from] = packed.flatten(1)
+    return dense.view_as(packed)
 
 
 def register() -> None:

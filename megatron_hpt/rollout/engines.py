@@ -1,0 +1,108 @@
+"""The engines that a recipe may name: how each is started, asked and given weights."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_hpt.config import Config
+from megatron_hpt.data.files import write_private
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.rollout import sglang, vllm
+from megatron_hpt.rollout.http import HttpEngine
+from megatron_hpt.weights.control import EngineControl, InFlight, SglangControl, VllmControl
+from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.layouts import EngineLayout
+
+SGLANG_ENVIRONMENT = ".venv-sglang"
+"""What `make sglang-env` builds, beside the environment of the trainer."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One inference server."""
+
+    python: Callable[[], str]
+    """Interpreter of its environment where the recipe names none."""
+    command: Callable[[Config, str, int, Path], list[str]]
+    """(config, interpreter, port, folder for private files) → command line."""
+    environment: Callable[[Config], dict[str, str]]
+    client: Callable[[Config, str], HttpEngine]
+    """(config, url) → client."""
+    control: type[EngineControl]
+    install: str
+    """What to do when the interpreter is missing."""
+
+
+def _vllm_command(config: Config, python: str, port: int, _: Path) -> list[str]:
+    return vllm.server_command(config, python, port)
+
+
+def _sglang_command(config: Config, python: str, port: int, folder: Path) -> list[str]:
+    """The token goes by a private file: a command line can be read by every user of the machine."""
+    command = sglang.server_command(config, python, port, cache_tokens(config))
+    if token := sglang.token():
+        file = folder / f"sglang_{port}.yaml"
+        write_private(file, f"api-key: {token}\n")
+        command += ["--config", str(file)]
+    return command
+
+
+def cache_tokens(config: Config) -> int:
+    """Tokens for which `rollout.kv_cache_gib` has room, and not more than can be in use."""
+    shape = model_shape(config.model.path)
+    element = {"float32": 4, "bfloat16": 2}[config.model.dtype]
+    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * element // config.rollout.tensor_parallel
+    room = config.rollout.kv_cache_gib * 2**30 // max(1, token)
+    return min(room, config.rollout.max_running * config.max_sequence_length)
+
+
+ENGINES: dict[str, Kind] = {
+    "vllm": Kind(
+        python=lambda: sys.executable,
+        command=_vllm_command,
+        environment=vllm.server_environment,
+        client=lambda config, url: vllm.VllmEngine(url, config.deadlines.rollout_s),
+        control=VllmControl,
+        install="make .venv/.ready",
+    ),
+    "sglang": Kind(
+        python=lambda: str(Path(sys.prefix).parent / SGLANG_ENVIRONMENT / "bin" / "python"),
+        command=_sglang_command,
+        environment=sglang.server_environment,
+        client=lambda config, url: sglang.SglangEngine(url, config.deadlines.rollout_s, model_shape(config.model.path).vocab),
+        control=SglangControl,
+        install="make sglang-env",
+    ),
+}
+"""`rollout.engine` → the server."""
+
+
+def interpreter(config: Config) -> str:
+    """The interpreter of the engine's environment.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    kind = ENGINES[config.rollout.engine]
+    python = config.rollout.python or kind.python()
+    if shutil.which(python) is None:
+        raise ConfigError(
+            f"rollout.engine={config.rollout.engine}: no Python interpreter at {python}; run `{kind.install}` in the checkout, "
+            "or set rollout.python to the interpreter of an environment that has it"
+        )
+    return python
+
+
+def layout(config: Config) -> EngineLayout:
+    """The layout of every engine of a run."""
+    return EngineLayout(config.rollout.tensor_parallel)
+
+
+def control(config: Config, url: str) -> EngineControl:
+    """The control plane of one engine of a run."""
+    kind = ENGINES[config.rollout.engine]
+    return kind.control(url, config.deadlines.transfer_s, InFlight(config.rollout.in_flight))

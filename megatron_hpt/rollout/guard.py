@@ -1,0 +1,38 @@
+"""A token before every route of a vLLM server: its own key guards the sampling routes only, not those that change weights."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from megatron_hpt.process import TOKEN_VARIABLE
+
+OPEN = ("/health", "/metrics", "/ping")
+"""Routes that say nothing and change nothing."""
+
+
+class TokenGuard:
+    """ASGI middleware: 401 without ``Authorization: Bearer <HPT_TOKEN>``. Without a token in the environment all may."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode() if (token := os.environ.get(TOKEN_VARIABLE)) else None
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Pass on what may pass."""
+        if scope["type"] in ("http", "websocket") and self._expected is not None and scope["path"] not in OPEN:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                await _refuse(scope["type"], send)
+                return
+        await self._app(scope, receive, send)
+
+
+async def _refuse(kind: str, send: Any) -> None:
+    if kind == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await send({"type": "http.response.start", "status": 401, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": f"this server wants the run's token ({TOKEN_VARIABLE})".encode()})

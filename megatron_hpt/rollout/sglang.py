@@ -1,0 +1,115 @@
+"""SGLang as a rollout engine: how its server is started, and its native route with token ids in and out.
+
+Written against SGLang 0.5.23 (``/generate``, sglang/srt/entrypoints/http_server.py, srt/managers/io_struct.py). Unknown
+keys are ignored there, and some bad requests end the whole server: what can be refused is refused here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_hpt.config import Config
+from megatron_hpt.errors import EngineError
+from megatron_hpt.process import TOKEN_VARIABLE
+from megatron_hpt.rollout import sglang_host, sglang_site
+from megatron_hpt.rollout.engine import Sample, SamplingRequest
+from megatron_hpt.rollout.http import HttpEngine
+from megatron_hpt.weights.manifest import as_version
+
+
+def token() -> str | None:
+    """The run's token, which the server asks for as its key."""
+    return os.environ.get(TOKEN_VARIABLE)
+
+
+def server_command(config: Config, python: str, port: int, cache_tokens: int) -> list[str]:
+    """Command line of a server that waits for its first weights.
+
+    Args:
+        cache_tokens: tokens that the KV cache holds.
+    """
+    return [
+        *(python, "-m", "sglang.launch_server"),
+        *("--model-path", config.model.path, "--served-model-name", config.name),
+        *("--host", config.rollout.host, "--port", str(port)),
+        *("--dtype", config.model.dtype, "--tp-size", str(config.rollout.tensor_parallel)),
+        *("--context-length", str(config.max_sequence_length), "--max-running-requests", str(config.rollout.max_running)),
+        # Weights come from the trainer before the first request, so none are read here.
+        *("--load-format", "dummy", "--skip-server-warmup", "--skip-tokenizer-init"),
+        # Seeds of requests are heeded in this mode only.
+        "--enable-deterministic-inference",
+        *("--random-seed", str(config.trainer.seed), "--grammar-backend", "none", "--log-level", "warning"),
+        *_host_arguments(cache_tokens),
+    ]
+
+
+def _host_arguments(cache_tokens: int) -> list[str]:
+    """Without a GPU: plain torch operations, an idle server that sleeps, a KV cache of a given size."""
+    return [
+        *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+        *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
+        *("--disable-overlap-schedule", "--sleep-on-idle", "--max-total-tokens", str(cache_tokens)),
+    ]
+
+
+def server_environment(config: Config) -> dict[str, str]:
+    """Environment of the server, on top of this process's."""
+    site = str(Path(sglang_site.__file__).parent)
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH")))),
+        "SGLANG_PLATFORM": sglang_host.NAME,
+        "SGLANG_PLUGINS": f"megatron_hpt,{sglang_host.NAME}",
+        "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(config.rollout.tensor_parallel))),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+class SglangEngine(HttpEngine):
+    """One running SGLang server."""
+
+    _route = "/generate"
+
+    def __init__(self, url: str, deadline_s: float, vocab: int) -> None:
+        super().__init__(url, deadline_s)
+        self._vocab = vocab
+
+    def _body(self, request: SamplingRequest) -> dict[str, Any]:
+        """A batch of single samples: the samples of one request would share its seed.
+
+        Raises:
+            EngineError: a token outside the vocabulary, which would end the server; a nucleus, whose log-probabilities
+                the server does not renormalise.
+        """
+        if outside := [token for token in request.tokens if not 0 <= token < self._vocab]:
+            raise EngineError(f"token {outside[0]} is outside the model's vocabulary of {self._vocab}: the server would end")
+        parameters = {
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "max_new_tokens": request.max_tokens,
+            "stop_token_ids": [request.stop_token],
+        }
+        seeds = range(request.seed, request.seed + request.samples)
+        return {
+            "input_ids": [request.tokens] * request.samples,
+            "sampling_params": [{**parameters, "sampling_seed": seed} for seed in seeds],
+            "return_logprob": True,
+        }
+
+    def _samples(self, answer: Any) -> list[Sample]:
+        return [
+            self._sample(
+                one["output_ids"],
+                [entry[0] for entry in one["meta_info"]["output_token_logprobs"]],
+                one["meta_info"]["finish_reason"]["type"],
+                {span["version"] for span in one["meta_info"]["weight_versions"] or ()},
+            )
+            for one in answer
+        ]
+
+    async def version(self) -> int | None:
+        """The version that the server says it serves; None: none of ours."""
+        return as_version((await self._ask("GET", "/model_info"))["weight_version"])

@@ -1,0 +1,1 @@
+"""A folder for an SGLang server's PYTHONPATH on the host: see its sitecustomize.py."""

@@ -1,0 +1,103 @@
+"""Our receiver inside SGLang: hooks of SGLang's own plugin interface (entry point ``sglang.srt.plugins``).
+
+An `update_weights_from_tensor` whose load format is ours carries no weights but a command as JSON bytes; the weights come
+by the transfer's transport. A refusal is an answer (400), where SGLang's own formats end the server.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_hpt.errors import HptError
+from megatron_hpt.rollout import sglang_host
+from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.layouts import EngineLayout
+from megatron_hpt.weights.manifest import Contents, Manifest
+from megatron_hpt.weights.readback import EngineWeights, plain_parameter
+from megatron_hpt.weights.receiver import Receiver, Seat
+
+logger = logging.getLogger(__name__)
+LOAD_FORMAT = "megatron_hpt"
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_tensor"
+_MESSAGE_BYTES = 1024
+
+
+class Endpoint:
+    """The receiver of one model runner."""
+
+    def __init__(self, updater: Any) -> None:
+        from sglang.srt.runtime_context import get_parallel
+
+        parallel, config = get_parallel(), updater.model_config
+        layout = EngineLayout(parallel.tp_size, parallel.pp_size, parallel.moe_ep_size)
+        rank = parallel.tp_rank + parallel.tp_size * parallel.pp_rank
+        seat = Seat(model_shape(config.model_path), layout, rank, str(config.dtype).removeprefix("torch."))
+        self._tied = seat.shape.tied_embeddings
+        self._receiver = Receiver(seat)
+        self._updater = updater
+
+    def agree(self, contents: dict[str, Any]) -> None:
+        """Accept what will travel."""
+        self._receiver.agree(Contents.from_json(contents))
+
+    def update(self, manifest: dict[str, Any]) -> None:
+        """Check a version, load it, compare where the manifest asks for it."""
+        wanted = Manifest.from_json(manifest)
+        self._receiver.take(wanted)
+        model = self._updater.get_model()
+        model.load_weights(self._receiver.tensors())
+        if wanted.compare:
+            self._receiver.compare(EngineWeights(model, self._receiver.names, plain_parameter, tied=self._tied).read)
+
+
+_endpoints: dict[int, Endpoint] = {}
+
+
+def receive(original: Callable[..., tuple[bool, str]], updater: Any, named_tensors: Any, load_format: str | None = None):
+    """In place of `WeightUpdater.update_weights_from_tensor`: ours where the load format says so."""
+    if load_format != LOAD_FORMAT:
+        return original(updater, named_tensors, load_format)
+    message = ""
+    try:
+        command = json.loads(bytes(dict(named_tensors)["command"].numpy()))
+        if id(updater) not in _endpoints:
+            _endpoints[id(updater)] = Endpoint(updater)
+        endpoint = _endpoints[id(updater)]
+        {"agree": endpoint.agree, "update": endpoint.update}[command["action"]](command["body"])
+    except HptError as error:
+        message = str(error)
+    except Exception as error:  # SGLang's scheduler would end the whole server
+        logger.exception("weight transfer")
+        message = f"{type(error).__name__}: {error}"
+    return _of_all_ranks(message)
+
+
+def _of_all_ranks(message: str) -> tuple[bool, str]:
+    """SGLang answers with the first rank's outcome: let every rank have the first failure of any."""
+    from sglang.srt.runtime_context import get_parallel
+
+    group = get_parallel().tp_group.cpu_group
+    text = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    mine = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    found = [bytes(m.numpy()).rstrip(b"\0").decode(errors="replace") for m in everyone]
+    failed = next((text for text in found if text), "")
+    return not failed, failed or "done"
+
+
+def register() -> None:
+    """Entry point: SGLang calls this in each of its processes."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(_UPDATER, receive, HookType.AROUND)
+    if os.environ.get("SGLANG_PLATFORM") == sglang_host.NAME:
+        for target, replacement in sglang_host.hooks().items():
+            HookRegistry.register(target, replacement, HookType.REPLACE)
