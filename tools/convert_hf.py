@@ -1,4 +1,4 @@
-"""Convert checkpoints between Hugging Face folders and Megatron's distributed format (Llama, one rank).
+"""Convert checkpoints between Hugging Face folders and Megatron's distributed format (every family, one rank).
 
     python tools/convert_hf.py to-megatron HF_DIR CKPT_DIR
     python tools/convert_hf.py to-hf CKPT_DIR HF_DIR --like HF_DIR      # config and tokenizer come from --like

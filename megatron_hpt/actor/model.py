@@ -55,6 +55,7 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         num_query_groups=shape.kv_heads,
         kv_channels=shape.head_dim,
         ffn_hidden_size=shape.ffn,
+        qk_layernorm=shape.qk_norm,  # also adds up the gradients of q/k norms over tensor ranks, whose heads differ
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
@@ -113,6 +114,8 @@ def _experts(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
         "num_moe_experts": shape.experts,
         "moe_router_topk": shape.experts_per_token,
         "moe_ffn_hidden_size": shape.ffn,
+        # The softmax over the chosen experts alone is that over all experts divided by its sum over the chosen.
+        "moe_router_pre_softmax": not shape.norm_topk_prob,
         "moe_router_dtype": "fp32",
         # No auxiliary loss: it would pull the policy away from what the objective asks for.
         "moe_router_load_balancing_type": "none",
@@ -152,14 +155,17 @@ def _block(shape: ModelShape, layers: int, platform: Platform, dtype: torch.dtyp
 
     Transformer Engine's fused attention computes in half precision only.
     """
-    experts = shape.experts or None
+    kind = {"num_experts": shape.experts or None, "moe_grouped_gemm": False, "qk_layernorm": shape.qk_norm}
     if platform.has_transformer_engine and dtype is not torch.float32:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=False)
+        layer = get_gpt_layer_with_transformer_engine_spec(**kind)
         return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
-    layer = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, normalization="RMSNorm")
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer = get_gpt_layer_local_spec(**kind, normalization="RMSNorm")
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if shape.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 

@@ -7,13 +7,56 @@ is built almost right trains and generates garbage without an error.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_hpt.errors import ModelError
 
-SUPPORTED = ("llama", "mixtral")
+
+@dataclass(frozen=True)
+class _Family:
+    """What a model_type is, and where its config.json differs from Llama's."""
+
+    qk_norm: bool = False
+    ffn: str = "intermediate_size"
+    """Key of the inner size of a feed-forward network, of one expert's where there are experts."""
+    experts: tuple[str, ...] = ()
+    """Keys that may hold the number of experts; none: a dense model."""
+    has_norm_topk_prob: bool = False
+    """config.json says norm_topk_prob; elsewhere it is true of every mixture of experts."""
+    required: tuple[str, ...] = ()
+    """Keys whose default in transformers is a number of its own, not one that follows from the other sizes."""
+    accepted: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Keys that change the computation, with the values that do not (beside null and absence)."""
+
+
+_QWEN3 = _Family(
+    qk_norm=True,
+    required=("head_dim", "num_key_value_heads"),
+    accepted={"use_sliding_window": (False,), "layer_types": ()},  # sliding_window alone says nothing here
+)
+_FAMILIES = {
+    "llama": _Family(accepted={"sliding_window": ()}),
+    "mixtral": _Family(experts=("num_local_experts",), accepted={"sliding_window": ()}),
+    "qwen3": _QWEN3,
+    "qwen3_moe": replace(
+        _QWEN3,
+        ffn="moe_intermediate_size",
+        experts=("num_experts", "num_local_experts"),  # published models have the first, transformers 5.19 writes the second
+        has_norm_topk_prob=True,
+        accepted={**_QWEN3.accepted, "mlp_only_layers": ([],), "decoder_sparse_step": (1,)},
+    ),
+}
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "rope scaling": ("default",),
+    "quantization_config": (),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu",),
+}
+"""As `_Family.accepted`, of every family."""
+SUPPORTED = tuple(_FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -27,6 +70,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     ffn: int
+    """Inner size of a layer's feed-forward network; of one expert's in a mixture of experts."""
     vocab: int
     tied_embeddings: bool
     rope_theta: float
@@ -35,6 +79,10 @@ class ModelShape:
     experts: int = 0
     """Experts of a layer; 0: a dense model."""
     experts_per_token: int = 0
+    norm_topk_prob: bool = True
+    """The probabilities of a token's experts are divided by their sum."""
+    qk_norm: bool = False
+    """Queries and keys of every head are normalised (RMS) before the rotation, by weights that the heads share."""
 
     @property
     def heads_per_group(self) -> int:
@@ -73,7 +121,10 @@ def model_shape(folder: str | Path) -> ModelShape:
     """
     config = read_config(folder)
     file = Path(folder) / "config.json"
-    _refuse_unsupported(config, file)
+    family = _family(config, file)
+    _refuse_unsupported(config, family, file)
+    for key in family.required:
+        _need(config, key, file)
     heads = _need(config, "num_attention_heads", file)
     hidden = _need(config, "hidden_size", file)
     return ModelShape(
@@ -83,23 +134,38 @@ def model_shape(folder: str | Path) -> ModelShape:
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or hidden // heads,
-        ffn=_need(config, "intermediate_size", file),
+        ffn=_need(config, family.ffn, file),
         vocab=_need(config, "vocab_size", file),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         rope_theta=float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         max_positions=_need(config, "max_position_embeddings", file),
-        **_experts(config, file),
+        qk_norm=family.qk_norm,
+        **(_experts(config, family, file) if family.experts else {}),
     )
 
 
-def _experts(config: dict[str, Any], file: Path) -> dict[str, int]:
-    if config["model_type"] != "mixtral":
-        return {}
-    return {
-        "experts": _need(config, "num_local_experts", file),
-        "experts_per_token": _need(config, "num_experts_per_tok", file),
-    }
+def _family(config: dict[str, Any], file: Path) -> _Family:
+    if config["model_type"] not in SUPPORTED:
+        raise ModelError(f"{file}: model_type {config['model_type']!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    return _FAMILIES[config["model_type"]]
+
+
+def _experts(config: dict[str, Any], family: _Family, file: Path) -> dict[str, Any]:
+    given = {key: config[key] for key in family.experts if config.get(key) is not None}
+    if len(set(map(str, given.values()))) > 1:
+        raise ModelError(f"{file}: {' and '.join(f'{key} = {value!r}' for key, value in given.items())} contradict each other")
+    experts = _need(config, next(iter(given), family.experts[0]), file)
+    chosen = _need(config, "num_experts_per_tok", file)
+    norm = bool(config.get("norm_topk_prob", False)) if family.has_norm_topk_prob else True
+    if chosen > experts:
+        raise ModelError(f"{file}: num_experts_per_tok is {chosen}; there are only {experts} experts")
+    if chosen == 1 and norm:
+        raise ModelError(
+            f"{file}: num_experts_per_tok = 1 with normalised probabilities gives the only expert probability 1 and the router "
+            "no gradient; it is not supported"
+        )
+    return {"experts": experts, "experts_per_token": chosen, "norm_topk_prob": norm}
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -107,21 +173,15 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-def _refuse_unsupported(config: dict[str, Any], file: Path) -> None:
-    family = config["model_type"]
-    if family not in SUPPORTED:
-        raise ModelError(f"{file}: model_type {family!r} is not supported; supported: {', '.join(SUPPORTED)}")
-    rope_type = _rope(config).get("rope_type", _rope(config).get("type", "default"))
-    refused = {
-        "rope scaling": rope_type if rope_type != "default" else None,
-        "quantization_config": config.get("quantization_config"),
-        "attention_bias": config.get("attention_bias") or None,
-        "mlp_bias": config.get("mlp_bias") or None,
-        "hidden_act": config.get("hidden_act") if config.get("hidden_act", "silu") != "silu" else None,
-        "sliding_window": config.get("sliding_window"),
+def _refuse_unsupported(config: dict[str, Any], family: _Family, file: Path) -> None:
+    values = {
+        **config,
+        "rope scaling": _rope(config).get("rope_type", _rope(config).get("type", "default")),
+        "layer_types": sorted(set(config.get("layer_types") or ()) - {"full_attention"}) or None,
     }
-    for key, value in refused.items():
-        if value is not None:
+    for key, accepted in (_ACCEPTED | family.accepted).items():
+        value = values.get(key)
+        if value is not None and value not in accepted:
             raise ModelError(f"{file}: {key} = {value!r} changes the computation and is not supported yet")
 
 

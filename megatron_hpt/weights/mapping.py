@@ -144,18 +144,47 @@ LLAMA: dict[str, Rule] = {
 # Tied embeddings: the last pipeline stage keeps a copy that is loaded from, but never exported as, the embedding.
 TIED_OUTPUT = vocabulary("model.embed_tokens.weight")
 
-MIXTRAL: dict[str, Rule] = {
-    **{name: rule for name, rule in LLAMA.items() if ".mlp.linear_" not in name},
-    "decoder.layers.{}.mlp.router.weight": replicated("model.layers.{}.block_sparse_moe.gate.weight"),
-    "decoder.layers.{}.mlp.experts.local_experts.{}.linear_fc1.weight": stacked(
-        "model.layers.{}.block_sparse_moe.experts.{}.w1.weight", "model.layers.{}.block_sparse_moe.experts.{}.w3.weight"
-    ),
-    "decoder.layers.{}.mlp.experts.local_experts.{}.linear_fc2.weight": split(
-        "model.layers.{}.block_sparse_moe.experts.{}.w2.weight", dim=1
-    ),
+QK_NORM: dict[str, Rule] = {
+    f"decoder.layers.{{}}.self_attention.{x}_layernorm.weight": replicated(f"model.layers.{{}}.self_attn.{x}_norm.weight")
+    for x in "qk"
 }
 
-FAMILIES: dict[str, dict[str, Rule]] = {"llama": LLAMA, "mixtral": MIXTRAL}
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """A family's names of a layer's experts."""
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
+EXPERT_NAMES = {
+    "mixtral": ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": ExpertNames("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def _sparse(dense: dict[str, Rule], names: ExpertNames) -> dict[str, Rule]:
+    """The rules of a dense family with experts in place of the feed-forward network."""
+    block = f"model.layers.{{}}.{names.block}"
+    gate, up, down = (f"{block}.experts.{{}}.{x}.weight" for x in (names.gate, names.up, names.down))
+    return {
+        **{name: rule for name, rule in dense.items() if ".mlp.linear_" not in name},
+        "decoder.layers.{}.mlp.router.weight": replicated(f"{block}.gate.weight"),
+        "decoder.layers.{}.mlp.experts.local_experts.{}.linear_fc1.weight": stacked(gate, up),
+        "decoder.layers.{}.mlp.experts.local_experts.{}.linear_fc2.weight": split(down, dim=1),
+    }
+
+
+QWEN3 = LLAMA | QK_NORM
+FAMILIES: dict[str, dict[str, Rule]] = {
+    "llama": LLAMA,
+    "mixtral": _sparse(LLAMA, EXPERT_NAMES["mixtral"]),
+    "qwen3": QWEN3,
+    "qwen3_moe": _sparse(QWEN3, EXPERT_NAMES["qwen3_moe"]),
+}
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -196,6 +225,8 @@ def hf_tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
             f"{layer}.self_attn.v_proj.weight": (kv, shape.hidden),
             f"{layer}.self_attn.o_proj.weight": (shape.hidden, q),
         }
+        if shape.qk_norm:
+            tensors |= {f"{layer}.self_attn.{x}_norm.weight": (shape.head_dim,) for x in "qk"}
         tensors |= _experts(layer, shape) if shape.experts else _dense(layer, shape)
     return tensors
 
@@ -209,10 +240,9 @@ def _dense(layer: str, shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def _experts(layer: str, shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    moe = f"{layer}.block_sparse_moe"
-    tensors = {f"{moe}.gate.weight": (shape.experts, shape.hidden)}
-    for expert in range(shape.experts):
-        tensors[f"{moe}.experts.{expert}.w1.weight"] = (shape.ffn, shape.hidden)
-        tensors[f"{moe}.experts.{expert}.w2.weight"] = (shape.hidden, shape.ffn)
-        tensors[f"{moe}.experts.{expert}.w3.weight"] = (shape.ffn, shape.hidden)
+    names = EXPERT_NAMES[shape.family]
+    tensors = {f"{layer}.{names.block}.gate.weight": (shape.experts, shape.hidden)}
+    for expert in (f"{layer}.{names.block}.experts.{i}" for i in range(shape.experts)):
+        tensors[f"{expert}.{names.gate}.weight"] = tensors[f"{expert}.{names.up}.weight"] = (shape.ffn, shape.hidden)
+        tensors[f"{expert}.{names.down}.weight"] = (shape.hidden, shape.ffn)
     return tensors

@@ -117,27 +117,32 @@ def token_logprobs(network: torch.nn.Module, tokens: list[int]) -> tuple[torch.T
     return logp.gather(1, ids[0, 1:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
 
 
+def reference_loss(network: torch.nn.Module, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a batch written out, and its mean entropy."""
+    rows = [row for row in rows if row.weight]
+    rollouts = [row for row in rows if row.source is Source.ROLLOUT]
+    rollout_share = len(rollouts) / len(rows)  # every row is a prompt of its own here
+    demonstration_tokens = sum(row.response_length for row in rows) - sum(row.response_length for row in rollouts)
+    loss, entropy_sum = torch.zeros(()), torch.zeros(())
+    for row in rows:
+        logp, entropy = (x[row.prompt_length - 1 :] for x in token_logprobs(network, list(row.tokens)))
+        entropy_sum = entropy_sum + entropy.sum()
+        if row.source is Source.ROLLOUT:
+            ratio = (logp - torch.tensor(row.behaviour_logprobs)).exp()
+            loss = loss - rollout_share * row.advantage * ratio.sum() / (len(rollouts) * MAX_RESPONSE)
+        else:
+            loss = loss - (1 - rollout_share) * 0.5 * logp.sum() / demonstration_tokens
+    entropy = entropy_sum / sum(row.response_length for row in rows)
+    return loss - 0.01 * entropy, entropy
+
+
 def reference_training(model: Path) -> Outcome:
-    """The same three steps with transformers, autograd and torch's AdamW, the loss written out."""
+    """The same three steps with transformers, autograd and torch's AdamW."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     metrics = []
     for step in range(STEPS):
-        rows = [row for row in make_rows(model, step) if row.weight]
-        rollouts = [row for row in rows if row.source is Source.ROLLOUT]
-        rollout_share = len(rollouts) / len(rows)  # every row is a prompt of its own here
-        demonstration_tokens = sum(row.response_length for row in rows) - sum(row.response_length for row in rollouts)
-        loss, entropy_sum = torch.zeros(()), torch.zeros(())
-        for row in rows:
-            logp, entropy = (x[row.prompt_length - 1 :] for x in token_logprobs(network, list(row.tokens)))
-            entropy_sum = entropy_sum + entropy.sum()
-            if row.source is Source.ROLLOUT:
-                ratio = (logp - torch.tensor(row.behaviour_logprobs)).exp()
-                loss = loss - rollout_share * row.advantage * ratio.sum() / (len(rollouts) * MAX_RESPONSE)
-            else:
-                loss = loss - (1 - rollout_share) * 0.5 * logp.sum() / demonstration_tokens
-        entropy = entropy_sum / sum(row.response_length for row in rows)
-        total = loss - 0.01 * entropy
+        total, entropy = reference_loss(network, make_rows(model, step))
         optimizer.zero_grad()
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hpt.config import ActorConfig, dump_yaml
-from megatron_hpt.examples import tiny_llama, tiny_mixtral
+from megatron_hpt.examples import tiny_llama, tiny_mixtral, tiny_qwen3
 
 from .test_actor import WORKER, Layouts
 
@@ -36,6 +36,16 @@ SPARSE: dict[str, dict] = {
     "TP2, SP, ETP2": {"tensor": 2, "sequence": True},
     "TP2, SP, EP2, ETP1": {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1},
     "PP2 x DP2, EP2": {"pipeline": 2, "data": 2, "expert": 2},
+}
+QWEN3: dict[str, dict] = {
+    "TP2": {"tensor": 2},
+    "TP2, SP": {"tensor": 2, "sequence": True},
+    "PP2": {"pipeline": 2},
+}
+QWEN3_MOE: dict[str, dict] = {
+    "TP2, SP, ETP2": {"tensor": 2, "sequence": True},
+    "PP2": {"pipeline": 2},
+    "EP2": {"data": 2, "expert": 2},
 }
 
 
@@ -86,6 +96,30 @@ def one_sparse(sparse: Matrix) -> Probe:
     return sparse.probe("one", budget=10_000)
 
 
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    folder = tmp_path_factory.mktemp("qwen3")
+    tiny_qwen3.write(folder / "model", head_dim=32, tied=True)
+    return Matrix(folder, folder / "model")
+
+
+@pytest.fixture(scope="module")
+def one_qwen3(qwen3: Matrix) -> Probe:
+    return qwen3.probe("one", budget=10_000)
+
+
+@pytest.fixture(scope="module")
+def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    folder = tmp_path_factory.mktemp("qwen3_moe")
+    tiny_qwen3.write(folder / "model", head_dim=32, experts=4)
+    return Matrix(folder, folder / "model")
+
+
+@pytest.fixture(scope="module")
+def one_qwen3_moe(qwen3_moe: Matrix) -> Probe:
+    return qwen3_moe.probe("one", budget=10_000)
+
+
 def worst(found: Probe, expected: Probe) -> float:
     """Largest relative error of a loss, its parts, or a parameter's gradient."""
     errors = [
@@ -107,6 +141,17 @@ def test_dense_layouts_equal_one_rank(dense: Matrix, one_dense: Probe, layout: s
 @pytest.mark.parametrize("layout", SPARSE)
 def test_mixtures_of_experts_equal_one_rank(sparse: Matrix, one_sparse: Probe, layout: str) -> None:
     assert worst(sparse.probe(layout, budget=40, **SPARSE[layout]), one_sparse) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", QWEN3)
+def test_norms_of_queries_and_keys_equal_one_rank(qwen3: Matrix, one_qwen3: Probe, layout: str) -> None:
+    assert any("q_norm" in name for name in one_qwen3.gradients[0])
+    assert worst(qwen3.probe(layout, budget=40, **QWEN3[layout]), one_qwen3) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", QWEN3_MOE)
+def test_qwen3_with_experts_equals_one_rank(qwen3_moe: Matrix, one_qwen3_moe: Probe, layout: str) -> None:
+    assert worst(qwen3_moe.probe(layout, budget=40, **QWEN3_MOE[layout]), one_qwen3_moe) < TOLERANCE
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -1,11 +1,14 @@
 """Reading a model folder: what is refused before any weight is read."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from megatron_hpt.errors import ModelError
+from megatron_hpt.examples import tiny_llama, tiny_mixtral, tiny_qwen3
 from megatron_hpt.weights.hf_config import model_shape
 from megatron_hpt.weights.mapping import hf_tensor_shapes
 
@@ -19,19 +22,60 @@ LLAMA = {
     "vocab_size": 99,
     "max_position_embeddings": 64,
 }
+MIXTRAL = {**LLAMA, "model_type": "mixtral"}
+QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 32, "sliding_window": None, "use_sliding_window": False}
+QWEN3_MOE = {
+    **QWEN3,
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 48,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+}
+WRITERS = {
+    "llama": tiny_llama.write,
+    "llama, tied": partial(tiny_llama.write, tied=True),
+    "mixtral": tiny_mixtral.write,
+    "qwen3": partial(tiny_qwen3.write, head_dim=32),
+    "qwen3, tied": partial(tiny_qwen3.write, tied=True),
+    "qwen3_moe": partial(tiny_qwen3.write, experts=4),
+}
 
 
-def folder(tmp_path: Path, **change) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **change}))
+def folder(tmp_path: Path, base: dict = LLAMA, **change) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({**base, **change}))
     return tmp_path
 
 
-def test_shape_and_tensors_of_a_real_folder(tiny_model: Path) -> None:
-    from safetensors import safe_open
-
-    with safe_open(tiny_model / "model.safetensors", "pt") as file:
+@pytest.mark.parametrize("model", WRITERS)
+def test_tensors_are_those_that_transformers_writes(tmp_path: Path, model: str) -> None:
+    WRITERS[model](tmp_path / "model")
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         real = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    assert hf_tensor_shapes(model_shape(tiny_model)) == real
+    assert hf_tensor_shapes(model_shape(tmp_path / "model")) == real
+
+
+def test_shape_of_a_qwen3(tmp_path: Path) -> None:
+    dense = model_shape(folder(tmp_path, QWEN3))
+    assert (dense.qk_norm, dense.head_dim, dense.ffn, dense.experts) == (True, 32, 128, 0)
+    sparse = model_shape(folder(tmp_path, QWEN3_MOE))
+    assert (sparse.qk_norm, sparse.head_dim, sparse.ffn, sparse.experts) == (True, 32, 48, 4)
+    assert (sparse.experts_per_token, sparse.norm_topk_prob) == (2, True)
+
+
+def test_what_of_a_qwen3_is_absent_has_the_default_of_transformers(tmp_path: Path) -> None:
+    config = {key: value for key, value in QWEN3_MOE.items() if key not in ("norm_topk_prob", "decoder_sparse_step")}
+    assert not model_shape(folder(tmp_path, config)).norm_topk_prob
+    assert model_shape(folder(tmp_path, QWEN3, sliding_window=4096)) == model_shape(folder(tmp_path, QWEN3))
+
+
+def test_experts_are_counted_under_the_published_key_and_that_of_transformers_5(tmp_path: Path) -> None:
+    renamed = {"num_local_experts" if key == "num_experts" else key: value for key, value in QWEN3_MOE.items()}
+    assert model_shape(folder(tmp_path, renamed)).experts == 4
+    with pytest.raises(ModelError, match=r"config\.json: num_experts = 4 and num_local_experts = 8 contradict each other"):
+        model_shape(folder(tmp_path, QWEN3_MOE, num_local_experts=8))
 
 
 @pytest.mark.parametrize(
@@ -49,6 +93,29 @@ def test_shape_and_tensors_of_a_real_folder(tiny_model: Path) -> None:
 def test_what_is_not_understood_is_refused(tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         model_shape(folder(tmp_path, **change))
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "message"),
+    [
+        (QWEN3, {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window = True changes the computation"),
+        (QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types = \['sliding_attention'\] changes"),
+        (QWEN3, {"attention_bias": True}, "attention_bias = True changes"),
+        (QWEN3, {"head_dim": None}, "head_dim is None; expected a positive integer"),
+        (QWEN3, {"num_key_value_heads": None}, "num_key_value_heads is None; expected a positive integer"),
+        (QWEN3_MOE, {"use_sliding_window": True}, "use_sliding_window = True changes"),
+        (QWEN3_MOE, {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] changes"),
+        (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 changes"),
+        (QWEN3_MOE, {"num_experts": 0}, "num_experts is 0; expected a positive integer"),
+        (QWEN3_MOE, {"num_experts_per_tok": 5}, "num_experts_per_tok is 5; there are only 4 experts"),
+        (QWEN3_MOE, {"num_experts_per_tok": 1}, "num_experts_per_tok = 1 with normalised probabilities"),
+        (QWEN3_MOE, {"moe_intermediate_size": None}, "moe_intermediate_size is None; expected a positive integer"),
+        (MIXTRAL, {"sliding_window": 64, "use_sliding_window": False}, "sliding_window = 64 changes"),
+    ],
+)
+def test_what_other_families_do_not_support_is_refused(tmp_path: Path, base: dict, change: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=r"config\.json: " + message):
+        model_shape(folder(tmp_path, base, **change))
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:

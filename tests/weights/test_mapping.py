@@ -8,17 +8,19 @@ from hypothesis import strategies as st
 from megatron_hpt.errors import ModelError
 from megatron_hpt.weights.boxes import Box, tiles, whole
 from megatron_hpt.weights.hf_config import ModelShape
-from megatron_hpt.weights.mapping import Place, hf_tensor_shapes, shard_views
+from megatron_hpt.weights.mapping import FAMILIES, Place, hf_tensor_shapes, shard_views
+
+SPARSE = ("mixtral", "qwen3_moe")
 
 
 @st.composite
 def shapes(draw: st.DrawFn) -> tuple[ModelShape, int]:
-    """A random small Llama and a tensor parallel size that divides it; the vocabulary need not divide."""
-    tp = draw(st.sampled_from([1, 2, 4]))
+    """A random small model and a tensor parallel size that divides it; the vocabulary need not divide."""
+    tp, family = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([*FAMILIES]))
     kv = tp * draw(st.integers(1, 2))
     heads, head_dim = kv * draw(st.integers(1, 3)), draw(st.sampled_from([2, 4]))
     shape = ModelShape(
-        family="llama",
+        family=family,
         layers=draw(st.integers(1, 2)),
         hidden=draw(st.sampled_from([4, 6])),
         heads=heads,
@@ -30,6 +32,9 @@ def shapes(draw: st.DrawFn) -> tuple[ModelShape, int]:
         rope_theta=1e4,
         norm_eps=1e-6,
         max_positions=8,
+        experts=draw(st.integers(2, 3)) if family in SPARSE else 0,
+        experts_per_token=2 if family in SPARSE else 0,
+        qk_norm=family.startswith("qwen3"),
     )
     return shape, tp
 
@@ -37,25 +42,35 @@ def shapes(draw: st.DrawFn) -> tuple[ModelShape, int]:
 def local_parameters(shape: ModelShape, tp: int) -> dict[str, torch.Tensor]:
     """Uninitialised parameters of one rank, in Megatron's names and shapes."""
     vocab = -(-shape.vocab // tp)
-    q = shape.heads * shape.head_dim // tp
     parameters = {
         "embedding.word_embeddings.weight": (vocab, shape.hidden),
         "decoder.final_layernorm.weight": (shape.hidden,),
         "output_layer.weight": (vocab, shape.hidden),
     }
     for i in range(shape.layers):
-        parameters |= {
-            f"decoder.layers.{i}.input_layernorm.weight": (shape.hidden,),
-            f"decoder.layers.{i}.pre_mlp_layernorm.weight": (shape.hidden,),
-            f"decoder.layers.{i}.self_attention.linear_qkv.weight": (
-                q + 2 * shape.kv_heads * shape.head_dim // tp,
-                shape.hidden,
-            ),
-            f"decoder.layers.{i}.self_attention.linear_proj.weight": (shape.hidden, q),
-            f"decoder.layers.{i}.mlp.linear_fc1.weight": (2 * shape.ffn // tp, shape.hidden),
-            f"decoder.layers.{i}.mlp.linear_fc2.weight": (shape.hidden, shape.ffn // tp),
-        }
+        parameters |= local_attention(f"decoder.layers.{i}", shape, tp) | local_mlp(f"decoder.layers.{i}.mlp", shape, tp)
     return {name: torch.full(size, float("nan")) for name, size in parameters.items()}
+
+
+def local_attention(layer: str, shape: ModelShape, tp: int) -> dict[str, tuple[int, ...]]:
+    q, kv = shape.heads * shape.head_dim // tp, shape.kv_heads * shape.head_dim // tp
+    norms = {f"{layer}.self_attention.{x}_layernorm.weight": (shape.head_dim,) for x in "qk"}
+    return {
+        f"{layer}.input_layernorm.weight": (shape.hidden,),
+        f"{layer}.pre_mlp_layernorm.weight": (shape.hidden,),
+        f"{layer}.self_attention.linear_qkv.weight": (q + 2 * kv, shape.hidden),
+        f"{layer}.self_attention.linear_proj.weight": (shape.hidden, q),
+        **(norms if shape.qk_norm else {}),
+    }
+
+
+def local_mlp(mlp: str, shape: ModelShape, tp: int) -> dict[str, tuple[int, ...]]:
+    experts = [f"{mlp}.experts.local_experts.{i}" for i in range(shape.experts)]
+    parameters = {f"{mlp}.router.weight": (shape.experts, shape.hidden)} if experts else {}
+    for network in experts or [mlp]:
+        parameters[f"{network}.linear_fc1.weight"] = (2 * shape.ffn // tp, shape.hidden)
+        parameters[f"{network}.linear_fc2.weight"] = (shape.hidden, shape.ffn // tp)
+    return parameters
 
 
 @given(shapes())
