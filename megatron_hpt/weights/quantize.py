@@ -5,7 +5,8 @@ What an FP8 checkpoint holds, and what its loaders do with it (vLLM 0.32.0 and S
 
 * Block-wise: ``X.weight_scale_inv``, float32, one number for each 128×128 block, a last partial block included. The name
   says inverse, the loaders multiply by it. vLLM refuses an engine layout whose ranks, or whose parts of a fused projection
-  (all but the last one on an unsplit engine), do not hold whole blocks; the scales are kept as they come.
+  (all but the last one on an unsplit engine), do not hold whole blocks. The scales are kept as they come, except where
+  DeepGEMM wants powers of two: there both engines quantise again after loading (``requant_weight_ue8m0_inplace``).
 * Per tensor: ``X.weight_scale``, float32. Both loaders take shape ``[]`` and ``[1]``, and keep a slot for every part of a
   fused projection (q, k, v; gate, up; w1, w3 of each expert). After loading, vLLM and SGLang's per-tensor kernels put all
   parts on the maximum of their scales: dequantise *through float16*, quantise again. SGLang's channel-wise kernels
