@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hpt.errors import TransferError
+from megatron_hpt.weights import boxes
 from megatron_hpt.weights.hf_config import ModelShape
-from megatron_hpt.weights.manifest import Manifest, Segment, check_complete
 from megatron_hpt.weights.mapping import ShardView, hf_tensor_shapes
 from megatron_hpt.weights.quantize import (
     BLOCK_128,
@@ -23,7 +23,6 @@ from megatron_hpt.weights.quantize import (
     quantize,
     quantized_shapes,
 )
-from megatron_hpt.weights.sender import lay_out
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 FORMATS = [BLOCK_128, PER_TENSOR]
@@ -185,6 +184,17 @@ def test_zeros_and_the_smallest_numbers_have_finite_scales(fp8: Fp8Format) -> No
     assert torch.isfinite(1 / scale.view).all()
 
 
+def assert_tiled(views, expected: dict[str, tuple[int, ...]]) -> None:
+    """The views are exactly the expected tensors, each covered once."""
+    found: dict[str, list[boxes.Box]] = {}
+    for view in views:
+        assert view.shape == expected[view.name]
+        found.setdefault(view.name, []).append(boxes.Box(view.offset, view.extent))
+    assert found.keys() == expected.keys()
+    for name, pieces in found.items():
+        assert boxes.tiles(pieces, boxes.whole(expected[name])) is None
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_aligned_boxes_are_boxes_of_the_whole(data: st.DataObject) -> None:
@@ -199,9 +209,8 @@ def test_aligned_boxes_are_boxes_of_the_whole(data: st.DataObject) -> None:
         for piece in (p[box] for p in pieces):
             rows, columns = (slice(o, o + e) for o, e in zip(piece.offset, piece.extent, strict=True))
             assert torch.equal(piece.view.view(torch.uint8), whole_box.view[rows, columns].contiguous().view(torch.uint8))
-    laid_out, _ = lay_out([v for p in pieces for v in p])
     expected = {name: form for name, (form, _) in quantized_shapes({NAME: tuple(shape)}, BLOCK_128, "bfloat16").items()}
-    check_complete(Manifest(1, (Segment(1, 1, 1),), tuple(laid_out)), expected)
+    assert_tiled([view for piece in pieces for view in piece], expected)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -215,8 +224,7 @@ def test_boxes_with_the_reduced_amax_are_boxes_of_the_whole(dim: int) -> None:
     assert torch.equal(pieces[0][1].view, scale.view)
     together = torch.cat([p[0].view.view(torch.uint8) for p in pieces], dim)
     assert torch.equal(together, codes.view.view(torch.uint8))
-    laid_out, _ = lay_out([v for p in pieces for v in p])
-    check_complete(Manifest(1, (Segment(1, 1, 1),), tuple(laid_out)), {NAME: (96, 96), NAME + "_scale": (1,)})
+    assert_tiled([view for piece in pieces for view in piece], {NAME: (96, 96), NAME + "_scale": (1,)})
 
 
 def test_a_common_amax_survives_the_loaders_second_rounding() -> None:
