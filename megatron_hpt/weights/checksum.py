@@ -29,7 +29,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 def checksum_of(tensor: Tensor) -> int:
     """Hash of a tensor's bytes, row-major; device tensors are copied to the host."""
     flat = tensor.contiguous().cpu().reshape(-1)
-    return checksum(as_bytes(flat if flat.stride(-1) == 1 else flat.clone()).numpy())  # one element may have any stride
+    return checksum(as_bytes(flat if flat.stride(-1) == 1 else flat.repeat(1)).numpy())  # one element may have any stride
 
 
 def copy_and_hash(target: Tensor, source: Tensor) -> int:
