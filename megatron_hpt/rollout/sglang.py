@@ -14,6 +14,7 @@ from megatron_hpt.config import Config
 from megatron_hpt.errors import EngineError
 from megatron_hpt.process import TOKEN_VARIABLE
 from megatron_hpt.rollout import sglang_host, sglang_site
+from megatron_hpt.rollout.cores import cores_of_ranks
 from megatron_hpt.rollout.engine import Sample, SamplingRequest
 from megatron_hpt.rollout.http import HttpEngine
 from megatron_hpt.weights.manifest import as_version
@@ -62,7 +63,7 @@ def server_environment(config: Config) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH")))),
         "SGLANG_PLATFORM": sglang_host.NAME,
         "SGLANG_PLUGINS": f"megatron_hpt,{sglang_host.NAME}",
-        "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(config.rollout.tensor_parallel))),
+        "SGLANG_CPU_OMP_THREADS_BIND": cores_of_ranks(config.rollout.tensor_parallel),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }

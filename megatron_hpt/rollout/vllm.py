@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from megatron_hpt.config import Config
+from megatron_hpt.rollout.cores import cores_of_ranks
 from megatron_hpt.rollout.engine import Sample, SamplingRequest
 from megatron_hpt.rollout.http import HttpEngine
 from megatron_hpt.weights.manifest import as_version
@@ -28,6 +29,7 @@ def server_command(config: Config, python: str, port: int) -> list[str]:
         *("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(4096, config.max_sequence_length))),
         # Weights come from the trainer before the first request, so none are read here.
         *("--load-format", "dummy", "--weight-transfer-config", json.dumps({"backend": "megatron_hpt"})),
+        *("--worker-extension-cls", "megatron_hpt.weights.vllm_plugin.Outcomes"),
         # The log-probabilities of the distribution that was sampled from, temperature and nucleus applied.
         *("--logprobs-mode", "processed_logprobs"),
         *("--generation-config", "vllm", "--skip-tokenizer-init", "--enable-scale-out", "--enforce-eager"),
@@ -37,8 +39,12 @@ def server_command(config: Config, python: str, port: int) -> list[str]:
 
 def server_environment(config: Config) -> dict[str, str]:
     """Environment of the server, on top of this process's."""
+    ranks = config.rollout.tensor_parallel
+    # Left to itself vLLM wants a NUMA node for each rank.
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)} if ranks > 1 else {}
     return {
         **os.environ,
+        **binding,
         "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; TokenGuard stands before all of them
         "VLLM_PLUGINS": "megatron_hpt",
         "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib),

@@ -7,7 +7,8 @@ prepare → (transfer) → verify → commit, the same for both engines:
 | prepare | /init_weight_transfer_engine | /update_weights_from_tensor of our load format |
 | pause | /pause | /pause_generation |
 | transfer, verify, load | /start_weight_update, /update_weights | /begin_weight_update, /update_weights_from_tensor |
-| commit | /reset_prefix_cache, /finish_weight_update | /end_weight_update, /flush_cache |
+| outcome of each rank | /collective_rpc | the answer |
+| commit | /reset_prefix_cache, /finish_weight_update, /update_weight_version | /end_weight_update, /flush_cache |
 | resume | /resume | /continue_generation |
 """
 
@@ -138,23 +139,37 @@ class VllmControl(EngineControl):
 
     def prepare(self, contents: Contents) -> None:
         """See the base class."""
-        self._give_up_open_update()
+        if self._is_open():  # a trainer died between the start and the end of an update
+            self._post("/finish_weight_update", {})
         self._post("/init_weight_transfer_engine", {"init_info": {"contents": contents.to_json()}})
-
-    def _give_up_open_update(self) -> None:
-        """A trainer that died between start and finish leaves an update open, which only a failed step ends."""
-        try:
-            self._post("/update_weights", {"update_info": {"manifest": {}}})
-        except TransferError:
-            return
+        self._check()
 
     def _update(self, manifest: Manifest) -> None:
+        if self._is_open():
+            raise TransferError(f"engine {self.url} is in the middle of an update by another trainer")
         self._post("/start_weight_update")
-        self._post("/update_weights", {"update_info": {"manifest": manifest.to_json()}})
-        again = {"reset_running_requests": str(self._in_flight is InFlight.RECOMPUTE).lower()}
-        if not self._post("/reset_prefix_cache", params=again).json()["success"] and self._in_flight is not InFlight.KEEP:
-            raise TransferError(f"{self.url} did not drop its prefix cache: something still holds blocks of it")
-        self._post("/finish_weight_update", {"weight_version": str(manifest.version)})
+        try:
+            self._post("/update_weights", {"update_info": {"manifest": manifest.to_json()}})
+            self._check()
+            again = {"reset_running_requests": str(self._in_flight is InFlight.RECOMPUTE).lower()}
+            if not self._post("/reset_prefix_cache", params=again).json()["success"] and self._in_flight is not InFlight.KEEP:
+                raise TransferError(f"{self.url} did not drop its prefix cache: something still holds blocks of it")
+        finally:
+            self._post("/finish_weight_update", {})
+        self._check()
+        self._post("/update_weight_version", {"new_version": str(manifest.version)})
+
+    def _is_open(self) -> bool:
+        return any(rank["open"] for rank in self._outcomes())
+
+    def _check(self) -> None:
+        """Raise what a rank met in the last step."""
+        for rank, outcome in enumerate(self._outcomes()):
+            if outcome["failure"]:
+                raise TransferError(f"engine {self.url}, rank {rank}: {outcome['failure']}")
+
+    def _outcomes(self) -> list[dict[str, Any]]:
+        return self._post("/collective_rpc", {"method": "transfer_outcome"}).json()["results"]
 
     def pause(self) -> None:
         """See the base class."""

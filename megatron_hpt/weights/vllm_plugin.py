@@ -2,12 +2,19 @@
 
 vLLM imports this in each of its processes through the entry point ``vllm.general_plugins``; a server that is started
 with ``--weight-transfer-config '{"backend": "megatron_hpt"}'`` then uses it. This is the only module that imports vLLM.
+
+Nothing here raises out of a call: in vLLM 0.32 an error on one of several ranks leaves the other ranks' replies in their
+queues, and every later call gets the reply of the one before (v1/executor/multiproc_executor.py, get_response). Each rank
+keeps its outcome instead, and `Outcomes` tells it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +36,7 @@ from megatron_hpt.weights.readback import EngineWeights, plain_parameter
 from megatron_hpt.weights.receiver import Receiver, Seat
 
 BACKEND = "megatron_hpt"
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -45,11 +53,35 @@ class UpdateInfo(WeightTransferUpdateInfo):
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
+def _kept(method: Callable[..., None]) -> Callable[..., None]:
+    """Keep what a call meets, for `Outcomes`; see the top of this module for why it is not raised."""
+
+    @functools.wraps(method)
+    def call(self: ManifestWeightTransferEngine, *args: Any) -> None:
+        try:
+            method(self, *args)
+            self.failure = ""
+        except Exception as error:
+            logger.exception("weight transfer: %s", method.__name__)
+            self.failure = str(error) if isinstance(error, TransferError) else f"{type(error).__name__}: {error}"
+
+    return call
+
+
+class Outcomes:
+    """What a server's workers can be asked beside vLLM's own methods (``--worker-extension-cls``)."""
+
+    def transfer_outcome(self) -> dict[str, Any]:
+        """``failure``: what this rank's last step of a transfer met, or nothing; ``open``: an update has been started."""
+        return {"failure": self.weight_transfer_engine.failure, "open": self._weight_update_active}
+
+
 class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Checks a version against its manifest, then loads it layer by layer, then compares."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
+    failure = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,6 +94,7 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receiver = Receiver(seat)
         self._manifest: Manifest | None = None
 
+    @_kept
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Agree on what will travel; the trainer that did this last is the one that may update."""
         self._receiver.agree(Contents.from_json(init_info.contents))
@@ -70,17 +103,13 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Nothing yet: the model is not touched before its new weights have been verified."""
         self._manifest = None
 
+    @_kept
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Overrides the base method, whose accelerator synchronisation does not exist on the host."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Verify everything, then load everything.
-
-        Raises:
-            TransferError: a bad manifest or damaged bytes (the old weights are untouched), or a parameter of the model
-                that no tensor reached.
-        """
+        """Verify everything, then load everything: a bad manifest or damaged bytes leave the old weights untouched."""
         manifest = Manifest.from_json(update_info.manifest)
         self._receiver.take(manifest)
         expected = {name for name, _ in self.model.named_parameters()}
@@ -96,14 +125,11 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise
         self._manifest = manifest
 
+    @_kept
     def finish_weight_update(self) -> None:
-        """Repack what was loaded, and compare it with what was sent where the manifest asks for it.
-
-        Raises:
-            TransferError: no weights were received since the update was started, or the engine holds others.
-        """
+        """Repack what was loaded, and compare it with what was sent where the manifest asks for it."""
         if self._manifest is None:
-            raise TransferError("finish_weight_update without weights: update_weights has not succeeded")
+            raise TransferError(self.failure or "no weights came between the start and the end of an update")
         finalize_layerwise_reload(self.model, self.model_config)
         if self._tied and hasattr(self.model, "lm_head"):
             # A tied output layer has no tensor of its own, so the reload leaves the copy that it packed for itself

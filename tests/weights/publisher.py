@@ -1,0 +1,64 @@
+"""Ranks of the real actor that publish to running engines from one layout after the other. Started by torchrun.
+
+usage: publisher.py MODEL LAYOUTS.json OUT.json KIND URL… ; of each layout first doubled weights, then the model's own.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_hpt.actor import export, model, parallel, platform
+from megatron_hpt.config import Config, ParallelConfig
+from megatron_hpt.process import die_with_parent
+from megatron_hpt.rollout import engines
+from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.sender import Target, WeightSender
+from tests.weights.servers import engine_config, greedy
+
+
+def build(config: Config, where: platform.Platform):
+    ranks = parallel.initialize(config.parallel, where, 0, 120)
+    shape = model_shape(config.model.path)
+    chunks = model.load(config.model.path, config, ranks, where)
+    return shape, ranks, chunks, model.views(chunks, shape, ranks)
+
+
+def scale(views, factor: float) -> None:
+    with torch.no_grad():
+        for view in views:
+            view.view.mul_(factor)
+
+
+def main() -> None:
+    die_with_parent()
+    path, layouts, out, kind, *urls = sys.argv[1:]
+    where, outcome, version = platform.detect(threads=1), {}, 0
+    for name, layout in json.loads(Path(layouts).read_text()).items():
+        # A second process group needs a store of its own: keys of the first are still in torchrun's.
+        os.environ |= {"MASTER_PORT": str(layout.pop("port")), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        config = engine_config(kind, Path(path))
+        config.rollout.tensor_parallel = int(layout.pop("engine_tensor", 1))
+        config.parallel = ParallelConfig(**layout)
+        shape, ranks, chunks, views = build(config, where)
+        targets = [Target(engines.control(config, url), engines.layout(config)) for url in urls]
+        sender = WeightSender(views, shape, targets, dist.group.WORLD, compare_every=1)
+        outcome[name] = {"sent": sender.plan.sent, "received": sender.plan.received}
+        for factor, key in ((2.0, "doubled"), (0.5, "own")):
+            scale(views, factor)
+            version += 1
+            outcome[name][f"bytes_{key}"] = sender.publish(version)
+            if ranks.is_lead:
+                outcome[name][key] = [greedy(kind, url) for url in urls]
+        export.export_hf(path, Path(out).with_name(f"export_{version}"), model.contributed_views(chunks, shape, ranks))
+        sender.close()
+        parallel.shutdown()
+    if int(os.environ["RANK"]) == 0:
+        Path(out).write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""After a push an engine is, bit for bit, the engine that was started from the weights: every layout, both engines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_hpt.examples import tiny_llama, tiny_qwen3
+
+from .servers import Server, free_port
+
+pytestmark = pytest.mark.end_to_end
+ROOT = Path(__file__).parents[2]
+LAYOUTS = {
+    "TP1 of DP4": {"data": 4},
+    "TP2 of DP2": {"tensor": 2, "data": 2},
+    "PP2 of DP2": {"pipeline": 2, "data": 2},
+    "TP2 x PP2": {"tensor": 2, "pipeline": 2},
+}
+SPARSE = {
+    **{name: {**layout, "sequence": "tensor" in layout} for name, layout in LAYOUTS.items()},
+    "PP2, EP2": {"pipeline": 2, "data": 2, "expert": 2},
+}
+SMALL = {"hidden": 64, "layers": 2, "positions": 64}
+MODELS = {
+    "untied": lambda folder: tiny_llama.write(folder, **SMALL, heads=2, kv_heads=2),
+    "tied": lambda folder: tiny_llama.write(folder, **SMALL, heads=2, kv_heads=2, tied=True),
+    "experts": lambda folder: tiny_qwen3.write(folder, experts=4),
+}
+QUICK = {("vllm", 2, "tied"), ("sglang", 1, "experts")}
+"""Always run; all of them with HPT_MATRIX=1."""
+MATRIX = [(kind, tensor, name) for kind in ("vllm", "sglang") for tensor in (1, 2) for name in MODELS]
+
+
+@pytest.mark.parametrize(("kind", "tensor", "name"), MATRIX, ids=lambda value: str(value))
+def test_a_pushed_engine_is_a_fresh_engine(tmp_path: Path, kind: str, tensor: int, name: str) -> None:
+    if (kind, tensor, name) not in QUICK and not os.environ.get("HPT_MATRIX"):
+        pytest.skip("the whole matrix runs with HPT_MATRIX=1")
+    model = tmp_path / "model"
+    MODELS[name](model)
+    server = Server.start(kind, model, tmp_path, tensor)
+    try:
+        fresh = server.ready().greedy()
+        layouts = {n: {**layout, "engine_tensor": tensor} for n, layout in (SPARSE if name == "experts" else LAYOUTS).items()}
+        outcome = publish(tmp_path, model, layouts, kind, server.url)
+        for layout, found in outcome.items():
+            (own,), (doubled,) = found["own"], found["doubled"]
+            assert [tuple(map(tuple, answer)) for answer in own] == [tuple(map(tuple, answer)) for answer in fresh], layout
+            assert own != doubled, layout
+            held = sum(p.stat().st_size for p in model.glob("*.safetensors"))
+            assert held * 0.9 < found["bytes_own"] <= held
+        for exported in sorted(tmp_path.glob("export_*")):
+            assert_equal(load_file(exported / "model.safetensors"), load_file(model / "model.safetensors"))
+    finally:
+        server.stop()
+
+
+def publish(folder: Path, model: Path, layouts: dict, kind: str, *urls: str) -> dict:
+    """Run the publisher on four ranks."""
+    layouts = {name: {**layout, "port": free_port()} for name, layout in layouts.items()}
+    (folder / "layouts.json").write_text(json.dumps(layouts))
+    out = folder / "out.json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "--max-restarts=0"]
+    command = [
+        *torchrun,
+        str(Path(__file__).with_name("publisher.py")),
+        str(model),
+        str(folder / "layouts.json"),
+        str(out),
+        kind,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *urls], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
