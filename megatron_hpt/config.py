@@ -220,10 +220,6 @@ class RolloutConfig(Section):
     """Servers that run already, e.g. [http://node7:8000]; default: `servers` of them are started on this machine."""
     host: str = "127.0.0.1"
     """Address that started servers listen on: loopback, or the cluster's interface."""
-    in_flight: Literal["keep", "recompute", "abort"] = "recompute"
-    """What happens to the keys and values of requests that are under way when new weights arrive."""
-    compare_every: PositiveInt = 50
-    """Engines compare their weights with what was sent at the first version, every k-th, and after an engine's restart."""
     samples_per_prompt: PositiveInt = 8
     """Rollouts a prompt (n)."""
     temperature: PositiveFloat = 1.0
@@ -236,6 +232,28 @@ class RolloutConfig(Section):
     """Memory for the KV cache of one server, in GiB (host engines)."""
     max_running: PositiveInt = 256
     """Sequences that one server decodes at the same time."""
+
+
+class TransferConfig(Section):
+    transport: Literal["shared_memory", "files", "gloo", "cuda_ipc", "nccl"] = "shared_memory"
+    """How weights reach the engines: memory of one host, a shared file system, messages between hosts, memory of one GPU,
+    messages between GPUs."""
+    in_flight: Literal["keep", "recompute", "abort"] = "recompute"
+    """What happens to the keys and values of requests that are under way when new weights arrive."""
+    compare_every: PositiveInt = 50
+    """Engines compare their weights with what was sent at the first version, every k-th, and after an engine's restart."""
+    host: str = "127.0.0.1"
+    """Address of the trainer's first rank that engines reach (gloo, nccl)."""
+    folder: str = ""
+    """Folder for versions on a file system that trainer and engines share (files)."""
+    full_every: PositiveInt = 1
+    """Every k-th version is written whole, those between hold only what changed (files)."""
+
+    @model_validator(mode="after")
+    def _folder_of_files(self) -> TransferConfig:
+        if (self.transport == "files") != bool(self.folder):
+            raise ValueError("folder belongs to transport=files, which needs one on a file system that engines share")
+        return self
 
 
 class ParallelConfig(Section):
@@ -370,6 +388,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
+    transfer: TransferConfig = TransferConfig()
     parallel: ParallelConfig = ParallelConfig()
     actor: ActorConfig = ActorConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -126,7 +126,7 @@ class Trainer:
             shape,
             [Target(engines.control(config, url), engines.layout(config)) for url in urls],
             dist.group.WORLD,
-            compare_every=config.rollout.compare_every,
+            engines.transfer_options(config),
         )
 
     def _publish(self, version: int) -> None:

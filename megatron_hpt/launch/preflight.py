@@ -90,13 +90,16 @@ def check_precision(config: Config) -> None:
 
 
 def check_engine(config: Config) -> None:
-    """The engine's environment is there.
+    """The engine's environment is there, and weights can reach it.
 
     Raises:
-        ConfigError: it is not; says how it is made.
+        ConfigError: it is not, or they cannot; says what to do.
     """
+    from megatron_hpt.weights.transports import check_transport  # imports torch
+
     if not config.rollout.urls:
         interpreter(config)
+    check_transport(config.transfer.transport)
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:

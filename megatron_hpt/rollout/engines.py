@@ -16,6 +16,7 @@ from megatron_hpt.rollout.http import HttpEngine
 from megatron_hpt.weights.control import EngineControl, InFlight, SglangControl, VllmControl
 from megatron_hpt.weights.hf_config import model_shape
 from megatron_hpt.weights.layouts import EngineLayout
+from megatron_hpt.weights.sender import Options
 
 SGLANG_ENVIRONMENT = ".venv-sglang"
 """What `make sglang-env` builds, beside the environment of the trainer."""
@@ -102,7 +103,20 @@ def layout(config: Config) -> EngineLayout:
     return EngineLayout(config.rollout.tensor_parallel)
 
 
+def transfer_options(config: Config) -> Options:
+    """How a run's weights travel."""
+    transfer = config.transfer
+    return Options(
+        transport=transfer.transport,
+        compare_every=transfer.compare_every,
+        deadline_s=config.deadlines.transfer_s,
+        host=transfer.host,
+        folder=transfer.folder,
+        full_every=transfer.full_every,
+    )
+
+
 def control(config: Config, url: str) -> EngineControl:
     """The control plane of one engine of a run."""
     kind = ENGINES[config.rollout.engine]
-    return kind.control(url, config.deadlines.transfer_s, InFlight(config.rollout.in_flight))
+    return kind.control(url, config.deadlines.transfer_s, InFlight(config.transfer.in_flight))

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,18 @@ class Piece:
     position: int
     """First byte there."""
     nbytes: int
+    receivers: tuple[int, ...] = ()
+    """Ranks of the engine that it is sent to; none: whoever wants it."""
+
+    def is_for(self, rank: int) -> bool:
+        """Whether it is sent to this rank of the engine."""
+        return not self.receivers or rank in self.receivers
+
+
+def _piece(names: Sequence[str], row: Sequence[Any]) -> Piece:
+    number, offset, extent, source, position, nbytes, receivers = row
+    box = Box(tuple(map(int, offset)), tuple(map(int, extent)))
+    return Piece(names[number], box, int(source), int(position), int(nbytes), tuple(map(int, receivers)))
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Contents:
     session: str
     """Who sends: one trainer, from its start to its end."""
     transport: str
-    """A row of `transports.RECEIVERS`."""
+    """A row of `transports.TRANSPORTS`."""
     dtype: str
     """torch dtype name of every tensor, e.g. ``float32``."""
     shapes: dict[str, tuple[int, ...]]
@@ -46,9 +58,12 @@ class Contents:
     sources: tuple[dict[str, Any], ...]
     """How the transport finds each sender's bytes."""
     pieces: tuple[Piece, ...]
+    """In the global order, in which messages travel."""
+    rendezvous: dict[str, Any] = field(default_factory=dict)
+    """Where one engine and the trainer meet, for transports that talk."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for an HTTP body; a piece is a row [tensor's number, offset, extent, source, position, bytes]."""
+        """Plain data for an HTTP body; a piece is a row [tensor, offset, extent, source, position, bytes, receivers]."""
         numbers = {name: i for i, name in enumerate(self.shapes)}
         return {
             "session": self.session,
@@ -56,8 +71,10 @@ class Contents:
             "dtype": self.dtype,
             "tensors": [[name, list(shape)] for name, shape in self.shapes.items()],
             "sources": list(self.sources),
+            "rendezvous": self.rendezvous,
             "pieces": [
-                [numbers[p.name], list(p.box.offset), list(p.box.extent), p.source, p.position, p.nbytes] for p in self.pieces
+                [numbers[p.name], list(p.box.offset), list(p.box.extent), p.source, p.position, p.nbytes, list(p.receivers)]
+                for p in self.pieces
             ],
         }
 
@@ -76,10 +93,8 @@ class Contents:
                 dtype=str(data["dtype"]),
                 shapes={name: tuple(map(int, shape)) for name, shape in data["tensors"]},
                 sources=tuple(dict(source) for source in data["sources"]),
-                pieces=tuple(
-                    Piece(names[number], Box(tuple(map(int, offset)), tuple(map(int, extent))), int(source), int(at), int(size))
-                    for number, offset, extent, source, at, size in data["pieces"]
-                ),
+                rendezvous=dict(data["rendezvous"]),
+                pieces=tuple(_piece(names, row) for row in data["pieces"]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise TransferError(f"the contents of a transfer are malformed: {type(error).__name__}: {error}") from None
@@ -144,13 +159,16 @@ def as_version(label: str | None) -> int | None:
     return int(label) if label is not None and label.isdecimal() else None
 
 
-def check_contents(contents: Contents, expected: Mapping[str, tuple[int, ...]], dtype: str, needed: Sequence) -> None:
+def check_contents(
+    contents: Contents, expected: Mapping[str, tuple[int, ...]], dtype: str, needed: Mapping[str, Box], rank: int
+) -> None:
     """Refuse contents that are not this model, or do not cover what this engine rank needs exactly once.
 
     Args:
         expected: HF name → shape of every tensor of the engine's model.
         dtype: dtype that the engine loads.
-        needed: (name, box) pairs that this engine rank holds.
+        needed: the box of each tensor that this engine rank holds.
+        rank: this rank in its engine.
 
     Raises:
         TransferError: naming the first tensor that is missing, unknown, of another shape, or not covered exactly once.
@@ -169,8 +187,9 @@ def check_contents(contents: Contents, expected: Mapping[str, tuple[int, ...]], 
         sides = list(zip(piece.box.offset, piece.box.extent, shape, strict=False))
         if len(piece.box.offset) != len(shape) or not all(o >= 0 and e > 0 and o + e <= n for o, e, n in sides):
             raise TransferError(f"{piece.name}: a piece at {piece.box.offset} + {piece.box.extent} does not fit {shape}")
-        boxes[piece.name].append(piece.box)
-    for name, box in needed:
+        if piece.is_for(rank):
+            boxes[piece.name].append(piece.box)
+    for name, box in needed.items():
         if reason := tiles(boxes[name], box):
             raise TransferError(f"{name} at {box.offset} + {box.extent}: {reason}")
 

@@ -18,7 +18,7 @@ from megatron_hpt.weights.hf_config import ModelShape
 from megatron_hpt.weights.layouts import EngineLayout, engine_holdings, held_by
 from megatron_hpt.weights.manifest import Contents, Manifest, Piece, check_contents
 from megatron_hpt.weights.mapping import hf_tensor_shapes
-from megatron_hpt.weights.transports import RECEIVERS, Incoming
+from megatron_hpt.weights.transports import TRANSPORTS, Incoming
 
 ReadBack = Callable[[str, Box], Iterable[Tensor]]
 """(HF name, box) → what the engine's model now holds there, once for each place where it keeps it."""
@@ -47,7 +47,9 @@ class Receiver:
         self._expected, self._boxes = seat.boxes()
         self._contents: Contents | None = None
         self._incoming: Incoming | None = None
+        self._manifest: Manifest | None = None
         self._mine: dict[str, list[tuple[int, Piece]]] = {}
+        self._arriving: Iterator[tuple[int, Piece]] = iter(())
 
     def agree(self, contents: Contents) -> None:
         """Accept a trainer's contents, in place of any other's.
@@ -55,20 +57,23 @@ class Receiver:
         Raises:
             TransferError: they are not this model, do not cover this rank's boxes, or need a transport that is not here.
         """
-        check_contents(contents, self._expected, self._seat.dtype, list(self._boxes.items()))
-        if contents.transport not in RECEIVERS:
-            raise TransferError(f"transport {contents.transport!r} is not known here; known: {', '.join(RECEIVERS)}")
+        check_contents(contents, self._expected, self._seat.dtype, self._boxes, self._seat.rank)
+        if contents.transport not in TRANSPORTS:
+            raise TransferError(f"transport {contents.transport!r} is not known here; known: {', '.join(TRANSPORTS)}")
         self.close()
-        mine = {
-            name: [(n, p) for n, p in pieces if p.box.common(self._boxes[name])]
-            for name, pieces in contents.by_tensor().items()
-            if name in self._boxes
-        }
-        self._incoming = RECEIVERS[contents.transport](contents, [p for pieces in mine.values() for _, p in pieces])
-        self._contents, self._mine = contents, mine
+        mine = [
+            (number, piece)
+            for number, piece in enumerate(contents.pieces)
+            if piece.name in self._boxes and piece.is_for(self._seat.rank) and piece.box.common(self._boxes[piece.name])
+        ]
+        self._incoming = TRANSPORTS[contents.transport].incoming(contents, mine, self._seat.rank)
+        self._contents = contents
+        self._mine = {name: [] for name in self._boxes}
+        for number, piece in mine:
+            self._mine[piece.name].append((number, piece))
 
     def take(self, manifest: Manifest) -> None:
-        """Bring the bytes of one version here and check every piece, before anything is loaded.
+        """Begin a version: where all of it is within reach at once, every piece is checked before anything is loaded.
 
         Raises:
             TransferError: nothing was agreed on, another trainer has taken over, or a piece that is damaged or late.
@@ -80,45 +85,60 @@ class Receiver:
             )
         if manifest.contents != contents.digest or len(manifest.checksums) != len(contents.pieces):
             raise TransferError(f"version {manifest.version} does not belong to the contents that were agreed on")
-        incoming.receive(manifest.version)
-        for pieces in self._mine.values():
-            for number, piece in pieces:
-                found = checksum_of(incoming.view(piece))
-                if found != manifest.checksums[number]:
-                    raise TransferError(
-                        f"version {manifest.version}: {piece.name} at {piece.box.offset} arrived damaged "
-                        f"(xxh3 {found:016x}, the manifest says {manifest.checksums[number]:016x})"
-                    )
+        self._manifest = manifest
+        checked = self._checked(incoming.receive(manifest.version))
+        self._arriving = iter(list(checked)) if incoming.whole else checked
+
+    def _checked(self, arriving: Iterator[tuple[int, Piece]]) -> Iterator[tuple[int, Piece]]:
+        for number, piece in arriving:
+            found, wanted = checksum_of(self._agreed()[1].view(number, piece)), self._manifest.checksums[number]
+            if found != wanted:
+                raise TransferError(
+                    f"version {self._manifest.version}: {piece.name} at {piece.box.offset} arrived damaged "
+                    f"(xxh3 {found:016x}, the manifest says {wanted:016x})"
+                )
+            yield number, piece
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole-shaped HF tensors of the version that was taken, one at a time.
+        """Whole-shaped HF tensors of the version that was taken, one at a time, as they become complete.
 
         Only this rank's box of a tensor holds weights: loaders cut it out. A tensor of one piece is read in place.
+
+        Raises:
+            TransferError: as `take`, for transports that bring pieces one by one.
         """
-        for name, pieces in self._mine.items():
-            shape = self._expected[name]
-            if len(pieces) == 1 and pieces[0][1].box.extent == shape:
-                yield name, self._tensor(pieces[0][1])
+        begun: dict[str, list] = {}
+        for number, piece in self._arriving:
+            part = self._tensor(number, piece)
+            if piece.box.extent == self._expected[piece.name]:
+                yield piece.name, part
                 continue
-            tensor = torch.empty(shape, dtype=self._dtype)  # memory that is not touched costs nothing on the host
-            for _, piece in pieces:
-                tensor[piece.box.slices] = self._tensor(piece)
-            yield name, tensor
+            if piece.name not in begun:  # memory that is not touched costs nothing on the host
+                tensor = torch.empty(self._expected[piece.name], dtype=part.dtype, device=part.device)
+                begun[piece.name] = [tensor, len(self._mine[piece.name])]
+            begun[piece.name][0][piece.box.slices] = part
+            begun[piece.name][1] -= 1
+            if not begun[piece.name][1]:
+                yield piece.name, begun.pop(piece.name)[0]
 
     def compare(self, read: ReadBack) -> None:
-        """Compare what the engine now holds with what arrived, element by element.
+        """Compare what the engine now holds with what arrived: element by element where that is still within reach,
+        by checksum where not.
 
         Raises:
             TransferError: naming the first tensor that differs.
         """
         for name, pieces in self._mine.items():
-            own = self._boxes[name]
-            for _, piece in pieces:
-                common = piece.box.common(own)
-                sent = self._tensor(piece)[common.inside(piece.box).slices]
-                for found in read(name, common):
-                    if found.shape != sent.shape or not torch.equal(found.to(sent.device), sent):
-                        raise TransferError(f"{name} at {common.offset}: the engine's weights are not those that were sent")
+            for number, piece in pieces:
+                common = piece.box.common(self._boxes[name])
+                if not all(self._is_sent(number, piece, common, found) for found in read(name, common)):
+                    raise TransferError(f"{name} at {common.offset}: the engine's weights are not those that were sent")
+
+    def _is_sent(self, number: int, piece: Piece, box: Box, found: Tensor) -> bool:
+        if not self._agreed()[1].whole:
+            return box == piece.box and checksum_of(found) == self._manifest.checksums[number]
+        sent = self._tensor(number, piece)[box.inside(piece.box).slices]
+        return found.shape == sent.shape and torch.equal(found.to(sent.device), sent)
 
     @property
     def names(self) -> Mapping[str, Box]:
@@ -129,16 +149,13 @@ class Receiver:
         """Let go of the sender's memory."""
         if self._incoming is not None:
             self._incoming.close()
-        self._incoming, self._contents, self._mine = None, None, {}
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return getattr(torch, self._seat.dtype)
+        self._incoming, self._contents, self._mine, self._arriving = None, None, {}, iter(())
 
     def _agreed(self) -> tuple[Contents, Incoming]:
         if self._contents is None or self._incoming is None:
             raise TransferError("nothing has been agreed on with this engine: prepare it first")
         return self._contents, self._incoming
 
-    def _tensor(self, piece: Piece) -> Tensor:
-        return self._agreed()[1].view(piece).view(self._dtype).view(piece.box.extent)
+    def _tensor(self, number: int, piece: Piece) -> Tensor:
+        data = self._agreed()[1].view(number, piece)
+        return data.view(getattr(torch, self._seat.dtype)).view(piece.box.extent)

@@ -1,16 +1,18 @@
 """The trainer's side of the weight transfer: every rank contributes boxes that it holds, as the plan says.
 
-Each rank copies its own boxes, under their Hugging Face names, to where the transport wants them. Rank 0 collects their
-checksums (no weights), makes the manifest and drives all engines at once. No tensor is gathered.
+Each rank brings its own boxes, under their Hugging Face names, to where the transport wants them. Rank 0 collects their
+checksums (no weights), makes the manifests and drives all engines at once. No tensor is gathered.
 """
 
 from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +24,8 @@ from megatron_hpt.weights.hf_config import ModelShape
 from megatron_hpt.weights.layouts import EngineLayout, Held, engine_holdings
 from megatron_hpt.weights.manifest import Contents, Manifest, Piece
 from megatron_hpt.weights.mapping import ShardView, hf_tensor_shapes
-from megatron_hpt.weights.plan import Plan, make_plan
-from megatron_hpt.weights.transports import SENDERS
+from megatron_hpt.weights.plan import Plan, Send, make_plan
+from megatron_hpt.weights.transports import TRANSPORTS, Outgoing, files
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,24 @@ class Target:
 
     control: EngineControl
     layout: EngineLayout
+
+
+@dataclass(frozen=True)
+class Options:
+    """How weights travel."""
+
+    transport: str = "shared_memory"
+    """A row of `transports.TRANSPORTS`."""
+    compare_every: int = 50
+    """Versions after which engines compare their weights with what was sent; the first always."""
+    deadline_s: float = 60.0
+    """Longest wait for one message."""
+    host: str = "127.0.0.1"
+    """Address of the trainer's first rank that engines reach, for transports that talk."""
+    folder: str = ""
+    """Of files: where versions lie."""
+    full_every: int = 1
+    """Of files: every k-th version is whole, those between hold what changed."""
 
 
 def session_name() -> str:
@@ -48,9 +68,7 @@ class WeightSender:
         shape: ModelShape,
         targets: Sequence[Target],
         group: dist.ProcessGroup,
-        *,
-        transport: str = "shared_memory",
-        compare_every: int = 50,
+        options: Options = Options(),
     ) -> None:
         """Plan the transfer and lay out this rank's part of it.
 
@@ -58,21 +76,37 @@ class WeightSender:
             views: every box that this rank holds, replicas included (`actor.model.views`).
             targets: all engines; connections are used on rank 0 only.
             group: all trainer ranks, on a backend that moves Python objects on the host (gloo).
-            compare_every: versions after which engines compare their weights with what was sent; the first always.
         """
-        self._group, self._rank = group, dist.get_rank(group)
-        self._targets, self._compare_every = list(targets), compare_every
+        self._group, self._rank, self._size = group, dist.get_rank(group), dist.get_world_size(group)
+        self._targets, self._options, self._transport = list(targets), options, TRANSPORTS[options.transport]
         self._tensors = hf_tensor_shapes(shape)
-        self._views = {view.name: [] for view in views}
+        self._views: dict[str, list[ShardView]] = {}
         for view in views:
-            self._views[view.name].append(view)
-        dtype = next(iter(views)).view.dtype
-        self.plan = self._make_plan(shape, dtype)
-        self._mine = self.plan.by_sender().get(self._rank, [])
-        self._sink = SENDERS[transport]([send.nbytes for send in self._mine])
-        self._contents = self._collect_contents(transport, str(dtype).removeprefix("torch."))
-        self._prepared: set[str] = set()
-        self._last: Manifest | None = None
+            self._views.setdefault(view.name, []).append(view)
+        self._dtype = next(iter(views)).view.dtype
+        self.plan = self._make_plan(shape)
+        # One copy of a box serves all messages that carry it.
+        self._boxes = list(dict.fromkeys((send.name, send.box) for send in self.plan.sends if send.sender == self._rank))
+        outgoing = Outgoing(self._rank, self._boxes, self._dtype, options.folder, options.full_every)
+        self._sink = self._transport.sink(outgoing)
+        ends = self._gathered((self._sink.source, self._boxes, self._sink.positions))
+        self._places = [dict(zip(boxes, positions, strict=True)) for _, boxes, positions in ends]
+        sources = tuple(source for source, _, _ in ends)
+        dtype = str(self._dtype).removeprefix("torch.")
+        session = self._told(session_name() if self._rank == 0 else None)
+        self._contents = [
+            Contents(session, options.transport, dtype, self._tensors, sources, self._pieces(engine))
+            for engine in range(len(self._targets))
+        ]
+        self._prepared: set[int] = set()
+        self._version: int | None = None
+        self._checksums: list[dict[tuple[str, Box], int]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one copy of the weights."""
+        item = self._dtype.itemsize
+        return sum(box.volume * item for box in {(s.name, s.box): s.box for s in self.plan.sends}.values())
 
     def publish(self, version: int) -> int:
         """Bring every engine to `version`.
@@ -80,31 +114,32 @@ class WeightSender:
         An engine that is gone is left out, as long as one remains; any other failure is raised.
 
         Returns:
-            Bytes of the version's weights, on every rank.
+            Bytes of the version's weights.
 
         Raises:
-            HptError: on every rank, with what rank 0 met.
+            HptError: on every rank, with what any of them met.
         """
         with torch.no_grad():
-            checksums = [self._sink.put(i, self._source(send.name, send.box)) for i, send in enumerate(self._mine)]
-        self._sink.commit(version)
-        everyone: list | None = [None] * dist.get_world_size(self._group) if self._rank == 0 else None
-        dist.gather_object(checksums, everyone, dst=0, group=self._group)
-        if everyone is not None:
-            compare = self._last is None or version % self._compare_every == 0
-            flat = tuple(checksum for own in everyone for checksum in own)
-            self._last = Manifest(self._contents.session, self._contents.digest, version, flat, compare)
-        self._agree_on(lambda: self._serve(self._targets))
-        return self._contents_nbytes
+            checksums = {box: self._sink.put(i, self._source(*box)) for i, box in enumerate(self._boxes)}
+        self._raise_any(self._attempt(lambda: self._sink.commit(version)))
+        self._checksums, self._version = self._gathered(checksums), version
+        if self._options.transport == "files" and self._rank == 0:
+            whole = replace(self._contents[0], pieces=self._pieces(None))
+            files.announce(Path(self._options.folder), whole, self._manifest(whole, compare=True))
+        self._serve(range(len(self._targets)))
+        return self.nbytes
 
     def renew(self, url: str) -> None:
         """Give one engine, which came back without weights, the version that was published last.
 
         Raises:
-            HptError: on every rank.
+            HptError: on every rank; nothing has been published, or as `publish`.
         """
-        self._prepared.discard(url)
-        self._agree_on(lambda: self._serve([target for target in self._targets if target.control.url == url]))
+        if self._version is None:
+            raise TransferError(f"engine {url} asked for weights before any were published")
+        chosen = [engine for engine, target in enumerate(self._targets) if target.control.url == url]
+        self._prepared.difference_update(chosen)
+        self._serve(chosen)
 
     def close(self) -> None:
         """Free what the transport holds and the connections."""
@@ -112,36 +147,48 @@ class WeightSender:
             target.control.close()
         self._sink.close()
 
-    def _make_plan(self, shape: ModelShape, dtype: torch.dtype) -> Plan:
+    def _make_plan(self, shape: ModelShape) -> Plan:
         mine = [(view.name, Box(view.offset, view.extent)) for views in self._views.values() for view in views]
-        everyone: list = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, mine, group=self._group)
         held: dict[str, dict[Box, list[int]]] = {name: {} for name in self._tensors}
-        for rank, boxes in enumerate(everyone):
+        for rank, boxes in enumerate(self._gathered(mine)):
             for name, box in boxes:
                 held[name].setdefault(box, []).append(rank)
         actor: dict[str, Held] = {n: [(box, tuple(ranks)) for box, ranks in found.items()] for n, found in held.items()}
         layouts = {target.layout for target in self._targets}
         holdings = {layout: engine_holdings(self._tensors, shape, layout) for layout in layouts}
         engines = [(holdings[target.layout], target.layout.ranks) for target in self._targets]
-        return make_plan(self._tensors, dtype.itemsize, actor, engines, len(everyone), multicast=True)
+        multicast = self._transport.multicast
+        return make_plan(self._tensors, self._dtype.itemsize, actor, engines, self._size, multicast=multicast)
 
-    def _collect_contents(self, transport: str, dtype: str) -> Contents | None:
-        """The contents on rank 0; every rank knows their size."""
-        positions = self._sink.positions
-        everyone: list = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, (self._sink.source, positions), group=self._group)
-        self._contents_nbytes = sum(send.nbytes for send in self.plan.sends)
-        if self._rank:
-            return None
-        sends = self.plan.by_sender()
-        pieces = [
-            Piece(send.name, send.box, rank, position, send.nbytes)
-            for rank, (_, places) in enumerate(everyone)
-            for send, position in zip(sends.get(rank, []), places, strict=True)
+    def _of_engine(self, engine: int | None) -> list[tuple[Send, tuple[int, ...]]]:
+        """Sends that concern an engine (None: all) in the global order, with its ranks that receive each."""
+        if engine is None:
+            return [(send, ()) for send in self.plan.sends]
+        first = sum(target.layout.ranks for target in self._targets[:engine])
+        own = range(first, first + self._targets[engine].layout.ranks)
+        with_ranks = ((send, tuple(r - first for r in send.receivers if r in own)) for send in self.plan.sends)
+        return [(send, ranks) for send, ranks in with_ranks if ranks]
+
+    def _pieces(self, engine: int | None) -> tuple[Piece, ...]:
+        talks = self._transport.meets
+        return tuple(
+            Piece(s.name, s.box, s.sender, self._places[s.sender][s.name, s.box], s.nbytes, ranks if talks else ())
+            for s, ranks in self._of_engine(engine)
+        )
+
+    def _messages(self, engine: int) -> list[tuple[int, int, int]]:
+        """What this rank sends to an engine: (box, piece, rank in the group of both)."""
+        numbers = {box: i for i, box in enumerate(self._boxes)}
+        return [
+            (numbers[send.name, send.box], piece, self._size + rank)
+            for piece, (send, ranks) in enumerate(self._of_engine(engine))
+            if send.sender == self._rank
+            for rank in ranks
         ]
-        sources = tuple(source for source, _ in everyone)
-        return Contents(session_name(), transport, dtype, self._tensors, sources, tuple(pieces))
+
+    def _manifest(self, contents: Contents, *, compare: bool) -> Manifest:
+        checksums = tuple(self._checksums[piece.source][piece.name, piece.box] for piece in contents.pieces)
+        return Manifest(contents.session, contents.digest, self._version, checksums, compare)
 
     def _source(self, name: str, box: Box) -> torch.Tensor:
         """The box of a tensor, out of the local parameters; a copy only where layouts differ."""
@@ -153,39 +200,88 @@ class WeightSender:
                 return view.read()[box.inside(own).slices]
         raise TransferError(f"{name} at {box.offset} is not held by rank {self._rank}, which was to send it")
 
-    def _agree_on(self, action) -> None:
-        """Rank 0 acts; what it meets is raised on all ranks, which wait for the outcome."""
-        outcome: list = [None]
-        if self._rank == 0:
-            try:
-                action()
-            except HptError as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if isinstance(outcome[0], HptError):
-            raise outcome[0]
-
-    def _serve(self, targets: Sequence[Target]) -> None:
-        with ThreadPoolExecutor(max(1, len(targets))) as pool:
-            outcomes = list(pool.map(self._serve_one, targets))
+    def _serve(self, engines: Sequence[int]) -> None:
+        """All ranks: talk to the engines, while rank 0 drives them; decide together how it went."""
+        fresh = {engine for engine in engines if engine not in self._prepared}
+        meetings = self._told({engine: self._rendezvous(engine) for engine in fresh} if self._rank == 0 else None)
+        with ThreadPoolExecutor(max(1, 2 * len(engines))) as pool:
+            talks = [pool.submit(self._attempt, lambda e=e: self._talk(e, meetings.get(e))) for e in engines]
+            drives = [
+                pool.submit(self._attempt, lambda e=e: self._drive(e, meetings.get(e))) for e in engines if not self._rank
+            ]
+            own = [talk.result() for talk in talks]
+            # What the engine says comes first: it knows more than a rank whose message was not taken.
+            told = [drive.result() for drive in drives] or [None] * len(own)
+        outcomes = [
+            next((error for error in of_engine if error), None)
+            for of_engine in zip(*self._gathered_first(told, own), strict=True)
+        ]
+        for engine, outcome in zip(engines, outcomes, strict=True):
+            (self._prepared.discard if outcome else self._prepared.add)(engine)
         gone = [error for error in outcomes if isinstance(error, EngineGone)]
         failed = [error for error in outcomes if error is not None and error not in gone]
-        if failed or len(gone) == len(targets):
+        if failed or (gone and len(gone) == len(engines)):
             raise (failed or gone)[0]
 
-    def _serve_one(self, target: Target) -> HptError | None:
-        control, manifest = target.control, self._last
+    def _gathered_first(self, told: list, own: list) -> list[list]:
+        """Outcomes by engine: rank 0's drive, then what each rank met."""
+        everyone = self._gathered((told, own))
+        return [everyone[0][0], *(met for _, met in everyone)]
+
+    def _rendezvous(self, engine: int) -> dict[str, Any]:
+        if not self._transport.meets:
+            return {}
+        from megatron_hpt.weights.transports.collective import library
+
+        with socket.socket() as probe:
+            probe.bind((self._options.host, 0))
+            port = probe.getsockname()[1]
+        return {
+            "host": self._options.host,
+            "port": port,
+            "senders": self._size,
+            "size": self._size + self._targets[engine].layout.ranks,
+            "seconds": self._options.deadline_s,
+            "library": library(self._options.transport),
+        }
+
+    def _talk(self, engine: int, rendezvous: dict[str, Any] | None) -> None:
+        if self._transport.meets:
+            if rendezvous:
+                self._sink.meet(engine, rendezvous, self._rank)
+            self._sink.transmit(engine, self._messages(engine))
+
+    def _drive(self, engine: int, rendezvous: dict[str, Any] | None) -> None:
+        control = self._targets[engine].control
+        fresh = rendezvous is not None
+        if fresh:
+            self._contents[engine] = replace(self._contents[engine], rendezvous=rendezvous)
+            control.prepare(self._contents[engine])
+        compare = fresh or self._version % self._options.compare_every == 0
+        control.update(self._manifest(self._contents[engine], compare=compare))
+
+    def _attempt(self, action: Callable[[], None]) -> HptError | None:
         try:
-            if manifest is None:
-                raise TransferError(f"{control.url} asked for weights before any were published")
-            fresh = control.url not in self._prepared
-            if fresh:
-                control.prepare(self._contents)
-            control.update(Manifest(**{**vars(manifest), "compare": manifest.compare or fresh}))
-            self._prepared.add(control.url)
+            action()
         except HptError as error:
-            self._prepared.discard(control.url)
             return error
-        except (KeyError, ValueError) as error:
-            return TransferError(f"engine {control.url} answered what cannot be read: {error!r}")
+        except (KeyError, ValueError, TypeError) as error:
+            return TransferError(f"an engine answered what cannot be read: {error!r}")
         return None
+
+    def _raise_any(self, met: HptError | None) -> None:
+        """Raise on every rank what any of them met."""
+        for error in self._gathered(met):
+            if error is not None:
+                raise error
+
+    def _gathered(self, mine: Any) -> list:
+        everyone: list = [None] * self._size
+        dist.all_gather_object(everyone, mine, group=self._group)
+        return everyone
+
+    def _told(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]

@@ -16,7 +16,7 @@ from megatron_hpt.config import Config, ParallelConfig
 from megatron_hpt.process import die_with_parent
 from megatron_hpt.rollout import engines
 from megatron_hpt.weights.hf_config import model_shape
-from megatron_hpt.weights.sender import Target, WeightSender
+from megatron_hpt.weights.sender import Options, Target, WeightSender
 from tests.weights.servers import engine_config, greedy
 
 
@@ -40,12 +40,14 @@ def main() -> None:
     for name, layout in json.loads(Path(layouts).read_text()).items():
         # A second process group needs a store of its own: keys of the first are still in torchrun's.
         os.environ |= {"MASTER_PORT": str(layout.pop("port")), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        transfer = layout.pop("transfer", {})
         config = engine_config(kind, Path(path))
         config.rollout.tensor_parallel = int(layout.pop("engine_tensor", 1))
         config.parallel = ParallelConfig(**layout)
         shape, ranks, chunks, views = build(config, where)
         targets = [Target(engines.control(config, url), engines.layout(config)) for url in urls]
-        sender = WeightSender(views, shape, targets, dist.group.WORLD, compare_every=1)
+        options = Options(**{"compare_every": 1, **transfer})
+        sender = WeightSender(views, shape, targets, dist.group.WORLD, options)
         outcome[name] = {"sent": sender.plan.sent, "received": sender.plan.received}
         for factor, key in ((2.0, "doubled"), (0.5, "own")):
             scale(views, factor)

@@ -132,7 +132,7 @@ def drop(contents: Contents, name: str) -> Contents:
         (lambda c: drop(c, Q), r"q_proj.weight at .*: its pieces do not cover it"),
         (lambda c: replace(c, pieces=(*c.pieces, c.pieces[1])), "two pieces overlap"),
         (lambda c: replace(c, pieces=(*c.pieces, replace(c.pieces[0], box=Box((8, 0), (3, 4))))), "does not fit"),
-        (lambda c: replace(c, transport="pigeon"), "transport 'pigeon' is not known here; known: shared_memory"),
+        (lambda c: replace(c, transport="pigeon"), "transport 'pigeon' is not known here; known: shared_memory, files"),
         (lambda c: replace(c, sources=({"path": "/proc/0/fd/0", "nbytes": 1},) * 2), "cannot map the weights"),
     ],
 )

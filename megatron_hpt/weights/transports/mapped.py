@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -126,30 +126,27 @@ class MappedBytes:
 
 
 class Mapped:
-    """Receiving end: the senders' bytes, in place. A path may name the version: ``…/{version:06d}/rank_0``."""
+    """Receiving end: the senders' bytes, in place."""
 
-    def __init__(self, sources: Sequence[dict[str, Any]]) -> None:
-        self._sources = sources
-        self._open: dict[str, MappedBytes] = {}
-        self._bytes: list[MappedBytes] = []
+    whole = True
 
-    def receive(self, version: int) -> None:
-        """Map what is not mapped yet.
+    def __init__(self, sources: Sequence[dict[str, Any]], pieces: Sequence[tuple[int, Piece]]) -> None:
+        """Map the sources of this rank's pieces.
 
         Raises:
             TransferError: a source is gone.
         """
-        paths = [source["path"].format(version=version) for source in self._sources]
-        self._open = {
-            path: self._open.get(path) or MappedBytes({**source, "path": path})
-            for path, source in zip(paths, self._sources, strict=True)
-        }
-        self._bytes = [self._open[path] for path in paths]
+        self._pieces = list(pieces)
+        self._bytes = {number: MappedBytes(sources[number]) for number in sorted({piece.source for _, piece in pieces})}
 
-    def view(self, piece: Piece) -> Tensor:
+    def receive(self, version: int) -> Iterator[tuple[int, Piece]]:
+        """Everything is within reach."""
+        yield from self._pieces
+
+    def view(self, number: int, piece: Piece) -> Tensor:
         """[nbytes] uint8, in place."""
         return self._bytes[piece.source].view(piece.position, piece.nbytes)
 
     def close(self) -> None:
         """Unmap."""
-        self._open, self._bytes = {}, []
+        self._bytes.clear()
