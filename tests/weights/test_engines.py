@@ -30,7 +30,7 @@ SMALL = {"hidden": 64, "layers": 2, "positions": 64}
 MODELS = {
     "untied": lambda folder: tiny_llama.write(folder, **SMALL, heads=2, kv_heads=2),
     "tied": lambda folder: tiny_llama.write(folder, **SMALL, heads=2, kv_heads=2, tied=True),
-    "experts": lambda folder: tiny_qwen3.write(folder, experts=4),
+    "experts": lambda folder: tiny_qwen3.write(folder, experts=4, head_dim=32),
 }
 QUICK = {("vllm", 2, "tied"), ("sglang", 1, "experts")}
 """Always run; all of them with HPT_MATRIX=1."""
@@ -58,6 +58,32 @@ def test_a_pushed_engine_is_a_fresh_engine(tmp_path: Path, kind: str, tensor: in
             assert_equal(load_file(exported / "model.safetensors"), load_file(model / "model.safetensors"))
     finally:
         server.stop()
+
+
+def test_every_transport_serves_a_real_engine(tmp_path: Path) -> None:
+    """Also a second engine beside the first, and a window for messages, as GPUs have."""
+    model = tmp_path / "model"
+    MODELS["untied"](model)
+    files = {"transport": "files", "folder": str(tmp_path / "versions")}
+    ways = {
+        "gloo": {"transport": "gloo"},
+        "files": files,
+        "differences": {**files, "folder": str(tmp_path / "differences"), "full_every": 4},
+    }
+    layouts = {name: {"tensor": 2, "pipeline": 2, "transfer": way} for name, way in ways.items()}
+    servers = [Server.start("vllm", model, tmp_path), Server.start("vllm", model, tmp_path)]
+    try:
+        fresh = [server.ready().greedy() for server in servers]
+        outcome = publish(tmp_path, model, layouts, "vllm", *(server.url for server in servers))
+        for name, found in outcome.items():
+            assert [[tuple(map(tuple, answer)) for answer in engine] for engine in found["own"]] == [
+                [tuple(map(tuple, answer)) for answer in engine] for engine in fresh
+            ], name
+            assert all(doubled != own for doubled, own in zip(found["doubled"], found["own"], strict=True))
+        assert sum(outcome["gloo"]["sent"]) == sum(outcome["gloo"]["received"])
+    finally:
+        for server in servers:
+            server.stop()
 
 
 def publish(folder: Path, model: Path, layouts: dict, kind: str, *urls: str) -> dict:
