@@ -113,6 +113,7 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         manifest = Manifest.from_json(update_info.manifest)
         self._receiver.take(manifest)
         expected = {name for name, _ in self.model.named_parameters()}
+        self._forget_packing_of_experts()
         # The host's linear layers are repacked after loading; a layerwise reload undoes and redoes that.
         initialize_layerwise_reload(self.model)
         try:
@@ -124,6 +125,13 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             finalize_layerwise_reload(self.model, self.model_config)
             raise
         self._manifest = manifest
+
+    def _forget_packing_of_experts(self) -> None:
+        """The host's experts are packed by the step that makes their kernel, which vLLM 0.32 takes once: without this
+        they would compute with unpacked weights after an update (unquantized_fused_moe_method.py, _setup_kernel)."""
+        for module in self.model.modules():
+            if _expert_packing(module):
+                module.quant_method.moe_kernel = None
 
     @_kept
     def finish_weight_update(self) -> None:
@@ -155,7 +163,7 @@ def plain(module: nn.Module, parameter: str) -> Tensor:
 
 def _through(module: nn.Module) -> Tensor:
     """Unit vectors through a packed linear layer: every sum has one term, so the weight comes out exactly."""
-    width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
+    width = next(getattr(module, n) for n in ("input_size_per_partition", "input_size", "embedding_dim") if hasattr(module, n))
     unit = torch.eye(width, dtype=module.params_dtype)
     return module.cpu_linear(unit, module.weight, None).t()
 
