@@ -134,10 +134,10 @@ class Trainer:
 
         The last version is always sent: the final evaluation samples from it.
         """
-        started, nbytes = time.monotonic(), 0
+        started, steps = time.monotonic(), {"weights/bytes": 0}
         if version == self._config.trainer.steps or not self._ledger.has(version):
-            nbytes = self._sender.publish(version)
-        self._tell(f"published/{version}", {"time/transfer_s": time.monotonic() - started, "weights/bytes": nbytes})
+            steps = self._sender.publish(version)
+        self._tell(f"published/{version}", {"time/transfer_s": time.monotonic() - started, **steps})
 
     def _next_batch(self, step: int) -> bool:
         """Wait for a batch; False: a notice came first. Rank 0 decides, so that all ranks do the same."""

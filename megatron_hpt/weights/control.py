@@ -66,22 +66,34 @@ class EngineControl(ABC):
             DeadlineError: it did not answer in time.
         """
 
-    def update(self, manifest: Manifest) -> None:
+    def update(self, manifest: Manifest) -> dict[str, float]:
         """Bring the engine to `manifest.version`, whole: pause, transfer, verify, load, drop caches, compare, resume.
 
         The version is set by the last call that can fail, so an engine that reports it serves it. After an error the
         engine stays paused: it is not used until an update succeeds.
 
+        Returns:
+            Seconds of its slowest rank: receive, load, and compare where that was asked for.
+
         Raises: as `prepare`.
         """
         self.pause()
-        self._update(manifest)
+        seconds = self._update(manifest)
         if self.version() != manifest.version:
             raise TransferError(f"{self.url} reports version {self.version()} after an update to {manifest.version}")
         self.resume()
+        return seconds
 
     @abstractmethod
-    def _update(self, manifest: Manifest) -> None: ...
+    def _update(self, manifest: Manifest) -> dict[str, float]: ...
+
+    @abstractmethod
+    def compare(self, contents: Contents, manifest: Manifest) -> None:
+        """Compare the engine's weights with others that it can reach; nothing is loaded, no trainer loses its place.
+
+        Raises:
+            TransferError: naming the first tensor that differs.
+        """
 
     @abstractmethod
     def pause(self) -> None:
@@ -144,7 +156,7 @@ class VllmControl(EngineControl):
         self._post("/init_weight_transfer_engine", {"init_info": {"contents": contents.to_json()}})
         self._check()
 
-    def _update(self, manifest: Manifest) -> None:
+    def _update(self, manifest: Manifest) -> dict[str, float]:
         if self._is_open():
             raise TransferError(f"engine {self.url} is in the middle of an update by another trainer")
         self._post("/start_weight_update")
@@ -156,17 +168,30 @@ class VllmControl(EngineControl):
                 raise TransferError(f"{self.url} did not drop its prefix cache: something still holds blocks of it")
         finally:
             self._post("/finish_weight_update", {})
-        self._check()
+        seconds = [rank["seconds"] for rank in self._check()]
         self._post("/update_weight_version", {"new_version": str(manifest.version)})
+        return {step: max(rank[step] for rank in seconds) for step in seconds[0]}
+
+    def compare(self, contents: Contents, manifest: Manifest) -> None:
+        """See the base class."""
+        arguments = [json.dumps(contents.to_json()), json.dumps(manifest.to_json())]
+        self._post("/collective_rpc", {"method": "transfer_compare", "args": arguments})
+        self._check()
 
     def _is_open(self) -> bool:
         return any(rank["open"] for rank in self._outcomes())
 
-    def _check(self) -> None:
-        """Raise what a rank met in the last step."""
-        for rank, outcome in enumerate(self._outcomes()):
+    def _check(self) -> list[dict[str, Any]]:
+        """Each rank's outcome of the last step.
+
+        Raises:
+            TransferError: what one of them met.
+        """
+        outcomes = self._outcomes()
+        for rank, outcome in enumerate(outcomes):
             if outcome["failure"]:
                 raise TransferError(f"engine {self.url}, rank {rank}: {outcome['failure']}")
+        return outcomes
 
     def _outcomes(self) -> list[dict[str, Any]]:
         return self._post("/collective_rpc", {"method": "transfer_outcome"}).json()["results"]
@@ -217,14 +242,24 @@ class SglangControl(EngineControl):
         finally:
             self._post("/end_weight_update", {})
 
-    def _update(self, manifest: Manifest) -> None:
+    def _update(self, manifest: Manifest) -> dict[str, float]:
         self._begin(taking_over=False)
         try:
-            self._command("update", manifest.to_json(), manifest.version)
+            seconds = json.loads(self._command("update", manifest.to_json(), manifest.version))
         finally:
             self._post("/end_weight_update", {})
         if self._in_flight is not InFlight.KEEP:
             self._call("POST", "/flush_cache", params={"timeout": str(self._deadline_s)})
+        return seconds
+
+    def compare(self, contents: Contents, manifest: Manifest) -> None:
+        """See the base class."""
+        self._ranks = self.layout().tensor
+        self._begin(taking_over=False)
+        try:
+            self._command("compare", {"contents": contents.to_json(), "manifest": manifest.to_json()})
+        finally:
+            self._post("/end_weight_update", {})
 
     def _begin(self, *, taking_over: bool) -> None:
         try:
@@ -235,11 +270,11 @@ class SglangControl(EngineControl):
             self._post("/end_weight_update", {})
             self._post("/begin_weight_update", {})
 
-    def _command(self, action: str, body: dict[str, Any], version: int | None = None) -> None:
+    def _command(self, action: str, body: dict[str, Any], version: int | None = None) -> str:
         """Our load format carries a command; SGLang wants it as a pickled list of named tensors, one a rank."""
         data = bytearray(json.dumps({"action": action, "body": body}).encode())
         payload = base64.b64encode(pickle.dumps([("command", torch.frombuffer(data, dtype=torch.uint8))])).decode()
-        self._post(
+        answer = self._post(
             "/update_weights_from_tensor",
             {
                 "serialized_named_tensors": [payload] * self._ranks,
@@ -248,6 +283,7 @@ class SglangControl(EngineControl):
                 **({} if version is None else {"weight_version": str(version)}),
             },
         )
+        return answer.json()["message"]
 
     def pause(self) -> None:
         """See the base class."""
@@ -280,3 +316,20 @@ class SglangControl(EngineControl):
 
 CONTROLS: dict[str, type[EngineControl]] = {"vllm": VllmControl, "sglang": SglangControl}
 """`rollout.engine` → its control."""
+
+
+def connect(url: str, deadline_s: float) -> EngineControl:
+    """The control of a running engine of either kind.
+
+    Raises:
+        EngineGone: nobody answers there.
+        TransferError: it is neither.
+    """
+    for control in (kind(url, deadline_s) for kind in CONTROLS.values()):
+        try:
+            control.version()
+        except TransferError:
+            control.close()
+            continue
+        return control
+    raise TransferError(f"{url} is neither a vLLM server in development mode nor an SGLang server, or wants another token")

@@ -121,8 +121,21 @@ def model_shape(folder: str | Path) -> ModelShape:
     """
     config = read_config(folder)
     file = Path(folder) / "config.json"
+    _refuse_unsupported(config, _family(config, file), file)
+    return _shape(config, file)
+
+
+def shape_of_any(folder: str | Path) -> ModelShape:
+    """The shape of a model that need not be trainable here: its tensors and how they are cut are known all the same.
+
+    Raises:
+        ModelError: not a model folder, an unsupported family, or a missing size.
+    """
+    return _shape(read_config(folder), Path(folder) / "config.json")
+
+
+def _shape(config: dict[str, Any], file: Path) -> ModelShape:
     family = _family(config, file)
-    _refuse_unsupported(config, family, file)
     for key in family.required:
         _need(config, key, file)
     heads = _need(config, "num_attention_heads", file)

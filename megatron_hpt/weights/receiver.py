@@ -5,8 +5,11 @@ Imports neither an engine nor Megatron, so any engine process (and any test) can
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from megatron_hpt.weights.manifest import Contents, Manifest, Piece, check_conte
 from megatron_hpt.weights.mapping import hf_tensor_shapes
 from megatron_hpt.weights.transports import TRANSPORTS, Incoming
 
+Loaded = TypeVar("Loaded")
 ReadBack = Callable[[str, Box], Iterable[Tensor]]
 """(HF name, box) → what the engine's model now holds there, once for each place where it keeps it."""
 
@@ -50,6 +54,8 @@ class Receiver:
         self._manifest: Manifest | None = None
         self._mine: dict[str, list[tuple[int, Piece]]] = {}
         self._arriving: Iterator[tuple[int, Piece]] = iter(())
+        self.seconds: dict[str, float] = {}
+        """What the steps of the last version took: receive (until its last byte was read), load, compare."""
 
     def agree(self, contents: Contents) -> None:
         """Accept a trainer's contents, in place of any other's.
@@ -85,9 +91,10 @@ class Receiver:
             )
         if manifest.contents != contents.digest or len(manifest.checksums) != len(contents.pieces):
             raise TransferError(f"version {manifest.version} does not belong to the contents that were agreed on")
-        self._manifest = manifest
+        self._manifest, self.seconds = manifest, {}
         checked = self._checked(incoming.receive(manifest.version))
-        self._arriving = iter(list(checked)) if incoming.whole else checked
+        with self._timed("receive"):
+            self._arriving = iter(list(checked)) if incoming.whole else checked
 
     def _checked(self, arriving: Iterator[tuple[int, Piece]]) -> Iterator[tuple[int, Piece]]:
         for number, piece in arriving:
@@ -128,17 +135,29 @@ class Receiver:
         Raises:
             TransferError: naming the first tensor that differs.
         """
-        for name, pieces in self._mine.items():
-            for number, piece in pieces:
-                common = piece.box.common(self._boxes[name])
-                if not all(self._is_sent(number, piece, common, found) for found in read(name, common)):
-                    raise TransferError(f"{name} at {common.offset}: the engine's weights are not those that were sent")
+        with self._timed("compare"):
+            for name, pieces in self._mine.items():
+                for number, piece in pieces:
+                    common = piece.box.common(self._boxes[name])
+                    if not all(self._is_sent(number, piece, common, found) for found in read(name, common)):
+                        raise TransferError(f"{name} at {common.offset}: the engine's weights are not those that were sent")
 
     def _is_sent(self, number: int, piece: Piece, box: Box, found: Tensor) -> bool:
         if not self._agreed()[1].whole:
             return box == piece.box and checksum_of(found) == self._manifest.checksums[number]
         sent = self._tensor(number, piece)[box.inside(piece.box).slices]
         return found.shape == sent.shape and torch.equal(found.to(sent.device), sent)
+
+    def load(self, load: Callable[[Iterator[tuple[str, Tensor]]], Loaded]) -> Loaded:
+        """Give the tensors of the version that was taken to an engine's loader, and return what that returns."""
+        with self._timed("load"):
+            return load(self.tensors())
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
 
     @property
     def names(self) -> Mapping[str, Box]:
@@ -159,3 +178,18 @@ class Receiver:
     def _tensor(self, number: int, piece: Piece) -> Tensor:
         data = self._agreed()[1].view(number, piece)
         return data.view(getattr(torch, self._seat.dtype)).view(piece.box.extent)
+
+
+def compare_only(seat: Seat, contents: Contents, manifest: Manifest, read: ReadBack) -> None:
+    """Compare an engine with weights from elsewhere without loading them or touching what a trainer agreed on.
+
+    Raises:
+        TransferError: naming the first tensor that differs.
+    """
+    receiver = Receiver(seat)
+    try:
+        receiver.agree(contents)
+        receiver.take(manifest)
+        receiver.compare(read)
+    finally:
+        receiver.close()

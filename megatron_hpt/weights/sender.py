@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -108,17 +109,18 @@ class WeightSender:
         item = self._dtype.itemsize
         return sum(box.volume * item for box in {(s.name, s.box): s.box for s in self.plan.sends}.values())
 
-    def publish(self, version: int) -> int:
+    def publish(self, version: int) -> dict[str, float]:
         """Bring every engine to `version`.
 
         An engine that is gone is left out, as long as one remains; any other failure is raised.
 
         Returns:
-            Bytes of the version's weights.
+            Metrics: bytes of the weights, and on rank 0 the seconds of each part of the way, of the slowest engine.
 
         Raises:
             HptError: on every rank, with what any of them met.
         """
+        started = time.perf_counter()
         with torch.no_grad():
             checksums = {box: self._sink.put(i, self._source(*box)) for i, box in enumerate(self._boxes)}
         self._raise_any(self._attempt(lambda: self._sink.commit(version)))
@@ -126,8 +128,10 @@ class WeightSender:
         if self._options.transport == "files" and self._rank == 0:
             whole = replace(self._contents[0], pieces=self._pieces(None))
             files.announce(Path(self._options.folder), whole, self._manifest(whole, compare=True))
-        self._serve(range(len(self._targets)))
-        return self.nbytes
+        staged = time.perf_counter() - started
+        steps = self._serve(range(len(self._targets)))
+        seconds = {f"time/transfer_{step}_s": value for step, value in {"stage": staged, **steps}.items()}
+        return {"weights/bytes": self.nbytes, **seconds}
 
     def renew(self, url: str) -> None:
         """Give one engine, which came back without weights, the version that was published last.
@@ -200,14 +204,17 @@ class WeightSender:
                 return view.read()[box.inside(own).slices]
         raise TransferError(f"{name} at {box.offset} is not held by rank {self._rank}, which was to send it")
 
-    def _serve(self, engines: Sequence[int]) -> None:
+    def _serve(self, engines: Sequence[int]) -> dict[str, float]:
         """All ranks: talk to the engines, while rank 0 drives them; decide together how it went."""
+        steps: dict[str, float] = {}
         fresh = {engine for engine in engines if engine not in self._prepared}
         meetings = self._told({engine: self._rendezvous(engine) for engine in fresh} if self._rank == 0 else None)
         with ThreadPoolExecutor(max(1, 2 * len(engines))) as pool:
             talks = [pool.submit(self._attempt, lambda e=e: self._talk(e, meetings.get(e))) for e in engines]
             drives = [
-                pool.submit(self._attempt, lambda e=e: self._drive(e, meetings.get(e))) for e in engines if not self._rank
+                pool.submit(self._attempt, lambda e=e: self._drive(e, meetings.get(e), steps))
+                for e in engines
+                if not self._rank
             ]
             own = [talk.result() for talk in talks]
             # What the engine says comes first: it knows more than a rank whose message was not taken.
@@ -222,6 +229,7 @@ class WeightSender:
         failed = [error for error in outcomes if error is not None and error not in gone]
         if failed or (gone and len(gone) == len(engines)):
             raise (failed or gone)[0]
+        return steps
 
     def _gathered_first(self, told: list, own: list) -> list[list]:
         """Outcomes by engine: rank 0's drive, then what each rank met."""
@@ -251,14 +259,15 @@ class WeightSender:
                 self._sink.meet(engine, rendezvous, self._rank)
             self._sink.transmit(engine, self._messages(engine))
 
-    def _drive(self, engine: int, rendezvous: dict[str, Any] | None) -> None:
+    def _drive(self, engine: int, rendezvous: dict[str, Any] | None, steps: dict[str, float]) -> None:
         control = self._targets[engine].control
         fresh = rendezvous is not None
         if fresh:
             self._contents[engine] = replace(self._contents[engine], rendezvous=rendezvous)
             control.prepare(self._contents[engine])
         compare = fresh or self._version % self._options.compare_every == 0
-        control.update(self._manifest(self._contents[engine], compare=compare))
+        for step, seconds in control.update(self._manifest(self._contents[engine], compare=compare)).items():
+            steps[step] = max(seconds, steps.get(step, 0.0))
 
     def _attempt(self, action: Callable[[], None]) -> HptError | None:
         try:

@@ -21,7 +21,7 @@ from megatron_hpt.weights.hf_config import model_shape
 from megatron_hpt.weights.layouts import EngineLayout
 from megatron_hpt.weights.manifest import Contents, Manifest
 from megatron_hpt.weights.readback import EngineWeights, plain_parameter
-from megatron_hpt.weights.receiver import Receiver, Seat
+from megatron_hpt.weights.receiver import Receiver, Seat, compare_only
 
 logger = logging.getLogger(__name__)
 LOAD_FORMAT = "megatron_hpt"
@@ -38,23 +38,33 @@ class Endpoint:
         parallel, config = get_parallel(), updater.model_config
         layout = EngineLayout(parallel.tp_size, parallel.pp_size, parallel.moe_ep_size)
         rank = parallel.tp_rank + parallel.tp_size * parallel.pp_rank
-        seat = Seat(model_shape(config.model_path), layout, rank, str(config.dtype).removeprefix("torch."))
-        self._tied = seat.shape.tied_embeddings
-        self._receiver = Receiver(seat)
+        self._seat = Seat(model_shape(config.model_path), layout, rank, str(config.dtype).removeprefix("torch."))
+        self._receiver = Receiver(self._seat)
         self._updater = updater
 
-    def agree(self, contents: dict[str, Any]) -> None:
+    def agree(self, contents: dict[str, Any]) -> dict[str, float]:
         """Accept what will travel."""
         self._receiver.agree(Contents.from_json(contents))
+        return {}
 
-    def update(self, manifest: dict[str, Any]) -> None:
-        """Check a version, load it, compare where the manifest asks for it."""
+    def update(self, manifest: dict[str, Any]) -> dict[str, float]:
+        """Check a version, load it, compare where the manifest asks for it; returns what the steps took."""
         wanted = Manifest.from_json(manifest)
         self._receiver.take(wanted)
-        model = self._updater.get_model()
-        model.load_weights(self._receiver.tensors())
+        self._receiver.load(self._updater.get_model().load_weights)
         if wanted.compare:
-            self._receiver.compare(EngineWeights(model, self._receiver.names, plain_parameter, tied=self._tied).read)
+            self._receiver.compare(self._weights().read)
+        return self._receiver.seconds
+
+    def compare(self, sent: dict[str, Any]) -> dict[str, float]:
+        """Compare the model with weights from elsewhere."""
+        contents, manifest = Contents.from_json(sent["contents"]), Manifest.from_json(sent["manifest"])
+        compare_only(self._seat, contents, manifest, self._weights().read)
+        return {}
+
+    def _weights(self) -> EngineWeights:
+        model, tied = self._updater.get_model(), self._seat.shape.tied_embeddings
+        return EngineWeights(model, self._receiver.names, plain_parameter, tied=tied)
 
 
 _endpoints: dict[int, Endpoint] = {}
@@ -64,22 +74,24 @@ def receive(original: Callable[..., tuple[bool, str]], updater: Any, named_tenso
     """In place of `WeightUpdater.update_weights_from_tensor`: ours where the load format says so."""
     if load_format != LOAD_FORMAT:
         return original(updater, named_tensors, load_format)
-    message = ""
+    failure, seconds = "", {}
     try:
         command = json.loads(bytes(dict(named_tensors)["command"].numpy()))
         if id(updater) not in _endpoints:
             _endpoints[id(updater)] = Endpoint(updater)
         endpoint = _endpoints[id(updater)]
-        {"agree": endpoint.agree, "update": endpoint.update}[command["action"]](command["body"])
+        actions = {"agree": endpoint.agree, "update": endpoint.update, "compare": endpoint.compare}
+        seconds = actions[command["action"]](command["body"])
     except HptError as error:
-        message = str(error)
+        failure = str(error)
     except Exception as error:  # SGLang's scheduler would end the whole server
         logger.exception("weight transfer")
-        message = f"{type(error).__name__}: {error}"
-    return _of_all_ranks(message)
+        failure = f"{type(error).__name__}: {error}"
+    failed = _of_all_ranks(failure)
+    return not failed, failed or json.dumps(seconds)
 
 
-def _of_all_ranks(message: str) -> tuple[bool, str]:
+def _of_all_ranks(message: str) -> str:
     """SGLang answers with the first rank's outcome: let every rank have the first failure of any."""
     from sglang.srt.runtime_context import get_parallel
 
@@ -89,8 +101,7 @@ def _of_all_ranks(message: str) -> tuple[bool, str]:
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     found = [bytes(m.numpy()).rstrip(b"\0").decode(errors="replace") for m in everyone]
-    failed = next((text for text in found if text), "")
-    return not failed, failed or "done"
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text), "")
 
 
 def register() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from megatron_hpt.weights.hf_config import model_shape
 from megatron_hpt.weights.layouts import EngineLayout
 from megatron_hpt.weights.manifest import Contents, Manifest
 from megatron_hpt.weights.readback import EngineWeights, plain_parameter
-from megatron_hpt.weights.receiver import Receiver, Seat
+from megatron_hpt.weights.receiver import Receiver, Seat, compare_only
 
 BACKEND = "megatron_hpt"
 logger = logging.getLogger(__name__)
@@ -73,7 +74,12 @@ class Outcomes:
 
     def transfer_outcome(self) -> dict[str, Any]:
         """``failure``: what this rank's last step of a transfer met, or nothing; ``open``: an update has been started."""
-        return {"failure": self.weight_transfer_engine.failure, "open": self._weight_update_active}
+        engine = self.weight_transfer_engine
+        return {"failure": engine.failure, "open": self._weight_update_active, "seconds": engine.seconds}
+
+    def transfer_compare(self, contents: str, manifest: str) -> None:
+        """Compare this rank's weights with others (JSON of `Contents` and `Manifest`); see `transfer_outcome`."""
+        self.weight_transfer_engine.compare(contents, manifest)
 
 
 class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -89,9 +95,9 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
         layout = EngineLayout(tensor, pipeline, tensor if parallel.enable_expert_parallel else 1)
         dtype = str(self.model_config.dtype).removeprefix("torch.")
-        seat = Seat(model_shape(self.model_config.model), layout, parallel.rank % layout.ranks, dtype)
-        self._tied = seat.shape.tied_embeddings
-        self._receiver = Receiver(seat)
+        self._seat = Seat(model_shape(self.model_config.model), layout, parallel.rank % layout.ranks, dtype)
+        self._tied = self._seat.shape.tied_embeddings
+        self._receiver = Receiver(self._seat)
         self._manifest: Manifest | None = None
 
     @_kept
@@ -117,7 +123,7 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         # The host's linear layers are repacked after loading; a layerwise reload undoes and redoes that.
         initialize_layerwise_reload(self.model)
         try:
-            loaded = self.model.load_weights(self._receiver.tensors())
+            loaded = self._receiver.load(self.model.load_weights)
             if missed := expected - set(loaded):
                 raise TransferError(f"version {manifest.version} brought nothing for {sorted(missed)[:3]} of the model")
         except BaseException:
@@ -144,8 +150,22 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             # from the last weights; pack it again from the embedding.
             self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
         if self._manifest.compare:
-            self._receiver.compare(EngineWeights(self.model, self._receiver.names, plain, tied=self._tied).read)
+            self._receiver.compare(self._weights().read)
         self._manifest = None
+
+    @_kept
+    def compare(self, contents: str, manifest: str) -> None:
+        """Compare the model with weights from elsewhere."""
+        sent = Contents.from_json(json.loads(contents)), Manifest.from_json(json.loads(manifest))
+        compare_only(self._seat, *sent, self._weights().read)
+
+    def _weights(self) -> EngineWeights:
+        return EngineWeights(self.model, self._receiver.names, plain, tied=self._tied)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """See `Receiver.seconds`."""
+        return self._receiver.seconds
 
     def shutdown(self) -> None:
         """Unmap the senders' memory."""

@@ -52,7 +52,7 @@ def main() -> None:
         for factor, key in ((2.0, "doubled"), (0.5, "own")):
             scale(views, factor)
             version += 1
-            outcome[name][f"bytes_{key}"] = sender.publish(version)
+            outcome[name][f"bytes_{key}"] = sender.publish(version)["weights/bytes"]
             if ranks.is_lead:
                 outcome[name][key] = [greedy(kind, url) for url in urls]
         export.export_hf(path, Path(out).with_name(f"export_{version}"), model.contributed_views(chunks, shape, ranks))
