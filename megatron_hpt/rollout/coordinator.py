@@ -26,6 +26,7 @@ from megatron_hpt.process import die_with_parent, log_to
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.rollout.assembly import Group, assemble, decide, rollout_metrics
+from megatron_hpt.rollout.pool import EnginePool
 from megatron_hpt.rollout.sampling import Settings, grade, sample
 from megatron_hpt.rollout.vllm import VllmEngine
 from megatron_hpt.run import RunDir
@@ -61,13 +62,12 @@ class Coordinator:
         self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self._source = PromptSource(self._load(config.data.train), config.trainer.seed)
         self._held_out = {name: self._load(path) for name, path in config.evaluation.sets.items()}
-        self._engines: list[VllmEngine] = []
 
     async def run(self) -> None:
         """Make every batch, and one line of metrics for each step."""
         config, board = self._config, self._board
         urls = board.wait("engines", config.deadlines.startup_s, "an engine")
-        self._engines = [VllmEngine(url, config.deadlines.rollout_s) for url in urls]
+        self._engines = self._engine_pool(urls)
         for step in range(self._start, config.trainer.steps):
             watch = Stopwatch()
             with watch.phase("step"):
@@ -78,9 +78,15 @@ class Coordinator:
                 trained = board.wait(f"trained/{step}", config.deadlines.step_s, "the trainer")
                 published = self._weights_at(step + 1)
             await self._record(step, {**trained, **published}, watch)
-        for engine in self._engines:
-            await engine.close()
+        board.put("evaluated", True)
+        await self._engines.close()
         self._metrics.close()
+
+    def _engine_pool(self, urls: list[str]) -> EnginePool:
+        deadlines = self._config.deadlines
+        engines = [VllmEngine(url, deadlines.rollout_s, deadlines.health_s) for url in urls]
+        # An engine comes back when it has started again and been given its weights.
+        return EnginePool(engines, return_s=deadlines.startup_s + deadlines.transfer_s)
 
     async def _make_batch(self, step: int, watch: Stopwatch) -> None:
         self._weights_at(step)
@@ -88,9 +94,11 @@ class Coordinator:
         if self._evaluates_before(step):
             with watch.phase("eval"):
                 evaluation = await self._evaluate(step)
+        retried = self._engines.retried
         groups, position = await self._groups(step, watch)
+        engines = {"rollout/engines": self._engines.in_service, "rollout/retried": self._engines.retried - retried}
         seconds = {key: watch.seconds[key] for key in ("time/rollout_s", "time/reward_s")}
-        metrics = {**evaluation, **seconds, "rollout/policy_version": step, "data/next_prompt": position}
+        metrics = {**evaluation, **seconds, **engines, "rollout/policy_version": step, "data/next_prompt": position}
         self._ledger.write(assemble(step, groups, self._algorithm, self._config, metrics, self._history.choices))
 
     async def _groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], int]:
@@ -150,7 +158,8 @@ class Coordinator:
 
     async def _sample(self, prompts: list[Prompt], settings: Settings, purpose: str, version: int) -> list[Group]:
         seed = (self._config.trainer.seed, purpose, version)
-        return await sample(self._engines, prompts, settings, seed, version)
+        async with self._engines.serving(version):
+            return await sample(self._engines, prompts, settings, seed, version)
 
     def _training_settings(self, step: int) -> Settings:
         rollout, gate = self._config.rollout, self._algorithm.gate

@@ -1,4 +1,4 @@
-"""Sampling and grading many prompts over the engines of a run."""
+"""Sampling and grading many prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.errors import EngineError
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rollout.assembly import Group
-from megatron_hpt.rollout.engine import Engine, SamplingRequest
+from megatron_hpt.rollout.engine import Sampler, SamplingRequest
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ def seed_of(*parts: object) -> int:
 
 
 async def sample(
-    engines: Sequence[Engine], prompts: Sequence[Prompt], settings: Settings, seed: Sequence[object], version: int
+    engine: Sampler, prompts: Sequence[Prompt], settings: Settings, seed: Sequence[object], version: int
 ) -> list[Group]:
-    """Sample every prompt, spread over the engines.
+    """Sample every prompt.
 
     Args:
         seed: what the seeds depend on beside the prompt's place (run seed, purpose, step).
         version: the weights that must have been used.
 
     Raises:
-        EngineError: an engine sampled with other weights.
+        EngineError, DeadlineError: as `engine` raises, or it sampled with other weights.
     """
 
     async def one(place: int, prompt: Prompt) -> Group:
@@ -59,7 +59,7 @@ async def sample(
             max_tokens=settings.max_tokens,
             stop_token=settings.stop_token,
         )
-        samples = await engines[place % len(engines)].generate(request)
+        samples = await engine.generate(request)
         wrong = {s.version for s in samples} - {version}
         if wrong:
             raise EngineError(f"prompt {prompt.prompt_id} was sampled with weights {sorted(wrong)}; the batch needs {version}")

@@ -56,11 +56,15 @@ CONNECTIONS = 256
 class VllmEngine:
     """One running server."""
 
-    def __init__(self, url: str, deadline_s: float) -> None:
-        self.url, self._deadline_s = url, deadline_s
-        # A connection a request: the server closes idle ones after 5 s, and a training step lasts longer.
-        connector = aiohttp.TCPConnector(limit=CONNECTIONS, force_close=True)
-        self._http = aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=deadline_s), connector=connector)
+    def __init__(self, url: str, deadline_s: float, health_s: float) -> None:
+        """
+        Args:
+            deadline_s: for a request.
+            health_s: for the questions how the server is and which weights it serves.
+        """
+        self.url = url
+        self._http = self._session(CONNECTIONS, deadline_s)
+        self._questions = self._session(1, health_s)  # their own connection: requests may use up all of theirs
 
     async def generate(self, request: SamplingRequest) -> list[Sample]:
         """Sample one prompt.
@@ -82,23 +86,61 @@ class VllmEngine:
                 "detokenize": False,
             },
         }
+        answer = await self._ask(self._http, "POST", "/inference/v1/generate", json=body)
         try:
-            async with self._http.post("/inference/v1/generate", json=body) as response:
-                if response.status != HTTPStatus.OK:
-                    text = (await response.text())[:500]
-                    raise EngineError(f"engine {self.url} refused a request ({response.status}): {text}")
-                answer = await response.json()
-        except TimeoutError:
-            raise DeadlineError(f"engine {self.url} did not answer a request within {self._deadline_s:g} s") from None
-        except aiohttp.ClientError as error:
-            raise EngineError(f"engine {self.url} cannot be reached: {type(error).__name__} {error}") from None
-        if len(answer["choices"]) != request.samples:
-            raise EngineError(f"engine {self.url} answered {len(answer['choices'])} samples; {request.samples} were asked for")
-        return [self._sample(choice) for choice in answer["choices"]]
+            samples = [self._sample(choice) for choice in json.loads(answer)["choices"]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise EngineError(f"engine {self.url} answered a request with what cannot be read: {error!r}") from None
+        if len(samples) != request.samples:
+            raise EngineError(f"engine {self.url} answered {len(samples)} samples; {request.samples} were asked for")
+        return samples
+
+    async def health(self) -> None:
+        """Ask whether the server is well.
+
+        Raises:
+            EngineError: it cannot be reached, or its engine is dead.
+            DeadlineError: no answer in time.
+        """
+        await self._ask(self._questions, "GET", "/health")
+
+    async def version(self) -> int | None:
+        """Version of the weights that it serves; None before its first.
+
+        Raises:
+            EngineError: it cannot be reached, or fails.
+            DeadlineError: no answer in time.
+        """
+        answer = await self._ask(self._questions, "GET", "/weight_info")
+        try:
+            version = str(json.loads(answer)["weight_version"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise EngineError(f"engine {self.url} answered /weight_info with what cannot be read: {error!r}") from None
+        return int(version) if version.isdecimal() else None
 
     async def close(self) -> None:
         """Close connections."""
         await self._http.close()
+        await self._questions.close()
+
+    def _session(self, connections: int, deadline_s: float) -> aiohttp.ClientSession:
+        # A connection a request: the server closes idle ones after 5 s, and a training step lasts longer.
+        connector = aiohttp.TCPConnector(limit=connections, force_close=True)
+        return aiohttp.ClientSession(self.url, timeout=aiohttp.ClientTimeout(total=deadline_s), connector=connector)
+
+    async def _ask(self, session: aiohttp.ClientSession, method: str, route: str, **content: Any) -> bytes:
+        try:
+            async with session.request(method, route, **content) as response:
+                answer = await response.read()
+        except TimeoutError:
+            late = session.timeout.total
+            raise DeadlineError(f"engine {self.url} did not answer {route} within {late:g} s") from None
+        except aiohttp.ClientError as error:
+            raise EngineError(f"engine {self.url} cannot be reached: {type(error).__name__} {error}") from None
+        if response.status != HTTPStatus.OK:
+            text = answer.decode(errors="replace")[:500]
+            raise EngineError(f"engine {self.url} refused {route} ({response.status}): {text}")
+        return answer
 
     def _sample(self, choice: dict[str, Any]) -> Sample:
         tokens = choice["token_ids"]
