@@ -228,6 +228,8 @@ class RolloutConfig(Section):
     """Sequences that one server decodes at the same time."""
     max_restarts: NonNegativeInt = 3
     """Engine servers that may be started again in one run after they died; then the run ends."""
+    cancel_decided: bool = True
+    """Rollouts of a prompt are cancelled once they cannot change that the gate sends it to its demonstration."""
 
 
 class ParallelConfig(Section):

@@ -24,6 +24,8 @@ class Server:
     fails: bool = False
     slow_s: Callable[[int], float] = lambda seed: 0.0
     """Seconds a request takes, by its seed."""
+    tokens: Callable[[int], list[int]] = lambda seed: [seed % 1000]
+    """The sample that a seed gives, whoever makes it."""
     seeds: list[int] = field(default_factory=list)
     """Of the requests that came."""
     prompts: list[tuple[int, ...]] = field(default_factory=list)
@@ -63,10 +65,10 @@ class Server:
             await asyncio.sleep(0.01)
 
     def _choice(self, seed: int) -> dict[str, Any]:
-        """The sample that a seed gives, whoever makes it."""
+        tokens = self.tokens(seed)
         return {
-            "token_ids": [seed % 1000],
-            "logprobs": {"content": [{"logprob": -0.5}]},
+            "token_ids": tokens,
+            "logprobs": {"content": [{"logprob": -0.5}] * len(tokens)},
             "weight_versions": [{"version": self.version}],
             "finish_reason": "stop",
         }
