@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.rollout.assembly import GateDecider, Group, assemble, decide, rollout_metrics
 from megatron_hpt.rollout.pool import EnginePool
 from megatron_hpt.rollout.sampling import Early, Grader, Settings, grade, sample
-from megatron_hpt.rollout.vllm import VllmEngine
+from megatron_hpt.rollout.vllm import CONNECTIONS, VllmEngine
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry.metrics import MetricsLog
 
@@ -85,7 +86,8 @@ class Coordinator:
 
     def _engine_pool(self, urls: list[str]) -> EnginePool:
         deadlines = self._config.deadlines
-        engines = [VllmEngine(url, deadlines.rollout_s, deadlines.health_s) for url in urls]
+        connections = max(CONNECTIONS, self._config.rollout.max_running)
+        engines = [VllmEngine(url, deadlines.rollout_s, deadlines.health_s, connections) for url in urls]
         # An engine comes back when it has started again and been given its weights.
         return EnginePool(engines, return_s=deadlines.startup_s + deadlines.transfer_s)
 
@@ -199,6 +201,9 @@ def main() -> None:
     parser.add_argument("--from-step", type=int, required=True)
     arguments = parser.parse_args()
     die_with_parent()
+    # A connection is an open file, and many engines have more of them than the usual soft limit of 1024.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     run = RunDir(arguments.run)
     log_to(run.log("coordinator"))
     board = Blackboard.join(arguments.store)

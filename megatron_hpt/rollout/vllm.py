@@ -50,20 +50,21 @@ def server_environment(config: Config) -> dict[str, str]:
 
 
 CONNECTIONS = 256
-"""Requests under way at once, below the usual limit of 1024 open files; further ones wait here."""
+"""Requests under way at once, unless the server decodes more sequences at the same time; further ones wait here."""
 
 
 class VllmEngine:
     """One running server."""
 
-    def __init__(self, url: str, deadline_s: float, health_s: float) -> None:
+    def __init__(self, url: str, deadline_s: float, health_s: float, connections: int = CONNECTIONS) -> None:
         """
         Args:
             deadline_s: for a request.
             health_s: for the questions how the server is and which weights it serves.
+            connections: requests under way at once.
         """
         self.url = url
-        self._http = self._session(CONNECTIONS, deadline_s)
+        self._http = self._session(connections, deadline_s)
         self._questions = self._session(1, health_s)  # their own connection: requests may use up all of theirs
 
     async def generate(self, request: SamplingRequest) -> list[Sample]:
