@@ -232,6 +232,10 @@ class RolloutConfig(Section):
     """Memory for the KV cache of one server, in GiB (host engines)."""
     max_running: PositiveInt = 256
     """Sequences that one server decodes at the same time."""
+    max_restarts: NonNegativeInt = 3
+    """Engine servers that may be started again in one run after they died; then the run ends."""
+    cancel_decided: bool = True
+    """Rollouts of a prompt are cancelled once they cannot change that the gate sends it to its demonstration."""
 
 
 class TransferConfig(Section):
@@ -378,6 +382,8 @@ class DeadlinesConfig(Section):
     """From SIGTERM or SIGUSR1 (Slurm's notice) to a saved checkpoint; after that the run ends without a new one."""
     transfer_s: PositiveFloat = 300.0
     """One call of the engine's weight-transfer API."""
+    health_s: PositiveFloat = 10.0
+    """An engine's answer to how it is; three late ones in a row take it out of service."""
 
 
 class Config(Section):

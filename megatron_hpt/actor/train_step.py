@@ -72,11 +72,15 @@ def selected_rows(rows: Sequence[Row], in_reward: bool = False) -> list[Row]:
     Args:
         in_reward: a penalty enters the rewards, so rows that only others' advantages are compared with are needed too.
     """
-    needed = [row.weight != 0 or (in_reward and row.is_estimated) for row in rows]
+    needed = [_is_needed(row, in_reward) for row in rows]
     chosen = [row for row, needs in zip(rows, needed, strict=True) if needs]
     spare = [row for row, needs in zip(rows, needed, strict=True) if not needs and row.source is Source.ROLLOUT]
     rollouts = sum(row.source is Source.ROLLOUT for row in chosen)
     return chosen + spare[: max(0, PROBE_ROWS - rollouts)]
+
+
+def _is_needed(row: Row, in_reward: bool) -> bool:
+    return row.weight != 0 or (in_reward and row.is_estimated)
 
 
 def train_step(actor: Actor, rows: Sequence[Row], step: int) -> dict[str, float | str | None]:
@@ -107,12 +111,13 @@ def accumulate(actor: Actor, rows: Sequence[Row]) -> tuple[dict[str, float], Den
         Global sums by name (the loss, its parts, the mismatch), and the counts that divided them.
     """
     kl = actor.algorithm.kl
-    rows = selected_rows(rows, kl is not None and kl.in_reward)
-    plan = _plan(rows, actor)
+    in_reward = kl is not None and kl.in_reward
+    rows = selected_rows(rows, in_reward)
+    plan = _plan(rows, sum(_is_needed(row, in_reward) for row in rows), actor)
     batches, references = _packed(rows, plan, actor), []
     if actor.reference is not None:
         references = reference_logprobs(actor.reference, actor, batches)
-    if kl is not None and kl.in_reward:
+    if in_reward:
         rows = penalised(rows, plan, references, actor)
         batches = _packed(rows, plan, actor)  # with the advantages estimated again
     denominators = count(((row.role, row.group, row.response_length, row.weight) for row in rows), actor.ranks.data_size)
@@ -143,16 +148,25 @@ def _mean(total: float, number: float) -> float | None:
     return total / number if number else None
 
 
-def _plan(rows: Sequence[Row], actor: Actor) -> list[list[int]]:
-    """This data parallel rank's micro-batches, as indices of rows."""
-    parallel = actor.config.parallel
-    return plan_micro_batches(
-        [len(row.tokens) - 1 for row in rows],
-        actor.ranks.data_size,
-        actor.config.actor.micro_batch_tokens,
-        attention_parity=actor.attention_parity,
-        count_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
-    )[actor.ranks.data]
+def _plan(rows: Sequence[Row], needed: int, actor: Actor) -> list[list[int]]:
+    """This data parallel rank's micro-batches, as indices of rows.
+
+    The rows after the `needed` first, which are only measured, have micro-batches of their own: which of them there are may
+    depend on when others were cancelled, and the order of sums over trained rows must not.
+    """
+    parallel, lengths = actor.config.parallel, [len(row.tokens) - 1 for row in rows]
+    parts = [part for part in (range(needed), range(needed, len(rows))) if part] or [range(0)]
+    return [
+        [part[index] for index in indices]
+        for part in parts
+        for indices in plan_micro_batches(
+            [lengths[index] for index in part],
+            actor.ranks.data_size,
+            actor.config.actor.micro_batch_tokens,
+            attention_parity=actor.attention_parity,
+            count_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
+        )[actor.ranks.data]
+    ]
 
 
 def _packed(rows: Sequence[Row], plan: Sequence[Sequence[int]], actor: Actor) -> list[MicroBatch]:

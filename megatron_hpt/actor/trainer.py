@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -90,6 +91,8 @@ class Trainer:
             self._actor.entropy_coefficient = state.get("entropy_coefficient", self._actor.entropy_coefficient)
             self._actor.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self._sender = self._make_sender()
+        self._renewed = 0
+        """Engines that were started again and have got their weights."""
 
     def run(self) -> None:
         """Train every step from the start, publish every version, save, export."""
@@ -97,7 +100,7 @@ class Trainer:
         self._publish(self._start)
         for step in range(self._start, config.trainer.steps):
             self._actor.offload.sleep()
-            is_batch = self._next_batch(step)
+            is_batch = self._wait_for(f"batch/{step}")
             self._actor.offload.wake()
             if not is_batch:
                 return self._stop(step)
@@ -115,6 +118,7 @@ class Trainer:
             export.export_hf(
                 config.model.path, self._run.export, model.contributed_views(self._actor.chunks, shape, self._actor.ranks)
             )
+        self._wait_for("evaluated")  # an engine may die under the last evaluation too
         self._sender.close()
 
     def _make_sender(self) -> WeightSender:
@@ -139,13 +143,29 @@ class Trainer:
             steps = self._sender.publish(version)
         self._tell(f"published/{version}", {"time/transfer_s": time.monotonic() - started, **steps})
 
-    def _next_batch(self, step: int) -> bool:
-        """Wait for a batch; False: a notice came first. Rank 0 decides, so that all ranks do the same."""
+    def _wait_for(self, key: str) -> bool:
+        """Wait for the coordinator, and give its weights to every engine that has been started again meanwhile.
+
+        Returns:
+            False: a notice came first.
+        """
+        for turn in itertools.count():
+            came = self._what_came(key, turn)
+            if not came.startswith("returned/"):
+                return came == key
+            url = self._board.get(came)
+            logger.info("engine %s has been started again: it gets the last published weights", url)
+            self._sender.renew(url)
+            self._renewed += 1
+
+    def _what_came(self, key: str, turn: int) -> str:
+        """The first key to see to. Rank 0 decides, so that all ranks do the same."""
         config, board = self._config, self._board
+        decided = f"go/{key}/{turn}"
         if self._actor.ranks.is_lead:
-            key = board.wait_any((f"batch/{step}", NOTICE), config.deadlines.rollout_s, "the coordinator")
-            board.put(f"go/{step}", board.get(NOTICE) is None and key != NOTICE)
-        return board.wait(f"go/{step}", config.deadlines.rollout_s, "rank 0")
+            keys = (NOTICE, f"returned/{self._renewed}", key)
+            board.put(decided, board.wait_any(keys, config.deadlines.rollout_s, "the coordinator"))
+        return board.wait(decided, config.deadlines.rollout_s, "rank 0")
 
     def _stop(self, step: int) -> None:
         """Save what has been trained and say so; the supervisor ends the run."""

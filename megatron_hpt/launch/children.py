@@ -26,6 +26,8 @@ class Child:
     log: Path
     log_start: int
     """Size of the log when it started: a resumed run appends to the logs of the run before."""
+    command: Sequence[str]
+    environment: dict[str, str] | None
 
     @classmethod
     def start(cls, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> Child:
@@ -33,7 +35,12 @@ class Child:
         launcher = [sys.executable, "-m", "megatron_hpt.process", str(log), *command]
         log_start = log.stat().st_size if log.is_file() else 0
         process = subprocess.Popen(launcher, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        return cls(name, process, log, log_start)
+        return cls(name, process, log, log_start, command, environment)
+
+    def again(self) -> Child:
+        """Take down what is left of it and start the same command."""
+        stop_all([self])
+        return Child.start(self.name, self.command, self.log, self.environment)
 
     @property
     def output(self) -> str:

@@ -18,7 +18,7 @@ import httpx
 from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, HptError, RequeueRequested
-from megatron_hpt.launch.children import Child, Failure, failure_of, stop_all
+from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of, stop_all
 from megatron_hpt.process import TOKEN_VARIABLE, token_header
 from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.run import RunDir
@@ -49,6 +49,10 @@ class Supervisor:
         self._engines: dict[str, Child] = {}
         self._started = time.monotonic()
         self._announced = False
+        self._restarted = 0
+        self._returning: dict[str, float] = {}
+        """URL of an engine that was started again and does not answer yet → when."""
+        self._returned = 0
         self._shown = start
         self._read = 0
         self._noticed: float | None = None
@@ -61,7 +65,7 @@ class Supervisor:
             RunFailed: a process died; all others have been ended.
             Interrupted: SIGINT, or a second notice; likewise.
             RequeueRequested: SIGTERM or SIGUSR1; the trainer has saved what it had trained, or ran out of time for it.
-            DeadlineError: an engine was not ready in time; likewise.
+            DeadlineError: an engine was not ready in time, the first time or again; likewise.
         """
         handlers = {signal.SIGINT: _interrupt, signal.SIGTERM: self._take_notice, signal.SIGUSR1: self._take_notice}
         previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -103,10 +107,11 @@ class Supervisor:
         while not self._finished():
             if self._noticed is not None:
                 self._end_if_saved()
-            self._check_children()
+            self._check_children(progress)
             if not self._announced:
                 self._announce_engines(progress)
             else:
+                self._announce_returned(progress)
                 self._show(progress)
             time.sleep(POLL_S)
         self._show(progress)
@@ -139,7 +144,12 @@ class Supervisor:
     def _finished(self) -> bool:
         return all(child.exit_code == 0 for child in self._children if child not in self._engines.values())
 
-    def _check_children(self) -> None:
+    def _check_children(self, progress: Progress) -> None:
+        """Start engines again that died in service, as often as is allowed.
+
+        Raises:
+            RunFailed: anything else died.
+        """
         failures, deadline = self._failures(), time.monotonic() + 4 * SETTLE_S
         if not failures:
             return
@@ -148,7 +158,22 @@ class Supervisor:
             settled = len(failures)
             time.sleep(SETTLE_S)
             failures = self._failures()
-        raise RunFailed("\n".join(str(failure) for failure in failures))
+        dead = [url for url, child in self._engines.items() if child.exit_code is not None]
+        allowed = self._config.rollout.max_restarts if self._announced else 0  # one that never answered will not either
+        if len(dead) < len(failures) or self._restarted + len(dead) > allowed:
+            already = f"\nengines had been started again {self._restarted} times" if self._restarted else ""
+            raise RunFailed("\n".join(str(failure) for failure in failures) + already)
+        for url in dead:
+            self._restart(url, progress)
+
+    def _restart(self, url: str, progress: Progress) -> None:
+        child = self._engines[url]
+        died = f"{child.name} died ({describe_exit(child.exit_code)})"
+        again = child.again()
+        self._children[self._children.index(child)] = self._engines[url] = again
+        self._returning[url] = time.monotonic()
+        self._restarted += 1
+        progress.status(f"{died} and is started again; restart {self._restarted} of {self._config.rollout.max_restarts}")
 
     def _failures(self) -> list[Failure]:
         ended = [child for child in self._children if child.exit_code is not None]
@@ -169,6 +194,25 @@ class Supervisor:
             )
         ready = self._board.get("status/trainer", "loading")
         progress.status(f"starting: {', '.join(waiting) or 'engines ready'}; trainer {ready} ({waited:.0f} s)")
+
+    def _announce_returned(self, progress: Progress) -> None:
+        """Ask the trainer to give its weights to engines that answer again.
+
+        Raises:
+            DeadlineError: one does not for too long.
+        """
+        for url, started in list(self._returning.items()):
+            waited, name = time.monotonic() - started, self._engines[url].name
+            if _healthy(url):
+                self._board.put(f"returned/{self._returned}", url)
+                self._returned += 1
+                self._board.put("returned", self._returned)
+                del self._returning[url]
+                progress.status(f"{name} answers again, after {waited:.0f} s")
+            elif waited > self._config.deadlines.startup_s:
+                raise DeadlineError(
+                    f"{name} not ready again within {waited:.0f} s (deadlines.startup_s); see {self._engines[url].log}"
+                )
 
     def _show(self, progress: Progress) -> None:
         size = self._run.metrics.stat().st_size if self._run.metrics.is_file() else 0

@@ -40,6 +40,13 @@ class Situation:
     data_source: str = ""
     previous: Choice | None = None
     """What was decided when the prompt was last seen; None the first time."""
+    cancelled: int = 0
+    """Further rollouts that were asked for and cancelled, because they could not change the decision any more."""
+
+    @property
+    def asked(self) -> int:
+        """n: rollouts that were asked for."""
+        return len(self.rewards) + self.cancelled
 
     @property
     def solved(self) -> int:
@@ -73,6 +80,13 @@ class Decision:
     has_demonstration: bool
     missing_demonstration: bool = False
     """The gate asked for a demonstration that the data does not have."""
+    cancelled: int = 0
+    """Rollouts that were asked for and cancelled."""
+
+    @property
+    def outcome(self) -> tuple[Choice, float, float, bool]:
+        """What of it changes what is trained."""
+        return self.choice, self.rollout_weight, self.demonstration_weight, self.missing_demonstration
 
 
 class Gate(Protocol):
@@ -94,16 +108,32 @@ class Gate(Protocol):
     def __call__(self, situation: Situation) -> Decision:
         """Decide for one prompt."""
 
+    def decided(self, so_far: Situation, wanted: int) -> bool:
+        """Whether the rollouts will not train, and the decision is the same whatever those of `wanted` bring that are missing
+        so far, also if they are cancelled."""
+
+
+def decides_early(gate: Gate, unsampled: Situation, wanted: int) -> bool:
+    """Whether a prompt may be decided before all of its rollouts are graded."""
+    return any(
+        gate.decided(replace(unsampled, rewards=[1.0] * solved + [0.0] * (wanted - 1 - solved)), wanted)
+        for solved in range(wanted)
+    )
+
 
 @dataclass(frozen=True)
 class _Rule:
-    """What most gates share: n rollouts a prompt, no refills."""
+    """What most gates share: n rollouts a prompt, no refills, no early decision."""
 
     refills = False
 
     def samples(self, wanted: int, has_demonstration: bool, step: int) -> int:
         """The recipe's n."""
         return wanted
+
+    def decided(self, so_far: Situation, wanted: int) -> bool:
+        """Every rollout counts."""
+        return False
 
 
 def _decide(situation: Situation, choice: Choice, rollouts: float = 0.0, demonstration: float = 0.0) -> Decision:
@@ -116,6 +146,7 @@ def _decide(situation: Situation, choice: Choice, rollouts: float = 0.0, demonst
         rollouts,
         demonstration,
         situation.has_demonstration,
+        cancelled=situation.cancelled,
     )
 
 
@@ -142,7 +173,7 @@ class Thresholds:
     """At or below `demonstration` the demonstration is imitated; at or below `off_policy` it trains by off-policy RL.
 
     A whole number is a count of the n rollouts (0 and 2 of 8 in the reference), a fraction a share of them. Ungraded
-    answers are left out: a count shrinks in proportion.
+    answers and cancelled ones are left out: a count shrinks in proportion.
     """
 
     demonstration: Threshold = 0
@@ -167,7 +198,7 @@ class Thresholds:
 
     @staticmethod
     def _scaled(situation: Situation, threshold: Threshold, raised_by: Threshold) -> tuple[Fraction, Fraction]:
-        n = len(situation.rewards)
+        n = situation.asked
         # 0.7 means 7/10: with its binary value, 7 of 10 would be below it.
         counts = [Fraction(t).limit_denominator(10**6) * (1 if isinstance(t, int) else n) for t in (threshold, raised_by)]
         return Fraction(situation.solved * n), sum(counts) * situation.graded
@@ -223,6 +254,19 @@ class Switch(_Rule):
         if not situation.has_demonstration:
             return _missing(situation, self.without_demonstration)
         return _decide(situation, choice, demonstration=1.0)
+
+    def decided(self, so_far: Situation, wanted: int) -> bool:
+        """Whether every number of further successes gives one decision, against the rollouts, and cancelling does too.
+
+        Answers that will be ungraded need no look of their own: with s solved, f failed and a threshold of k of n,
+        P ≤ γ is s·(n - k) ≤ k·f, and both sides only grow with s and f.
+        """
+        known, missing = list(so_far.rewards), wanted - len(so_far.rewards)
+        endings = [
+            replace(so_far, rewards=known + [1.0] * more + [0.0] * (missing - more), cancelled=0) for more in range(missing + 1)
+        ]
+        decision = self(replace(so_far, cancelled=missing))
+        return not decision.rollout_weight and all(self(ending).outcome == decision.outcome for ending in endings)
 
 
 @dataclass(frozen=True)
@@ -383,6 +427,10 @@ class Phases(_Rule):
     def __call__(self, situation: Situation) -> Decision:
         """As the phase's gate."""
         return self._of(situation.step)(situation)
+
+    def decided(self, so_far: Situation, wanted: int) -> bool:
+        """As the phase's gate."""
+        return self._of(so_far.step).decided(so_far, wanted)
 
     def _of(self, step: int) -> Gate:
         return self.first if step < self.at else self.then

@@ -14,7 +14,7 @@ from megatron_hpt.data.estimation import TokenRewards, overlong_penalties, with_
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.data.rows import Batch, Row, Source
 from megatron_hpt.objective.algorithm import Algorithm
-from megatron_hpt.objective.gate import Choice, Decision, Gate, Situation
+from megatron_hpt.objective.gate import Choice, Decision, Gate, Situation, decides_early
 from megatron_hpt.rollout.engine import Sample
 
 
@@ -27,13 +27,15 @@ class Group:
     rewards: Sequence[float | None] = ()
     demonstration_reward: float | None = None
     """Of the prompt's demonstration, where the algorithm compares with it."""
+    cancelled: int = 0
+    """Samples that were asked for and cancelled when the decision was fixed."""
 
 
 def decide(step: int, groups: Sequence[Group], gate: Gate, prompts: int, previous: Mapping[str, Choice]) -> list[Decision]:
     """The gate's decision on each group; those that dynamic sampling brought beyond the step's prompts are skipped."""
     decisions, full = [], 0
     for group in groups:
-        decision = gate(_situation(step, group, previous))
+        decision = gate(situation(step, group, previous))
         if gate.refills and decision.choice is not Choice.SKIPPED:
             full += 1
             if full > prompts:
@@ -43,7 +45,12 @@ def decide(step: int, groups: Sequence[Group], gate: Gate, prompts: int, previou
     return decisions
 
 
-def _situation(step: int, group: Group, previous: Mapping[str, Choice]) -> Situation:
+def situation(step: int, group: Group, previous: Mapping[str, Choice]) -> Situation:
+    """What the gate is told of a group.
+
+    Args:
+        previous: what was decided when each prompt was last seen.
+    """
     prompt = group.prompt
     return Situation(
         prompt_id=prompt.prompt_id,
@@ -52,7 +59,25 @@ def _situation(step: int, group: Group, previous: Mapping[str, Choice]) -> Situa
         step=step,
         data_source=prompt.data_source,
         previous=previous.get(prompt.prompt_id),
+        cancelled=group.cancelled,
     )
+
+
+@dataclass(frozen=True)
+class GateDecider:
+    """Tells, while a step's rollouts are made, for which prompts the gate has all it needs."""
+
+    gate: Gate
+    step: int
+    previous: Mapping[str, Choice]
+
+    def decides_early(self, prompt: Prompt, wanted: int) -> bool:
+        """Whether the prompt may be decided before all of its rollouts are graded."""
+        return decides_early(self.gate, situation(self.step, Group(prompt), self.previous), wanted)
+
+    def decided(self, prompt: Prompt, rewards: Sequence[float | None], wanted: int) -> bool:
+        """Whether the rollouts that are missing change nothing."""
+        return self.gate.decided(situation(self.step, Group(prompt, rewards=rewards), self.previous), wanted)
 
 
 def assemble(
@@ -80,7 +105,13 @@ def assemble(
     penalties = overlong_penalties(rows, config)
     rows = with_advantages(rows, [index for index, row in enumerate(rows) if row.weight], algorithm, penalties)
     rows = [replace(row, weight=0.0) if _is_left_out(row, algorithm, config.algorithm.overlong.mask) else row for row in rows]
-    numbers = {**rollout_metrics(groups), **_gate_metrics(decisions), **_row_metrics(rows, penalties), **metrics}
+    numbers = {
+        **rollout_metrics(groups),
+        **_cancelled_metrics(groups),
+        **_gate_metrics(decisions),
+        **_row_metrics(rows, penalties),
+        **metrics,
+    }
     return Batch(step, rows, [asdict(decision) for decision in decisions], numbers)
 
 
@@ -141,6 +172,22 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
         "rollout/tokens": sum(len(s.tokens) for s in samples),
         "rollout/ungraded": len(rewards) - len(graded),
     }
+
+
+def _cancelled_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """How many samples were cancelled, and an estimate of the tokens that this saved.
+
+    The samples of a prompt are decoded side by side, so a cancelled one was about as long as the longest finished one of
+    its prompt; it would have become as long as the finished ones of the step that are longer than that are on average.
+    """
+    lengths = [len(sample.tokens) for group in groups for sample in group.samples]
+    saved = 0.0
+    for group in groups:
+        if group.cancelled:
+            reached = max(len(sample.tokens) for sample in group.samples)
+            further = [length - reached for length in lengths if length > reached]
+            saved += group.cancelled * statistics.fmean(further) if further else 0.0
+    return {"rollout/cancelled": sum(group.cancelled for group in groups), "rollout/saved_tokens": saved}
 
 
 def _gate_metrics(decisions: Sequence[Decision]) -> dict[str, float]:

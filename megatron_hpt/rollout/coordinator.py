@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,10 +26,10 @@ from megatron_hpt.objective.gate import Choice
 from megatron_hpt.process import die_with_parent, log_to
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.registry import lookup
-from megatron_hpt.rollout.assembly import Group, assemble, decide, rollout_metrics
-from megatron_hpt.rollout.engine import Engine
+from megatron_hpt.rollout.assembly import GateDecider, Group, assemble, decide, rollout_metrics
 from megatron_hpt.rollout.engines import ENGINES
-from megatron_hpt.rollout.sampling import Settings, grade, sample
+from megatron_hpt.rollout.pool import EnginePool
+from megatron_hpt.rollout.sampling import Early, Grader, Settings, grade, sample
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry.metrics import MetricsLog
 
@@ -54,21 +55,21 @@ class Coordinator:
     """The main loop."""
 
     def __init__(self, run: RunDir, board: Blackboard, start: int, pool: GraderPool) -> None:
-        self._board, self._start, self._pool = board, start, pool
+        self._board, self._start = board, start
         self._config = config = load_yaml(run.config)
         self._ledger, self._metrics = Ledger(run.batches), MetricsLog(run, start)
         self._algorithm = algorithms.of_run(config)
         self._history = History(self._ledger, start)
         self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self._grader = Grader(pool, self._tokenizer)
         self._source = PromptSource(self._load(config.data.train), config.trainer.seed)
         self._held_out = {name: self._load(path) for name, path in config.evaluation.sets.items()}
-        self._engines: list[Engine] = []
 
     async def run(self) -> None:
         """Make every batch, and one line of metrics for each step."""
         config, board = self._config, self._board
         urls = board.wait("engines", config.deadlines.startup_s, "an engine")
-        self._engines = [ENGINES[config.rollout.engine].client(config, url) for url in urls]
+        self._engines = self._engine_pool(urls)
         for step in range(self._start, config.trainer.steps):
             watch = Stopwatch()
             with watch.phase("step"):
@@ -79,9 +80,15 @@ class Coordinator:
                 trained = board.wait(f"trained/{step}", config.deadlines.step_s, "the trainer")
                 published = self._weights_at(step + 1)
             await self._record(step, {**trained, **published}, watch)
-        for engine in self._engines:
-            await engine.close()
+        board.put("evaluated", True)
+        await self._engines.close()
         self._metrics.close()
+
+    def _engine_pool(self, urls: list[str]) -> EnginePool:
+        deadlines = self._config.deadlines
+        engines = [ENGINES[self._config.rollout.engine].client(self._config, url) for url in urls]
+        # An engine comes back when it has started again and been given its weights.
+        return EnginePool(engines, return_s=deadlines.startup_s + deadlines.transfer_s)
 
     async def _make_batch(self, step: int, watch: Stopwatch) -> None:
         self._weights_at(step)
@@ -89,9 +96,11 @@ class Coordinator:
         if self._evaluates_before(step):
             with watch.phase("eval"):
                 evaluation = await self._evaluate(step)
+        retried = self._engines.retried
         groups, position = await self._groups(step, watch)
+        engines = {"rollout/engines": self._engines.in_service, "rollout/retried": self._engines.retried - retried}
         seconds = {key: watch.seconds[key] for key in ("time/rollout_s", "time/reward_s")}
-        metrics = {**evaluation, **seconds, "rollout/policy_version": step, "data/next_prompt": position}
+        metrics = {**evaluation, **seconds, **engines, "rollout/policy_version": step, "data/next_prompt": position}
         self._ledger.write(assemble(step, groups, self._algorithm, self._config, metrics, self._history.choices))
 
     async def _groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], int]:
@@ -99,12 +108,12 @@ class Coordinator:
         gate, wanted, position = self._algorithm.gate, self._config.trainer.prompts_per_step, self._history.next_prompt
         groups: list[Group] = []
         for round_ in range(self._config.algorithm.max_rounds if gate.refills else 1):
-            taken = [Group(prompt) for prompt in self._source.take(position, wanted)]
+            prompts, settings = self._source.take(position, wanted), self._training_settings(step)
             position += wanted
             with watch.phase("rollout"):
-                taken = await self._sample([g.prompt for g in taken], self._training_settings(step), f"train/{round_}", step)
+                taken = await self._sample(prompts, settings, f"train/{round_}", step, self._early(step))
             with watch.phase("reward"):
-                groups += await grade(taken, self._pool, self._tokenizer, self._algorithm.grades_demonstrations)
+                groups += await grade(taken, self._grader, self._algorithm.grades_demonstrations)
             decided = decide(step, groups, gate, wanted, self._history.choices)
             if sum(decision.choice is not Choice.SKIPPED for decision in decided) == wanted:
                 break
@@ -142,16 +151,24 @@ class Coordinator:
         metrics: dict[str, Any] = {}
         for name, prompts in self._held_out.items():
             groups = await self._sample(prompts, settings, f"eval/{name}", version)
-            groups = await grade(groups, self._pool, self._tokenizer, demonstrations=False)
+            groups = await grade(groups, self._grader, demonstrations=False)
             rewards = [group.rewards for group in groups]
             metrics[f"eval/{name}/avg@{evaluation.samples}"] = average_at_k(rewards)
             metrics[f"eval/{name}/solved@{evaluation.samples}"] = solved_share(rewards)
             metrics |= {f"eval/{name}/{key.removeprefix('rollout/')}": value for key, value in rollout_metrics(groups).items()}
         return {**metrics, "eval/version": version} if metrics else {}
 
-    async def _sample(self, prompts: list[Prompt], settings: Settings, purpose: str, version: int) -> list[Group]:
+    async def _sample(
+        self, prompts: list[Prompt], settings: Settings, purpose: str, version: int, early: Early | None = None
+    ) -> list[Group]:
         seed = (self._config.trainer.seed, purpose, version)
-        return await sample(self._engines, prompts, settings, seed, version)
+        async with self._engines.serving(version):
+            return await sample(self._engines, prompts, settings, seed, version, early)
+
+    def _early(self, step: int) -> Early | None:
+        if not self._config.rollout.cancel_decided:
+            return None
+        return Early(GateDecider(self._algorithm.gate, step, self._history.choices), self._grader)
 
     def _training_settings(self, step: int) -> Settings:
         rollout, gate = self._config.rollout, self._algorithm.gate
@@ -183,6 +200,9 @@ def main() -> None:
     parser.add_argument("--from-step", type=int, required=True)
     arguments = parser.parse_args()
     die_with_parent()
+    # A connection is an open file, and many engines have more of them than the usual soft limit of 1024.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     run = RunDir(arguments.run)
     log_to(run.log("coordinator"))
     board = Blackboard.join(arguments.store)

@@ -33,11 +33,33 @@ class Sample:
     """Version of the weights that sampled every one of its tokens."""
 
 
-class Engine(Protocol):
-    """A server that samples."""
+class Sampler(Protocol):
+    """What answers requests: one server, or many behind a pool."""
 
     async def generate(self, request: SamplingRequest) -> list[Sample]:
-        """Sample; raises EngineError when the engine fails or answers what it must not."""
+        """Sample.
+
+        Raises:
+            EngineError: the engine failed, or answered what it must not.
+            DeadlineError: no answer in time.
+        """
+
+
+class Engine(Sampler, Protocol):
+    """A server that samples."""
+
+    url: str
+
+    async def health(self) -> None:
+        """Ask whether it is well; has a short deadline of its own.
+
+        Raises:
+            EngineError: it cannot be reached, or says that it is not.
+            DeadlineError: no answer in time.
+        """
+
+    async def version(self) -> int | None:
+        """Version of the weights that it serves; None before its first. Raises as `health` does."""
 
     async def close(self) -> None:
         """Close connections."""

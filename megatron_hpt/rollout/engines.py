@@ -12,7 +12,7 @@ from megatron_hpt.config import Config
 from megatron_hpt.data.files import write_private
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.rollout import sglang, vllm
-from megatron_hpt.rollout.http import HttpEngine
+from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 from megatron_hpt.weights.control import EngineControl, InFlight, SglangControl, VllmControl
 from megatron_hpt.weights.hf_config import model_shape
 from megatron_hpt.weights.layouts import EngineLayout
@@ -52,6 +52,19 @@ def _sglang_command(config: Config, python: str, port: int, folder: Path) -> lis
     return command
 
 
+def _vllm_client(config: Config, url: str) -> HttpEngine:
+    return vllm.VllmEngine(url, config.deadlines.rollout_s, config.deadlines.health_s, _connections(config))
+
+
+def _sglang_client(config: Config, url: str) -> HttpEngine:
+    vocab, deadlines = model_shape(config.model.path).vocab, config.deadlines
+    return sglang.SglangEngine(url, deadlines.rollout_s, deadlines.health_s, vocab, _connections(config))
+
+
+def _connections(config: Config) -> int:
+    return max(CONNECTIONS, config.rollout.max_running)
+
+
 def cache_tokens(config: Config) -> int:
     """Tokens for which `rollout.kv_cache_gib` has room, and not more than can be in use."""
     shape = model_shape(config.model.path)
@@ -66,7 +79,7 @@ ENGINES: dict[str, Kind] = {
         python=lambda: sys.executable,
         command=_vllm_command,
         environment=vllm.server_environment,
-        client=lambda config, url: vllm.VllmEngine(url, config.deadlines.rollout_s),
+        client=_vllm_client,
         control=VllmControl,
         install="make .venv/.ready",
     ),
@@ -74,7 +87,7 @@ ENGINES: dict[str, Kind] = {
         python=lambda: str(Path(sys.prefix).parent / SGLANG_ENVIRONMENT / "bin" / "python"),
         command=_sglang_command,
         environment=sglang.server_environment,
-        client=lambda config, url: sglang.SglangEngine(url, config.deadlines.rollout_s, model_shape(config.model.path).vocab),
+        client=_sglang_client,
         control=SglangControl,
         install="make sglang-env",
     ),

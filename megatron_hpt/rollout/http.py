@@ -1,7 +1,8 @@
-"""What the clients of both engines share: one request, its deadline, and errors that name the engine."""
+"""What the clients of both engines share: requests with deadlines, and errors that name the engine."""
 
 from __future__ import annotations
 
+import json
 from http import HTTPStatus
 from typing import Any
 
@@ -10,20 +11,28 @@ import aiohttp
 from megatron_hpt.errors import DeadlineError, EngineError, EngineGone
 from megatron_hpt.process import token_header
 from megatron_hpt.rollout.engine import Sample, SamplingRequest
+from megatron_hpt.weights.manifest import as_version
 
 CONNECTIONS = 256
-"""Requests under way at once, below the usual limit of 1024 open files; further ones wait here."""
+"""Requests under way at once, unless the server decodes more sequences at the same time; further ones wait here."""
 
 
 class HttpEngine:
-    """One running server."""
+    """One running server. An engine's own client says where its routes are and what goes over them."""
 
-    def __init__(self, url: str, deadline_s: float) -> None:
-        self.url, self._deadline_s = url, deadline_s
-        # A connection a request: the servers close idle ones after 5 s, and a training step lasts longer.
-        connector = aiohttp.TCPConnector(limit=CONNECTIONS, force_close=True)
-        timeout = aiohttp.ClientTimeout(total=deadline_s)
-        self._http = aiohttp.ClientSession(url, timeout=timeout, connector=connector, headers=token_header())
+    generate_route: str
+    version_route: str
+
+    def __init__(self, url: str, deadline_s: float, health_s: float, connections: int = CONNECTIONS) -> None:
+        """
+        Args:
+            deadline_s: for a request.
+            health_s: for the questions how the server is and which weights it serves.
+            connections: requests under way at once.
+        """
+        self.url = url
+        self._http = self._session(connections, deadline_s)
+        self._questions = self._session(1, health_s)  # their own connection: requests may use up all of theirs
 
     async def generate(self, request: SamplingRequest) -> list[Sample]:
         """Sample one prompt; cancelling it closes the connection, which aborts the request in the engine.
@@ -33,47 +42,76 @@ class HttpEngine:
             EngineGone: nobody answers.
             DeadlineError: no answer in time.
         """
-        samples = self._samples(await self._ask("POST", self._route, json=self._body(request)))
+        answer = await self._ask(self._http, "POST", self.generate_route, json=self.body(request))
+        try:
+            samples = self.samples(json.loads(answer))
+        except (ValueError, LookupError, TypeError) as error:
+            raise EngineError(f"engine {self.url} answered a request with what cannot be read: {error!r}") from None
         if len(samples) != request.samples:
             raise EngineError(f"engine {self.url} answered {len(samples)} samples; {request.samples} were asked for")
         return samples
 
-    async def healthy(self, deadline_s: float) -> bool:
-        """Whether the server answers its health route in time."""
+    def body(self, request: SamplingRequest) -> dict[str, Any]:
+        """The engine's form of a request."""
+        raise NotImplementedError
+
+    def samples(self, answer: Any) -> list[Sample]:
+        """Our form of its answer."""
+        raise NotImplementedError
+
+    async def health(self) -> None:
+        """Ask whether the server is well.
+
+        Raises:
+            EngineError: it cannot be reached, or its engine is dead.
+            DeadlineError: no answer in time.
+        """
+        await self._ask(self._questions, "GET", "/health")
+
+    async def version(self) -> int | None:
+        """Version of the weights that it serves; None before its first.
+
+        Raises:
+            EngineError: it cannot be reached, or fails.
+            DeadlineError: no answer in time.
+        """
+        answer = await self._ask(self._questions, "GET", self.version_route)
         try:
-            async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=deadline_s)) as response:
-                return response.status == HTTPStatus.OK
-        except (TimeoutError, aiohttp.ClientError):
-            return False
+            return as_version(str(json.loads(answer)["weight_version"]))
+        except (ValueError, LookupError, TypeError) as error:
+            raise EngineError(f"engine {self.url} answered {self.version_route} with what cannot be read: {error!r}") from None
 
     async def close(self) -> None:
         """Close connections."""
         await self._http.close()
+        await self._questions.close()
 
-    _route: str
-    """Where requests go."""
+    def _session(self, connections: int, deadline_s: float) -> aiohttp.ClientSession:
+        # A connection a request: the servers close idle ones after 5 s, and a training step lasts longer.
+        connector = aiohttp.TCPConnector(limit=connections, force_close=True)
+        timeout = aiohttp.ClientTimeout(total=deadline_s)
+        return aiohttp.ClientSession(self.url, timeout=timeout, connector=connector, headers=token_header())
 
-    def _body(self, request: SamplingRequest) -> dict[str, Any]:
-        """The engine's form of a request."""
-        raise NotImplementedError
-
-    def _samples(self, answer: Any) -> list[Sample]:
-        """Our form of its answer."""
-        raise NotImplementedError
-
-    async def _ask(self, method: str, route: str, **request: Any) -> Any:
+    async def _ask(self, session: aiohttp.ClientSession, method: str, route: str, **content: Any) -> bytes:
         try:
-            async with self._http.request(method, route, **request) as response:
-                if response.status != HTTPStatus.OK:
-                    text = (await response.text())[:500]
-                    raise EngineError(f"engine {self.url} refused a request ({response.status}): {text}")
-                return await response.json()
+            async with session.request(method, route, **content) as response:
+                answer = await response.read()
         except TimeoutError:
-            raise DeadlineError(f"engine {self.url} did not answer a request within {self._deadline_s:g} s") from None
+            late = session.timeout.total
+            raise DeadlineError(f"engine {self.url} did not answer {route} within {late:g} s") from None
         except aiohttp.ClientError as error:
             raise EngineGone(f"engine {self.url} cannot be reached: {type(error).__name__} {error}") from None
+        if response.status != HTTPStatus.OK:
+            text = answer.decode(errors="replace")[:500]
+            raise EngineError(f"engine {self.url} refused {route} ({response.status}): {text}")
+        return answer
 
-    def _sample(self, tokens: list[int], logprobs: list[float], finish_reason: str, versions: set[str]) -> Sample:
+    def whole_sample(self, tokens: list[int], logprobs: list[float], finish_reason: str, versions: set[str]) -> Sample:
+        """A sample, if it is one.
+
+        Raises:
+            EngineError: it is incomplete, or weights of several versions or of none made it.
+        """
         if len(logprobs) != len(tokens) or not tokens:
             raise EngineError(f"engine {self.url} answered {len(tokens)} tokens with {len(logprobs)} log-probabilities")
         if len(versions) != 1 or not min(versions).isdecimal():

@@ -1,18 +1,18 @@
-"""Sampling and grading many prompts over the engines of a run."""
+"""Sampling and grading many prompts."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.errors import EngineError
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rollout.assembly import Group
-from megatron_hpt.rollout.engine import Engine, SamplingRequest
+from megatron_hpt.rollout.engine import Sample, Sampler, SamplingRequest
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,55 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+@dataclass(frozen=True)
+class Grader:
+    """Grades responses as token ids."""
+
+    pool: GraderPool
+    tokenizer: Any
+
+    async def grade(self, prompt: Prompt, responses: Sequence[list[int]]) -> list[float | None]:
+        """Their rewards, in order; None: ungraded."""
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return await self.pool.grade([(text, prompt.ground_truth) for text in texts])
+
+
+class Decider(Protocol):
+    """Knows when further samples of a prompt change nothing."""
+
+    def decides_early(self, prompt: Prompt, wanted: int) -> bool:
+        """Whether that may happen before all of them are graded."""
+
+    def decided(self, prompt: Prompt, rewards: Sequence[float | None], wanted: int) -> bool:
+        """Whether it has happened after these rewards."""
+
+
+@dataclass(frozen=True)
+class Early:
+    """What it takes to cancel samples that change nothing any more."""
+
+    decider: Decider
+    grader: Grader
+
+
 async def sample(
-    engines: Sequence[Engine], prompts: Sequence[Prompt], settings: Settings, seed: Sequence[object], version: int
+    engine: Sampler,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    seed: Sequence[object],
+    version: int,
+    early: Early | None = None,
 ) -> list[Group]:
-    """Sample every prompt, spread over the engines.
+    """Sample every prompt.
 
     Args:
         seed: what the seeds depend on beside the prompt's place (run seed, purpose, step).
         version: the weights that must have been used.
+        early: prompts that can be decided early are graded sample by sample, and what changes nothing is cancelled;
+            the samples are the same.
 
     Raises:
-        EngineError: an engine sampled with other weights.
+        EngineError, DeadlineError: as `engine` raises, or it sampled with other weights.
     """
 
     async def one(place: int, prompt: Prompt) -> Group:
@@ -59,11 +97,14 @@ async def sample(
             max_tokens=settings.max_tokens,
             stop_token=settings.stop_token,
         )
-        samples = await engines[place % len(engines)].generate(request)
-        wrong = {s.version for s in samples} - {version}
+        if early is not None and early.decider.decides_early(prompt, wanted):
+            group = await _until_decided(engine, prompt, request, early)
+        else:
+            group = Group(prompt, await engine.generate(request))
+        wrong = {s.version for s in group.samples} - {version}
         if wrong:
             raise EngineError(f"prompt {prompt.prompt_id} was sampled with weights {sorted(wrong)}; the batch needs {version}")
-        return Group(prompt, samples)
+        return group
 
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -73,8 +114,37 @@ async def sample(
     return [task.result() for task in pending]
 
 
-async def grade(groups: Sequence[Group], pool: GraderPool, tokenizer: Any, demonstrations: bool) -> list[Group]:
-    """The groups with their rewards.
+async def _until_decided(engine: Sampler, prompt: Prompt, request: SamplingRequest, early: Early) -> Group:
+    """A graded group. Each sample is a request; those under way when the decision is fixed are cancelled.
+
+    A sample that is finished by then is graded and kept.
+    """
+    # An engine adds its index to the seed of each sample of one request.
+    single = [replace(request, samples=1, seed=request.seed + index) for index in range(request.samples)]
+    generations = [asyncio.create_task(engine.generate(each)) for each in single]
+
+    async def graded(generation: asyncio.Task[list[Sample]]) -> tuple[Sample, float | None]:
+        (found,) = await generation
+        (reward,) = await early.grader.grade(prompt, [found.tokens])
+        return found, reward
+
+    answers = [asyncio.create_task(graded(generation)) for generation in generations]
+    rewards: list[float | None] = []
+    try:
+        for answer in asyncio.as_completed(answers):
+            rewards.append((await answer)[1])
+            if early.decider.decided(prompt, rewards, request.samples):
+                break
+    finally:
+        for generation in generations:  # not the answers: a grader at work would have to be killed
+            generation.cancel()
+        ended = await asyncio.gather(*answers, return_exceptions=True)
+    whole = [answer for answer in ended if not isinstance(answer, BaseException)]
+    return Group(prompt, [s for s, _ in whole], [reward for _, reward in whole], cancelled=len(ended) - len(whole))
+
+
+async def grade(groups: Sequence[Group], grader: Grader, demonstrations: bool) -> list[Group]:
+    """The groups with their rewards; those that have them keep them.
 
     Args:
         demonstrations: grade the prompts' demonstrations too; a verifier need not agree with whoever wrote them.
@@ -82,10 +152,9 @@ async def grade(groups: Sequence[Group], pool: GraderPool, tokenizer: Any, demon
 
     async def one(group: Group) -> Group:
         own = group.prompt.demonstration if demonstrations else None
-        responses = [sample.tokens for sample in group.samples] + ([own] if own else [])
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        rewards = await pool.grade([(text, group.prompt.ground_truth) for text in texts])
-        number = len(group.samples)
-        return Group(group.prompt, group.samples, rewards[:number], rewards[number] if own else None)
+        waiting = [] if group.rewards else [sample.tokens for sample in group.samples]
+        rewards = await grader.grade(group.prompt, waiting + ([own] if own else []))
+        number = len(waiting)
+        return replace(group, rewards=group.rewards or rewards[:number], demonstration_reward=rewards[number] if own else None)
 
     return await asyncio.gather(*(one(group) for group in groups))

@@ -16,8 +16,7 @@ from megatron_hpt.process import TOKEN_VARIABLE
 from megatron_hpt.rollout import sglang_host, sglang_site
 from megatron_hpt.rollout.cores import cores_of_ranks
 from megatron_hpt.rollout.engine import Sample, SamplingRequest
-from megatron_hpt.rollout.http import HttpEngine
-from megatron_hpt.weights.manifest import as_version
+from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 
 
 def token() -> str | None:
@@ -72,13 +71,14 @@ def server_environment(config: Config) -> dict[str, str]:
 class SglangEngine(HttpEngine):
     """One running SGLang server."""
 
-    _route = "/generate"
+    generate_route = "/generate"
+    version_route = "/model_info"
 
-    def __init__(self, url: str, deadline_s: float, vocab: int) -> None:
-        super().__init__(url, deadline_s)
+    def __init__(self, url: str, deadline_s: float, health_s: float, vocab: int, connections: int = CONNECTIONS) -> None:
+        super().__init__(url, deadline_s, health_s, connections)
         self._vocab = vocab
 
-    def _body(self, request: SamplingRequest) -> dict[str, Any]:
+    def body(self, request: SamplingRequest) -> dict[str, Any]:
         """A batch of single samples: the samples of one request would share its seed.
 
         Raises:
@@ -100,9 +100,9 @@ class SglangEngine(HttpEngine):
             "return_logprob": True,
         }
 
-    def _samples(self, answer: Any) -> list[Sample]:
+    def samples(self, answer: Any) -> list[Sample]:
         return [
-            self._sample(
+            self.whole_sample(
                 one["output_ids"],
                 [entry[0] for entry in one["meta_info"]["output_token_logprobs"]],
                 one["meta_info"]["finish_reason"]["type"],
@@ -110,7 +110,3 @@ class SglangEngine(HttpEngine):
             )
             for one in answer
         ]
-
-    async def version(self) -> int | None:
-        """The version that the server says it serves; None: none of ours."""
-        return as_version((await self._ask("GET", "/model_info"))["weight_version"])

@@ -13,7 +13,6 @@ from megatron_hpt.config import Config
 from megatron_hpt.rollout.cores import cores_of_ranks
 from megatron_hpt.rollout.engine import Sample, SamplingRequest
 from megatron_hpt.rollout.http import HttpEngine
-from megatron_hpt.weights.manifest import as_version
 
 
 def server_command(config: Config, python: str, port: int) -> list[str]:
@@ -56,9 +55,10 @@ def server_environment(config: Config) -> dict[str, str]:
 class VllmEngine(HttpEngine):
     """One running vLLM server."""
 
-    _route = "/inference/v1/generate"
+    generate_route = "/inference/v1/generate"
+    version_route = "/weight_info"
 
-    def _body(self, request: SamplingRequest) -> dict[str, Any]:
+    def body(self, request: SamplingRequest) -> dict[str, Any]:
         return {
             "token_ids": request.tokens,
             "sampling_params": {
@@ -73,9 +73,9 @@ class VllmEngine(HttpEngine):
             },
         }
 
-    def _samples(self, answer: Any) -> list[Sample]:
+    def samples(self, answer: Any) -> list[Sample]:
         return [
-            self._sample(
+            self.whole_sample(
                 choice["token_ids"],
                 [entry["logprob"] for entry in choice["logprobs"]["content"]],
                 choice["finish_reason"],
@@ -83,7 +83,3 @@ class VllmEngine(HttpEngine):
             )
             for choice in answer["choices"]
         ]
-
-    async def version(self) -> int | None:
-        """The version that the server says it serves; None: none of ours."""
-        return as_version((await self._ask("GET", "/weight_info"))["weight_version"])

@@ -91,7 +91,8 @@ def _cells(step: ReplayedStep) -> list[str]:
 def replay(ledger: Ledger, gate: Gate) -> Iterator[ReplayedStep]:
     """Decide every recorded prompt again, step by step; steps that generated nothing are left out.
 
-    The rollouts stay those of the run: under another gate the policy, and so its answers, would have drifted away.
+    The rollouts stay those of the run: under another gate the policy, and so its answers, would have drifted away. Rollouts
+    that were cancelled count as ungraded under another gate, which might have asked for them.
 
     Raises:
         ConfigError: the ledger is empty, or no step has rollouts to decide by.
@@ -121,6 +122,7 @@ def _situation(batch: Batch, index: int, rewards: dict[int, list[float | None]],
         step=batch.step,
         data_source=recorded["data_source"],
         previous=previous.get(recorded["prompt_id"]),
+        cancelled=recorded.get("cancelled", 0),  # older ledgers do not have it
     )
 
 

@@ -6,6 +6,7 @@ checksums (no weights), makes the manifests and drives all engines at once. No t
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 import time
@@ -27,6 +28,8 @@ from megatron_hpt.weights.manifest import Contents, Manifest, Piece
 from megatron_hpt.weights.mapping import ShardView, hf_tensor_shapes
 from megatron_hpt.weights.plan import Plan, Send, make_plan
 from megatron_hpt.weights.transports import TRANSPORTS, Outgoing, files
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ class WeightSender:
     def publish(self, version: int) -> dict[str, float]:
         """Bring every engine to `version`.
 
-        An engine that is gone is left out, as long as one remains; any other failure is raised.
+        An engine that is gone is left out: when it is there again, it asks for its weights itself (`renew`), or gets
+        the next version.
 
         Returns:
             Metrics: bytes of the weights, and on rank 0 the seconds of each part of the way, of the slowest engine.
@@ -126,24 +130,21 @@ class WeightSender:
         self._raise_any(self._attempt(lambda: self._sink.commit(version)))
         self._checksums, self._version = self._gathered(checksums), version
         if self._options.transport == "files" and self._rank == 0:
-            whole = replace(self._contents[0], pieces=self._pieces(None))
-            files.announce(Path(self._options.folder), whole, self._manifest(whole, compare=True))
+            all_ = replace(self._contents[0], pieces=self._pieces(None))
+            files.announce(Path(self._options.folder), all_, self._manifest(all_, compare=True))
         staged = time.perf_counter() - started
         steps = self._serve(range(len(self._targets)))
         seconds = {f"time/transfer_{step}_s": value for step, value in {"stage": staged, **steps}.items()}
         return {"weights/bytes": self.nbytes, **seconds}
 
     def renew(self, url: str) -> None:
-        """Give one engine, which came back without weights, the version that was published last.
+        """Bring one engine, which was started again, to the version that was published last; collective.
 
         Raises:
-            HptError: on every rank; nothing has been published, or as `publish`.
+            HptError: on every rank, as `publish`.
         """
-        if self._version is None:
-            raise TransferError(f"engine {url} asked for weights before any were published")
-        chosen = [engine for engine, target in enumerate(self._targets) if target.control.url == url]
-        self._prepared.difference_update(chosen)
-        self._serve(chosen)
+        if self._version is not None:  # else it gets its first version with all others
+            self._serve([engine for engine, target in enumerate(self._targets) if target.control.url == url])
 
     def close(self) -> None:
         """Free what the transport holds and the connections."""
@@ -205,31 +206,54 @@ class WeightSender:
         raise TransferError(f"{name} at {box.offset} is not held by rank {self._rank}, which was to send it")
 
     def _serve(self, engines: Sequence[int]) -> dict[str, float]:
-        """All ranks: talk to the engines, while rank 0 drives them; decide together how it went."""
+        """All ranks: talk to the engines that are there, while rank 0 drives them; decide together how it went."""
         steps: dict[str, float] = {}
-        fresh = {engine for engine in engines if engine not in self._prepared}
-        meetings = self._told({engine: self._rendezvous(engine) for engine in fresh} if self._rank == 0 else None)
-        with ThreadPoolExecutor(max(1, 2 * len(engines))) as pool:
-            talks = [pool.submit(self._attempt, lambda e=e: self._talk(e, meetings.get(e))) for e in engines]
-            drives = [
-                pool.submit(self._attempt, lambda e=e: self._drive(e, meetings.get(e), steps))
-                for e in engines
-                if not self._rank
-            ]
+        meetings: dict[int, dict[str, Any] | None] = {}
+        self._raise_any(self._attempt(lambda: meetings.update(self._look(engines))) if self._rank == 0 else None)
+        meetings = self._told(meetings)
+        there = list(meetings)
+        with ThreadPoolExecutor(max(1, 2 * len(there))) as pool:
+            talks = [pool.submit(self._attempt, lambda e=e: self._talk(e, meetings[e])) for e in there]
+            driven = there if self._rank == 0 else ()
+            drives = [pool.submit(self._attempt, lambda e=e: self._drive(e, meetings[e], steps)) for e in driven]
             own = [talk.result() for talk in talks]
             # What the engine says comes first: it knows more than a rank whose message was not taken.
             told = [drive.result() for drive in drives] or [None] * len(own)
-        outcomes = [
-            next((error for error in of_engine if error), None)
-            for of_engine in zip(*self._gathered_first(told, own), strict=True)
-        ]
-        for engine, outcome in zip(engines, outcomes, strict=True):
-            (self._prepared.discard if outcome else self._prepared.add)(engine)
-        gone = [error for error in outcomes if isinstance(error, EngineGone)]
-        failed = [error for error in outcomes if error is not None and error not in gone]
-        if failed or (gone and len(gone) == len(engines)):
-            raise (failed or gone)[0]
+        for engine, *met in zip(there, *self._gathered_first(told, own), strict=True):
+            error = next(filter(None, met), None)
+            (self._prepared.discard if error else self._prepared.add)(engine)
+            if isinstance(error, EngineGone):
+                self._note_gone(engine, error)
+            elif error is not None:
+                raise error
         return steps
+
+    def _look(self, engines: Sequence[int]) -> dict[int, dict[str, Any] | None]:
+        """Engines that are there and lack the version → where to meet; None: prepared, and serving the one before."""
+
+        def one(engine: int) -> int | EngineGone | None:
+            try:
+                return self._targets[engine].control.version()
+            except EngineGone as error:
+                return error
+
+        with ThreadPoolExecutor(max(1, len(engines))) as pool:
+            versions = dict(zip(engines, pool.map(one, engines), strict=True))
+        found: dict[int, dict[str, Any] | None] = {}
+        for engine, version in versions.items():
+            if isinstance(version, EngineGone):
+                self._note_gone(engine, version)
+            elif version is None or engine not in self._prepared:
+                found[engine] = self._rendezvous(engine)  # a server that was started again knows nothing
+            elif version != self._version:
+                found[engine] = None
+        return found
+
+    def _note_gone(self, engine: int, error: EngineGone) -> None:
+        self._prepared.discard(engine)
+        if self._rank == 0:
+            url = self._targets[engine].control.url
+            logger.warning("engine %s is gone, version %d goes on without it: %s", url, self._version, error)
 
     def _gathered_first(self, told: list, own: list) -> list[list]:
         """Outcomes by engine: rank 0's drive, then what each rank met."""

@@ -1,4 +1,7 @@
-"""Any process that dies ends the run within seconds, is named, and leaves nothing behind; so does Ctrl-C."""
+"""Any process that dies ends the run within seconds, is named, and leaves nothing behind; so does Ctrl-C.
+
+An engine that dies is started again where that is allowed.
+"""
 
 import signal
 import time
@@ -7,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from .runs import RECIPE, SMALL, Run, gone, shared_memory
+from .test_training import metrics
 
 pytestmark = pytest.mark.end_to_end
 SECONDS = 20
@@ -16,7 +20,8 @@ SECONDS = 20
 def running(tmp_path: Path):
     """A run that has finished its first step, and its processes; fails if it leaves something behind."""
     before = shared_memory()
-    run = Run.start(tmp_path / "work", str(RECIPE), "trainer.steps=1000", "trainer.save_every=1", "evaluation.sets={}", *SMALL)
+    settings = ("trainer.steps=1000", "trainer.save_every=1", "rollout.max_restarts=0", "evaluation.sets={}", *SMALL)
+    run = Run.start(tmp_path / "work", str(RECIPE), *settings)
     processes = []
     try:
         run.wait_until(lambda: run.lines() >= 1)
@@ -63,3 +68,18 @@ def test_a_killed_supervisor_leaves_nothing_behind(running: Run) -> None:
     running.process.kill()
     running.process.wait()
     assert gone(processes, SECONDS) == []
+
+
+def test_a_killed_engine_is_started_again_and_the_run_completes(tmp_path: Path) -> None:
+    before = shared_memory()
+    run = Run.start(tmp_path / "work", str(RECIPE), "trainer.steps=8", "evaluation.sets={}", *SMALL)
+    run.wait_until(lambda: run.lines() >= 2)
+    run.find("engine 0").kill()
+    code, text = run.finish()
+    assert code == 0, text
+    assert "engine 0 died (exit code -9, SIGKILL) and is started again; restart 1 of 3" in text
+    assert "engine 0 answers again" in text
+    lines = metrics(run.path)
+    assert [line["step"] for line in lines] == list(range(8))
+    assert all(line["mismatch/k3_kl"] < 1e-4 and line["rollout/engines"] == 1 for line in lines)
+    assert shared_memory() <= before

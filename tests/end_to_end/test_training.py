@@ -13,11 +13,15 @@ import pytest
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Source
 from megatron_hpt.examples import arithmetic, tiny_llama
+from tests.weights.servers import skip_without
 
 from .runs import RECIPE, ROOT, SMALL, Run, shared_memory
 
 pytestmark = pytest.mark.end_to_end
 STEPS = 4
+# A frozen reference and an adaptive coefficient are state that a resumed run must have again.
+AROUND = ("algorithm.kl.coefficient=0.01", "algorithm.entropy={coefficient: 0.01, target: 1.0}")
+SETTINGS = (f"trainer.steps={STEPS}", "trainer.save_every=2", *AROUND, *SMALL)
 KEYS = (
     *("step", "rollout/accuracy", "rollout/response_tokens", "gate/sft_share", "train/loss", "train/grad_norm"),
     *("train/entropy", "train/tokens", "mismatch/k3_kl", "weights/version", "time/rollout_s", "time/train_s"),
@@ -29,10 +33,7 @@ KEYS = (
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of a finished run with two tensor parallel ranks."""
     before = shared_memory()
-    # A frozen reference and an adaptive coefficient are state that a resumed run must have again.
-    around = ("algorithm.kl.coefficient=0.01", "algorithm.entropy={coefficient: 0.01, target: 1.0}")
-    settings = (f"trainer.steps={STEPS}", "trainer.save_every=2", *around, *SMALL)
-    run = Run.start(tmp_path_factory.mktemp("run") / "work", str(RECIPE), *settings)
+    run = Run.start(tmp_path_factory.mktemp("run") / "work", str(RECIPE), *SETTINGS)
     code, text = run.finish()
     assert code == 0, text
     assert shared_memory() <= before
@@ -77,10 +78,20 @@ def test_every_sample_records_the_version_that_sampled_it(finished: Path) -> Non
         batch = Ledger(finished / "batches").read(step)
         rollouts = [row for row in batch.rows if row.source is Source.ROLLOUT]
         assert {row.policy_version for row in rollouts} == {step}
-        assert len(rollouts) == 8 * 4
+        assert len(rollouts) + sum(d["cancelled"] for d in batch.decisions) == 8 * 4
         assert len(batch.decisions) == 8
         taught = sum(d["choice"] == "demonstration" for d in batch.decisions)
         assert sum(row.source is Source.DEMONSTRATION for row in batch.rows) == taught
+
+
+def test_cancelled_rollouts_change_no_weight(finished: Path, tmp_path: Path) -> None:
+    """The gate of this run sends every prompt to its demonstration after one graded answer."""
+    assert sum(line["rollout/cancelled"] for line in metrics(finished)) > 0
+    run = Run.start(tmp_path / "work", str(RECIPE), *SETTINGS, "rollout.cancel_decided=false")
+    code, text = run.finish()
+    assert code == 0, text
+    assert [line["rollout/cancelled"] for line in metrics(run.path)] == [0] * STEPS
+    assert sha256(run.path / "export" / "model.safetensors") == sha256(finished / "export" / "model.safetensors")
 
 
 def test_the_export_loads_and_generates(finished: Path) -> None:
@@ -132,6 +143,19 @@ def test_tied_embeddings_arrive_from_two_pipeline_stages(tmp_path: Path) -> None
     code, text = run.finish()
     assert code == 0, text
     assert all(line["mismatch/k3_kl"] < 1e-9 for line in metrics(run.path))
+
+
+def test_sglang_trains_as_vllm_does(tmp_path: Path) -> None:
+    """The other engine, from two tensor parallel ranks, in an environment of its own; versions as files of differences."""
+    skip_without("sglang")
+    transfer = f"transfer={{transport: files, folder: {tmp_path}/versions, full_every: 2}}"
+    settings = ("rollout.engine=sglang", transfer, "trainer.steps=3", "evaluation.sets={}", *SMALL)
+    run = Run.start(tmp_path / "work", str(RECIPE), *settings)
+    code, text = run.finish()
+    assert code == 0, text
+    assert [line["step"] for line in metrics(run.path)] == [0, 1, 2]
+    assert all(line["mismatch/k3_kl"] < 1e-9 for line in metrics(run.path))
+    assert {path.name for path in (tmp_path / "versions").iterdir()} == {f"version_{v:06d}" for v in (0, 1, 2, 3)}
 
 
 def test_a_complete_run_says_so(finished: Path) -> None:

@@ -1,5 +1,6 @@
 """Taking processes down, and naming what failed."""
 
+import os
 import signal
 import sys
 import time
@@ -11,8 +12,8 @@ import pytest
 from megatron_hpt.launch.children import Child, describe_exit, failure_of, stop_all
 
 
-def start(tmp_path: Path, code: str, name: str = "part") -> Child:
-    return Child.start(name, [sys.executable, "-c", code], tmp_path / f"{name}.log")
+def start(tmp_path: Path, code: str, name: str = "part", **environment: str) -> Child:
+    return Child.start(name, [sys.executable, "-c", code], tmp_path / f"{name}.log", {**os.environ, **environment})
 
 
 def wait_for(path: Path, text: str) -> None:
@@ -34,6 +35,23 @@ def test_a_stubborn_process_and_its_children_are_ended(tmp_path: Path) -> None:
     assert child.exit_code == -signal.SIGKILL
     _, alive = psutil.wait_procs(family[1:], timeout=10)  # init reaps what lost its parent
     assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_child_starts_again_when_nothing_is_left_of_it(tmp_path: Path) -> None:
+    code = "import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+    child = start(tmp_path, code + "print('ready', os.environ['HPT_TEST'], flush=True); time.sleep(600)", HPT_TEST="7")
+    wait_for(child.log, "ready 7")
+    (left,) = psutil.Process(child.process.pid).children()
+    child.process.kill()
+    child.process.wait(30)
+    again = child.again()
+    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+    deadline = time.monotonic() + 30
+    while "ready 7" not in again.output:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert (again.name, again.exit_code, again.log) == (child.name, None, child.log)
+    stop_all([again])
 
 
 def test_a_failure_has_name_exit_code_and_last_lines(tmp_path: Path) -> None:

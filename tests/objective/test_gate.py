@@ -1,9 +1,11 @@
 """Gates: every rule against its definition."""
 
+import itertools
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hpt.config import AlgorithmConfig, GateConfig
@@ -21,9 +23,11 @@ from megatron_hpt.objective.gate import (
     Switch,
     Thresholds,
     Union,
+    decides_early,
 )
 from megatron_hpt.objective.gates import hybrid, schedule
 
+NAMES = ("hpt", "sft", "grpo", "dapo", "luffy", "chord", "sft_grpo")
 REWARDS = st.lists(st.sampled_from([0.0, 1.0, None]), min_size=1, max_size=16)
 
 
@@ -88,6 +92,80 @@ def test_hysteresis_moves_no_prompt_to_a_side_that_it_never_was_on() -> None:
     assert choices(config, previous=Choice.DEMONSTRATION) == "ddoooorrr"
     never = GateConfig(threshold=-1, off_policy_threshold=0, hysteresis=1)
     assert choices(never, previous=Choice.OFF_POLICY) == "oorrrrrrr"
+
+
+COUNTS, SHARES = st.integers(-1, 8), st.sampled_from([0.0, 0.125, 0.25, 0.3, 0.5, 0.7, 1.0])
+
+
+@st.composite
+def switches(draw: st.DrawFn) -> Switch:
+    def thresholds() -> Thresholds:
+        kind = draw(st.sampled_from([COUNTS, SHARES]))
+        low, *high = sorted(draw(st.lists(kind, min_size=1, max_size=2)))
+        return Thresholds(low, high[0] if high else None, strict=draw(st.booleans()))
+
+    without = draw(st.sampled_from([Choice.ROLLOUTS, Choice.SKIPPED]))
+    by_source = {"hard": thresholds()} if draw(st.booleans()) else {}
+    return Switch(thresholds(), without, by_source, draw(st.integers(0, 3) | SHARES))
+
+
+@given(
+    gate=switches(),
+    rewards=st.lists(st.sampled_from([0.0, 0.5, 1.0, None]), max_size=8),
+    missing=st.integers(1, 5),
+    previous=st.sampled_from([None, *Choice]),
+    source=st.sampled_from(["", "hard"]),
+    has=st.booleans(),
+)
+@settings(max_examples=600)
+def test_what_is_decided_early_is_decided_so_whatever_comes(gate, rewards, missing, previous, source, has) -> None:
+    """Over every completion, ungraded ones included: the decision that was made without them; and exactly then."""
+    so_far = Situation("p", rewards, has, data_source=source, previous=previous)
+    wanted = len(rewards) + missing
+    early = gate(replace(so_far, cancelled=missing))
+    endings = {
+        tuple(sorted(more, key=str)): gate(replace(so_far, rewards=[*rewards, *more]))
+        for more in itertools.combinations_with_replacement([0.0, 1.0, None], missing)
+    }
+    same = [ending.outcome == early.outcome and not ending.rollout_weight for ending in endings.values()]
+    assert gate.decided(so_far, wanted) == all(same)
+    assert early.cancelled == missing
+    if gate.decided(so_far, wanted):
+        assert decides_early(gate, replace(so_far, rewards=[]), wanted)
+        assert gate.decided(replace(so_far, rewards=[*rewards, 0.0]), wanted)  # and stays so
+        assert gate.decided(replace(so_far, rewards=[*rewards, 1.0]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "rewards", "decided"),
+    [
+        (GateConfig(threshold=4), [0.0] * 3, False),
+        (GateConfig(threshold=4), [0.0] * 4, True),  # at most 4 of 8 can be solved
+        (GateConfig(threshold=4, strict=True), [0.0] * 4, False),
+        (GateConfig(threshold=0.5), [0.0, 1.0, 0.0, 0.0, 0.0], True),
+        (GateConfig(threshold=4), [1.0] * 5, False),  # RL needs its rollouts
+        (GateConfig(threshold=0), [0.0] * 7, False),
+        (GateConfig(threshold=1, off_policy_threshold=5), [0.0] * 3, False),
+        (GateConfig(threshold=1, off_policy_threshold=5), [0.0] * 3 + [1.0] * 2, True),  # the band, whatever comes
+        (GateConfig(threshold=8), [], False),  # nothing known is a skipped prompt
+        (GateConfig(threshold=8), [0.0], True),
+        (GateConfig(soft=True), [0.0] * 7, False),
+    ],
+)
+def test_when_a_decision_is_fixed(config: GateConfig, rewards: list, decided: bool) -> None:
+    assert hybrid(config).decided(Situation("p", rewards, True), 8) is decided
+
+
+def test_only_gates_that_can_are_asked_sample_by_sample() -> None:
+    early = {
+        name: decides_early(build(AlgorithmConfig(name=name, sft_steps=1), 8).gate, Situation("p", [], True), 8)
+        for name in NAMES
+    }
+    assert early == dict.fromkeys(NAMES, False)  # with the threshold 0 of the default all rollouts are needed
+    assert decides_early(hybrid(GateConfig(threshold=1)), Situation("p", [], True), 8)
+    assert not decides_early(hybrid(GateConfig(threshold=1)), Situation("p", [], False), 8)
+    phases = Phases(AlwaysDemonstrations(), hybrid(GateConfig(threshold=1)), 2)
+    assert [decides_early(phases, Situation("p", [], True, step=step), 8) for step in (1, 2)] == [False, True]
 
 
 def test_a_data_source_has_its_own_thresholds() -> None:
@@ -199,7 +277,7 @@ def test_phases_hand_over_at_a_step() -> None:
     assert [gate.samples(8, True, step) for step in (1, 2)] == [0, 8]
 
 
-@pytest.mark.parametrize("name", ["hpt", "sft", "grpo", "dapo", "luffy", "chord", "sft_grpo"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_decision_is_whole(name: str) -> None:
     algorithm = build(AlgorithmConfig(name=name, sft_steps=1), 8)
     decision = algorithm.gate(solved(1, data_source="s"))

@@ -1,5 +1,7 @@
 """From graded groups to rows."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_hpt.config import (
@@ -135,6 +137,20 @@ def test_truncated_responses_may_be_masked() -> None:
     batch = make([Group(group("p", []).prompt, samples, [0.0, 1.0])], overlong=OverlongConfig(mask=True))
     assert [(row.weight, row.advantage) for row in batch.rows] == [(0.0, -0.5), (1.0, 0.5)]
     assert batch.metrics["overlong/masked"] == 1
+
+
+def test_cancelled_samples_are_counted_and_what_they_saved_is_estimated() -> None:
+    """Two cancelled when their prompt's longest had 2 tokens; the step's longer ones have 3 and 4."""
+    cut = replace(group("cut", [0.0, 0.0]), cancelled=2)
+    batch = make([cut, group("whole", [0.0, 1.0, 1.0, 1.0])], gate=GateConfig(threshold=2))
+    assert [(d["choice"], d["solved"], d["graded"], d["cancelled"]) for d in batch.decisions] == [
+        ("demonstration", 0, 2, 2),
+        ("rollouts", 3, 4, 0),
+    ]
+    assert (batch.metrics["rollout/cancelled"], batch.metrics["rollout/saved_tokens"]) == (2, 2 * 1.5)
+    assert batch.metrics["rollout/accuracy"] == 0.5  # of those that finished
+    alone = make([cut], gate=GateConfig(threshold=2))
+    assert alone.metrics["rollout/saved_tokens"] == 0.0  # nothing is known of longer ones
 
 
 def test_hysteresis_remembers_the_last_decision() -> None:

@@ -34,7 +34,7 @@ def ask(answer: Callable, action: Callable, deadline_s: float = 5.0):
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        engine = VllmEngine(f"http://127.0.0.1:{runner.addresses[0][1]}", deadline_s)
+        engine = VllmEngine(f"http://127.0.0.1:{runner.addresses[0][1]}", deadline_s, health_s=0.3)
         try:
             return await action(engine)
         finally:
@@ -85,15 +85,15 @@ def test_a_refusal_and_a_late_answer_are_typed() -> None:
         await asyncio.sleep(3)
         return web.Response()
 
-    with pytest.raises(EngineError, match=r"refused a request \(400\): prompt too long"):
+    with pytest.raises(EngineError, match=r"refused /inference/v1/generate \(400\): prompt too long"):
         ask(refuse, lambda engine: engine.generate(REQUEST))
-    with pytest.raises(DeadlineError, match=r"did not answer a request within 0\.3 s"):
+    with pytest.raises(DeadlineError, match=r"did not answer /inference/v1/generate within 0\.3 s"):
         ask(sleep, lambda engine: engine.generate(REQUEST), deadline_s=0.3)
 
 
 def test_an_engine_that_is_gone_is_typed() -> None:
     async def ask_nobody():
-        engine = VllmEngine("http://127.0.0.1:9", 1.0)
+        engine = VllmEngine("http://127.0.0.1:9", 1.0, 1.0)
         try:
             await engine.generate(REQUEST)
         finally:
@@ -107,7 +107,7 @@ def test_a_sample_of_other_weights_is_refused() -> None:
     prompts = [Prompt("p", [1], None, "1", "")]
     settings = Settings(lambda _: 1, 1.0, 1.0, 4, 0)
     with pytest.raises(EngineError, match=r"prompt p was sampled with weights \[3\]; the batch needs 4"):
-        ask(answering(choice()), lambda engine: sample([engine], prompts, settings, (0,), version=4))
+        ask(answering(choice()), lambda engine: sample(engine, prompts, settings, (0,), version=4))
 
 
 def test_seeds_differ_and_stay() -> None:

@@ -15,7 +15,7 @@ from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.objective.algorithms import of_run
 from megatron_hpt.objective.gate import Choice
-from megatron_hpt.rollout.assembly import Group, assemble
+from megatron_hpt.rollout.assembly import GateDecider, Group, assemble
 from megatron_hpt.rollout.engine import Sample
 from megatron_hpt.run import RunDir, create
 from megatron_hpt.telemetry.replay import replay
@@ -59,6 +59,29 @@ def test_the_same_gate_decides_the_same(tmp_path_factory: pytest.TempPathFactory
     found = list(replay(ledger, of_run(config).gate))
     assert [step.changed for step in found] == [0] * len(steps)
     assert [step.prompts for step in found] == [len(groups) for groups in steps]
+
+
+@settings(max_examples=30)
+@given(rewards=st.lists(st.sampled_from([0.0, 1.0, None]), max_size=7), source=st.sampled_from(["easy", "hard"]))
+def test_a_prompt_whose_rollouts_were_cancelled_is_decided_as_if_all_had_finished(
+    tmp_path_factory: pytest.TempPathFactory, rewards: list, source: str
+) -> None:
+    """Shares are of the rollouts that were asked for; recorded are only those that finished."""
+    config, ledger = config_of(GATE), Ledger(tmp_path_factory.mktemp("ledger"))
+    gate, prompt, missing = of_run(config).gate, Prompt("p", [5], [8, 1], "7", source), 8 - len(rewards)
+    decider = GateDecider(gate, 0, {})
+    if not decider.decided(prompt, rewards, 8):
+        return
+    sample = Sample([7], [-0.1], "stop", 0)
+    cut = Group(prompt, [sample] * len(rewards), rewards, cancelled=missing)
+    whole = Group(prompt, [sample] * 8, [*rewards, *[1.0] * missing])
+    ledger.write(assemble(0, [cut], of_run(config), config, {"data/next_prompt": 1}))
+    ledger.write(assemble(1, [whole], of_run(config), config, {"data/next_prompt": 2}))
+    decisions = [ledger.read(step).decisions[0] for step in (0, 1)]
+    assert decisions[0]["choice"] == decisions[1]["choice"] != Choice.ROLLOUTS
+    assert decisions[0]["cancelled"] == missing
+    assert len(ledger.read(0).rows) == len(rewards) + 1
+    assert [step.changed for step in replay(ledger, gate)] == [0, 0]
 
 
 def test_another_gate_is_counted_step_by_step(tmp_path: Path) -> None:
