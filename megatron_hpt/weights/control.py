@@ -245,12 +245,12 @@ class SglangControl(EngineControl):
     def _update(self, manifest: Manifest) -> dict[str, float]:
         self._begin(taking_over=False)
         try:
-            seconds = json.loads(self._command("update", manifest.to_json(), manifest.version))
+            answer = self._command("update", manifest.to_json(), manifest.version)
         finally:
             self._post("/end_weight_update", {})
         if self._in_flight is not InFlight.KEEP:
             self._call("POST", "/flush_cache", params={"timeout": str(self._deadline_s)})
-        return seconds
+        return json.JSONDecoder().raw_decode(answer)[0]  # SGLang adds a sentence to what our receiver says
 
     def compare(self, contents: Contents, manifest: Manifest) -> None:
         """See the base class."""
