@@ -72,6 +72,13 @@ class Server:
             )
         return cls(kind, config, f"http://127.0.0.1:{port}", process, log)
 
+    def again(self) -> "Server":
+        """Start it once more at the same address, as a supervisor does."""
+        with self.log.open("ab") as out:
+            environment = ENGINES[self.kind].environment(self.config)
+            process = subprocess.Popen(self.process.args, env=environment, stdout=out, stderr=out, start_new_session=True)
+        return Server(self.kind, self.config, self.url, process, self.log)
+
     def ready(self, seconds: float = 240) -> "Server":
         """Wait until it answers."""
         deadline = time.monotonic() + seconds

@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,12 +88,22 @@ class Meeting:
         self._group = group
 
     def send(self, data: Tensor, to: int, tag: int) -> Any:
-        """Start to send; the returned work is waited for by `finish`."""
-        return self._group.send([data], to, tag)
+        """Start to send; the returned work is waited for by `finish`.
+
+        Raises:
+            TransferError: the other end is gone.
+        """
+        with _named(f"piece {tag} could not be sent"):
+            return self._group.send([data], to, tag)
 
     def receive(self, data: Tensor, of: int, tag: int) -> Any:
-        """Start to receive."""
-        return self._group.recv([data], of, tag)
+        """Start to receive.
+
+        Raises:
+            TransferError: the other end is gone.
+        """
+        with _named(f"piece {tag} could not be received"):
+            return self._group.recv([data], of, tag)
 
     def finish(self, work: Any, what: str) -> None:
         """Wait for a message.
@@ -110,6 +121,15 @@ class Meeting:
     def close(self) -> None:
         """Leave."""
         self._group = self._store = None
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Torch's groups raise plain RuntimeErrors."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TransferError(f"{what}: {str(error).splitlines()[0]}") from None
 
 
 def windowed(items: Iterable[tuple[int, Any]], limit: int | None) -> Iterator[Any]:

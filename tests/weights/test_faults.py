@@ -1,0 +1,230 @@
+"""What goes wrong with real engines: a typed error in time, old weights or none are served, and the next transfer succeeds."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from megatron_hpt.errors import DeadlineError, TransferError
+from megatron_hpt.examples import tiny_llama
+from megatron_hpt.process import token_header
+from megatron_hpt.weights.control import InFlight
+from megatron_hpt.weights.transports import collective
+
+from .servers import PROMPTS, Server
+from .trainers import Trainer
+
+pytestmark = pytest.mark.end_to_end
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 6.0
+
+
+@pytest.fixture(scope="module", params=["vllm", "sglang"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_llama.write(folder / "model", hidden=64, layers=2, heads=2, kv_heads=2, positions=64)
+    server = Server.start(request.param, folder / "model", folder, weights="dummy")
+    try:
+        yield server.ready()
+    finally:
+        server.stop()
+
+
+class Versions:
+    """Numbers that only grow, over the tests of one engine."""
+
+    last = 0
+
+    @classmethod
+    def next(cls) -> int:
+        cls.last += 1
+        return cls.last
+
+
+def served(server: Server) -> list | None:
+    """Greedy answers now; None where the engine is paused."""
+    try:
+        body = (
+            {"token_ids": PROMPTS[0], "sampling_params": {"temperature": 0.0, "max_tokens": 4, "detokenize": False}}
+            if server.kind == "vllm"
+            else {"input_ids": PROMPTS[0], "sampling_params": {"temperature": 0.0, "max_new_tokens": 4}}
+        )
+        route = "/inference/v1/generate" if server.kind == "vllm" else "/generate"
+        answer = httpx.post(server.url + route, json=body, timeout=3, trust_env=False, headers=token_header()).json()
+    except httpx.ReadTimeout:
+        return None
+    return answer["choices"][0]["token_ids"] if server.kind == "vllm" else answer["output_ids"]
+
+
+@pytest.fixture
+def trainer(server: Server):
+    """A trainer that has published once; whatever the test does, its next version arrives and is what is served."""
+    memory = set(os.listdir("/dev/shm"))
+    trainer = Trainer(server.config, [server.url], DEADLINE_S)
+    trainer.sender.publish(Versions.next())
+    old = served(server)
+    yield trainer
+    assert served(server) in (old, None), "neither the old version nor nothing"
+    assert (server.control().version() or 0) <= Versions.last, "a version that did not arrive"
+    again = Trainer(server.config, [server.url], 60.0)
+    again.scale(3.0)
+    again.sender.publish(Versions.next())
+    assert server.control().version() == Versions.last
+    assert served(server) is not None
+    again.sender.publish(Versions.next())
+    again.close()
+    trainer.close()
+    assert set(os.listdir("/dev/shm")) <= memory
+
+
+def raises_in_time(kind: type[Exception], match: str, action, deadline_s: float = 2 * DEADLINE_S + 3) -> None:
+    started = time.monotonic()
+    with pytest.raises(kind, match=match):
+        action()
+    assert time.monotonic() - started < deadline_s
+
+
+def test_a_flipped_bit(trainer: Trainer) -> None:
+    sink = trainer.sender._sink
+    original = sink.commit
+
+    def flip(version: int) -> None:
+        original(version)
+        sink._segment.bytes[sink.positions[5]] ^= 4
+
+    sink.commit = flip
+    raises_in_time(TransferError, "arrived damaged", lambda: trainer.sender.publish(Versions.next()))
+
+
+def test_a_lost_message(server: Server, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    talking = Trainer(server.config, [server.url], DEADLINE_S, transport="gloo")
+    original, count = collective.Meeting.send, iter(range(10**6))
+    nothing = type("Nothing", (), {"wait": lambda *_: None})()
+    monkeypatch.setattr(collective.Meeting, "send", lambda self, *a: nothing if next(count) == 4 else original(self, *a))
+    raises_in_time((TransferError, DeadlineError), "within 6 s", lambda: talking.sender.publish(Versions.next()), 30)
+    talking.close()
+
+
+@pytest.mark.parametrize(("transport", "calls"), [("gloo", 3), ("shared_memory", 4), ("shared_memory", 6)])
+def test_a_trainer_that_is_killed(server: Server, trainer: Trainer, transport: str, calls: int) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("trainers.py")), server.kind, server.config.model.path]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [server.url, transport, str(Versions.next()), str(calls)]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    Versions.last -= 1
+
+
+def test_an_engine_that_hangs(server: Server, trainer: Trainer) -> None:
+    processes = [p for p in psutil.Process(server.process.pid).children(recursive=True) if "tracker" not in p.name()]
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        raises_in_time(DeadlineError, rf"engine {server.url} did not answer", lambda: trainer.sender.publish(Versions.next()))
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+        Versions.last -= 1
+    time.sleep(1)
+
+
+def test_a_full_disk(server: Server, trainer: Trainer, tmp_path: Path) -> None:
+    writing = Trainer(server.config, [server.url], DEADLINE_S, transport="files", folder=str(tmp_path / "versions"))
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        raises_in_time(TransferError, "could not be written to", lambda: writing.sender.publish(Versions.next()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+        Versions.last -= 1
+    assert not list(tmp_path.glob("versions/**/*.safetensors"))
+    writing.close()
+
+
+def test_two_trainers(server: Server, trainer: Trainer) -> None:
+    other = Trainer(server.config, [server.url], DEADLINE_S)
+    other.sender.publish(Versions.next())
+    raises_in_time(TransferError, "has taken it over", lambda: trainer.sender.publish(Versions.next()))
+    Versions.last -= 1
+    other.close()
+
+
+def test_requests_under_way(server: Server, trainer: Trainer) -> None:
+    """Kept, computed again or aborted, as the trainer was told; none is lost."""
+    for mode in InFlight:
+        control = server.control(60, mode)
+        answers: list[httpx.Response] = []
+        ask = threading.Thread(target=lambda found=answers: found.append(_long(server)))
+        ask.start()
+        time.sleep(0.15)
+        trainer.sender._targets[0].control._in_flight = mode
+        trainer.sender.publish(Versions.next())
+        ask.join(60)
+        assert answers
+        assert answers[0].status_code == 200
+        control.close()
+
+
+def _long(server: Server) -> httpx.Response:
+    if server.kind == "vllm":
+        sampling = {"temperature": 1.0, "max_tokens": 50, "ignore_eos": True, "n": 8, "detokenize": False}
+        route, body = "/inference/v1/generate", {"token_ids": PROMPTS[0], "sampling_params": sampling}
+    else:
+        sampling = {"temperature": 1.0, "max_new_tokens": 50, "ignore_eos": True}
+        route, body = "/generate", {"input_ids": [PROMPTS[0]] * 8, "sampling_params": [sampling] * 8}
+    return httpx.post(server.url + route, json=body, timeout=60, trust_env=False, headers=token_header())
+
+
+def test_memory_does_not_grow_over_200_transfers(server: Server, trainer: Trainer) -> None:
+    def resident() -> list[int]:
+        processes = [psutil.Process(), *psutil.Process(server.process.pid).children(recursive=True)]
+        return [process.memory_info().rss for process in processes]
+
+    after = {}
+    for turn in range(200):
+        trainer.sender.publish(Versions.next())
+        if turn in (59, 199):
+            after[turn] = resident()
+    grown = [b - a for a, b in zip(after[59], after[199], strict=True)]
+    assert max(grown) < 12 * 2**20, grown
+    assert len(os.listdir("/proc/self/fd")) < 200
+
+
+def test_an_engine_that_is_killed_and_comes_back(tmp_path: Path, server: Server) -> None:
+    """Last: it takes the engine with it. The trainer goes on without it, and gives a new one the version that it lacks."""
+    trainer = Trainer(server.config, [server.url], DEADLINE_S, transport="gloo")
+    trainer.sender.publish(Versions.next())
+    original = collective.Meeting.send
+
+    def slow(self, *arguments):
+        time.sleep(0.05)
+        return original(self, *arguments)
+
+    collective.Meeting.send = slow
+    try:
+        threading.Timer(0.4, lambda: os.killpg(server.process.pid, signal.SIGKILL)).start()
+        started = time.monotonic()
+        trainer.sender.publish(Versions.next())
+        assert time.monotonic() - started < 3 * DEADLINE_S
+    finally:
+        collective.Meeting.send = original
+    assert not trainer.sender._prepared
+    server.process.wait()
+    back = server.again()
+    try:
+        back.ready()
+        trainer.sender.renew(server.url)
+        assert back.control().version() == Versions.last
+        assert served(back) is not None
+    finally:
+        back.stop()
+        trainer.close()
