@@ -249,7 +249,7 @@ class SglangControl(EngineControl):
         finally:
             self._post("/end_weight_update", {})
         if self._in_flight is not InFlight.KEEP:
-            self._call("POST", "/flush_cache", params={"timeout": str(self._deadline_s)})
+            self._call("POST", "/flush_cache")
         return json.JSONDecoder().raw_decode(answer)[0]  # SGLang adds a sentence to what our receiver says
 
     def compare(self, contents: Contents, manifest: Manifest) -> None:
