@@ -138,23 +138,26 @@ def watch(
         while not times or looks < times:
             if looks:
                 time.sleep(every)
-            table = Table("engine", "version", "")
-            for url, (version, note) in zip(urls, pool.map(_look, urls), strict=True):
-                table.add_row(url, version, note)
+            table = Table("engine", "version", "running", "waiting", "cache", "")
+            for url, cells in zip(urls, pool.map(_look, urls), strict=True):
+                table.add_row(url, *cells)
             live.update(table, refresh=True)
             looks += 1
 
 
-def _look(url: str) -> tuple[str, str]:
+def _look(url: str) -> tuple[str, ...]:
     from megatron_hpt.weights.control import connect
 
     try:
         control = connect(url, 2.0)
-        version = control.version()
+        version, load = control.version(), control.load()
         control.close()
     except HptError as error:
-        return "-", str(error)
-    return ("none of ours", "") if version is None else (str(version), "")
+        return "-", "-", "-", "-", str(error)
+    return (
+        *("none of ours" if version is None else str(version), str(load.running), str(load.waiting)),
+        *(f"{load.cache:.0%}", ""),
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ def write(
     layers: int = 2,
     heads: int = 12,
     kv_heads: int = 6,
+    head_dim: int | None = None,
+    ffn: int | None = None,
+    vocab: int | None = None,
     positions: int = 64,
     tied: bool = False,
     seed: int = 0,
@@ -31,13 +34,13 @@ def write(
 
     words = tokenizer()
     config = LlamaConfig(
-        vocab_size=len(words),
+        vocab_size=vocab or len(words),
         hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3 // 64 * 64,
+        intermediate_size=ffn or hidden * 8 // 3 // 64 * 64,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
+        head_dim=head_dim or hidden // heads,
         max_position_embeddings=positions,
         tie_word_embeddings=tied,
         bos_token_id=None,

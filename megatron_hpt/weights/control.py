@@ -18,6 +18,7 @@ import base64
 import json
 import pickle
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -39,6 +40,18 @@ class InFlight(Enum):
     """Their keys and values are computed again with the new weights."""
     ABORT = "abort"
     """They end at once with what they have."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy an engine is."""
+
+    running: int
+    """Requests that it decodes."""
+    waiting: int
+    """Requests that wait."""
+    cache: float
+    """Share of the KV cache in use."""
 
 
 class EngineControl(ABC):
@@ -114,6 +127,10 @@ class EngineControl(ABC):
     @abstractmethod
     def version(self) -> int | None:
         """The version that the engine says it serves; None: none of ours."""
+
+    @abstractmethod
+    def load(self) -> Load:
+        """How busy the engine is."""
 
     @abstractmethod
     def layout(self) -> EngineLayout:
@@ -216,6 +233,15 @@ class VllmControl(EngineControl):
         """See the base class."""
         return as_version(self._call("GET", "/weight_info").json()["weight_version"])
 
+    def load(self) -> Load:
+        """See the base class; from its Prometheus metrics."""
+        found: dict[str, float] = {}
+        for line in self._call("GET", "/metrics").text.splitlines():
+            name, _, value = line.rpartition(" ")
+            found[name.partition("{")[0]] = float(value) if name and not line.startswith("#") else 0.0
+        running, waiting = found["vllm:num_requests_running"], found["vllm:num_requests_waiting"]
+        return Load(int(running), int(waiting), found["vllm:kv_cache_usage_perc"])
+
     def layout(self) -> EngineLayout:
         """See the base class; a server that was not started here tells its number of ranks only."""
         return EngineLayout(int(self._call("GET", "/get_world_size?include_dp=false").json()["world_size"]))
@@ -304,6 +330,11 @@ class SglangControl(EngineControl):
     def version(self) -> int | None:
         """See the base class."""
         return as_version(self._call("GET", "/model_info").json()["weight_version"])
+
+    def load(self) -> Load:
+        """See the base class."""
+        (core,) = self._call("GET", "/v1/loads", params={"include": "core"}).json()["loads"]
+        return Load(core["num_running_reqs"], core["num_waiting_reqs"], core["token_usage"])
 
     def layout(self) -> EngineLayout:
         """See the base class."""

@@ -15,7 +15,10 @@ from megatron_hpt.actor import export, model, parallel, platform
 from megatron_hpt.config import Config, ParallelConfig
 from megatron_hpt.process import die_with_parent
 from megatron_hpt.rollout import engines
+from megatron_hpt.weights.boxes import Box
 from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.layouts import actor_holdings, held_by
+from megatron_hpt.weights.mapping import hf_tensor_shapes
 from megatron_hpt.weights.sender import Options, Target, WeightSender
 from tests.weights.servers import engine_config, greedy
 
@@ -45,6 +48,9 @@ def main() -> None:
         config.rollout.tensor_parallel = int(layout.pop("engine_tensor", 1))
         config.parallel = ParallelConfig(**layout)
         shape, ranks, chunks, views = build(config, where)
+        # The formulae that plans are made of are what the ranks hold.
+        held = actor_holdings(hf_tensor_shapes(shape), shape, config.parallel)
+        assert {(v.name, Box(v.offset, v.extent)) for v in views} == set(held_by(held, ranks.rank)), name
         targets = [Target(engines.control(config, url), engines.layout(config)) for url in urls]
         options = Options(**{"compare_every": 1, **transfer})
         sender = WeightSender(views, shape, targets, dist.group.WORLD, options)

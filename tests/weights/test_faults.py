@@ -15,7 +15,7 @@ import pytest
 
 from megatron_hpt.errors import DeadlineError, TransferError
 from megatron_hpt.examples import tiny_llama
-from megatron_hpt.process import token_header
+from megatron_hpt.process import TOKEN_VARIABLE, token_header
 from megatron_hpt.weights.control import InFlight
 from megatron_hpt.weights.transports import collective
 
@@ -31,11 +31,13 @@ DEADLINE_S = 6.0
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp(request.param)
     tiny_llama.write(folder / "model", hidden=64, layers=2, heads=2, kv_heads=2, positions=64)
+    os.environ[TOKEN_VARIABLE] = "a secret of these tests"
     server = Server.start(request.param, folder / "model", folder, weights="dummy")
     try:
         yield server.ready()
     finally:
         server.stop()
+        del os.environ[TOKEN_VARIABLE]
 
 
 class Versions:
@@ -89,6 +91,33 @@ def raises_in_time(kind: type[Exception], match: str, action, deadline_s: float 
     with pytest.raises(kind, match=match):
         action()
     assert time.monotonic() - started < deadline_s
+
+
+def test_who_has_not_the_token_changes_nothing_and_samples_nothing(server: Server, trainer: Trainer) -> None:
+    routes = ("/update_weights", "/collective_rpc", "/pause", "/inference/v1/generate", "/weight_info")
+    if server.kind == "sglang":
+        routes = ("/update_weights_from_tensor", "/pause_generation", "/generate", "/model_info")
+    for route in routes:
+        for header in ({}, {"Authorization": "Bearer another"}):
+            method = "GET" if route.endswith("_info") else "POST"
+            assert httpx.request(method, server.url + route, headers=header, trust_env=False).status_code == 401
+    assert "a secret" not in "".join(" ".join(p.cmdline()) for p in psutil.process_iter())
+
+
+def test_sleeping_and_waking(server: Server, trainer: Trainer) -> None:
+    """On the host the memory stays; the order of the calls, and that a version follows, is what a run needs."""
+    control = server.control()
+    control.sleep()
+    control.wake()
+    trainer.sender.publish(Versions.next())
+    assert control.version() == Versions.last
+    assert served(server) is not None
+
+
+def test_load_of_an_engine(server: Server, trainer: Trainer) -> None:
+    load = server.control().load()
+    assert (load.running, load.waiting) == (0, 0)
+    assert 0 <= load.cache < 1
 
 
 def test_a_flipped_bit(trainer: Trainer) -> None:
