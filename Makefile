@@ -1,5 +1,5 @@
 # make train [RECIPE=quickstart] [ARGS="trainer.steps=20"]   trains a recipe; the first call installs everything
-# make test                                                  all tests
+# make test                                                  all tests; those of SGLang where make sglang-env has been called
 # make test-fast                                             without Megatron ranks and engines
 # make sglang-env                                            the environment of rollout.engine=sglang, beside the first
 PYTHON ?= python3.11

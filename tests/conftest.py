@@ -19,7 +19,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from megatron_hpt.examples import tiny_llama
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_llama.write(folder, hidden=64, layers=2, heads=4, kv_heads=2, positions=64)
+    tiny_llama.write(folder, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, positions=64)
     return folder
 
 

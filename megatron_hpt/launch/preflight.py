@@ -11,7 +11,7 @@ from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
 from megatron_hpt.objective.gate import Gate, Phases, Union
 from megatron_hpt.rewards.registry import lookup
-from megatron_hpt.rollout.engines import interpreter
+from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.weights.hf_config import ModelShape, model_shape
 from megatron_hpt.weights.hf_files import HfTensors
 
@@ -31,7 +31,7 @@ def check(config: Config) -> None:
     check_layout(config, shape)
     check_precision(config)
     check_lengths(config, shape)
-    check_engine(config)
+    check_engine(config, shape)
     _check_data(config, shape, algorithm.gate)
 
 
@@ -89,16 +89,24 @@ def check_precision(config: Config) -> None:
         check_fp8(config.actor.fp8, config.model.dtype, this_machine())
 
 
-def check_engine(config: Config) -> None:
+def check_engine(config: Config, shape: ModelShape) -> None:
     """The engine's environment is there, and weights can reach it.
 
     Raises:
         ConfigError: it is not, or they cannot; says what to do.
     """
-    from megatron_hpt.weights.transports import check_transport  # imports torch
+    import torch
+
+    from megatron_hpt.weights.transports import check_transport
 
     if not config.rollout.urls:
         interpreter(config)
+        allowed = () if torch.cuda.is_available() else ENGINES[config.rollout.engine].host_head_dims
+        if allowed and shape.head_dim not in allowed:
+            raise ConfigError(
+                f"rollout.engine={config.rollout.engine}: its attention on the host has no heads of {shape.head_dim} "
+                f"({config.model.path}/config.json); allowed: {', '.join(map(str, allowed))}, or another engine"
+            )
     check_transport(config.transfer.transport)
 
 

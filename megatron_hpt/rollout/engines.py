@@ -36,6 +36,8 @@ class Kind:
     control: type[EngineControl]
     install: str
     """What to do when the interpreter is missing."""
+    host_head_dims: tuple[int, ...] = ()
+    """Head sizes that its attention has without a GPU; none: any."""
 
 
 def _vllm_command(config: Config, python: str, port: int, _: Path) -> list[str]:
@@ -82,6 +84,7 @@ ENGINES: dict[str, Kind] = {
         client=_vllm_client,
         control=VllmControl,
         install="make .venv/.ready",
+        host_head_dims=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512),  # v1/attention/backends/cpu_attn.py
     ),
     "sglang": Kind(
         python=lambda: str(Path(sys.prefix).parent / SGLANG_ENVIRONMENT / "bin" / "python"),

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_hpt.config import Config, DataConfig, GateConfig, KlConfig, ModelConfig, OverlongConfig, ParallelConfig, dump_yaml
 from megatron_hpt.errors import ConfigError, HptError
-from megatron_hpt.examples import tiny_mixtral
+from megatron_hpt.examples import tiny_llama, tiny_mixtral
 from megatron_hpt.launch import preflight
 from megatron_hpt.weights.hf_config import model_shape
 
@@ -17,6 +17,15 @@ from megatron_hpt.weights.hf_config import model_shape
 def config(tiny_model: Path, arithmetic_data: Path) -> Config:
     data = DataConfig(train=str(arithmetic_data / "train.parquet"), max_prompt_length=8, max_response_length=24)
     return Config(name="x", model=ModelConfig(path=str(tiny_model)), data=data)
+
+
+def test_a_head_that_the_engine_cannot_compute_is_found_before_it_starts(config: Config, tmp_path: Path) -> None:
+    tiny_llama.write(tmp_path / "model", hidden=64, layers=1, heads=4, kv_heads=2)
+    config.model.path = str(tmp_path / "model")
+    with pytest.raises(
+        ConfigError, match=r"rollout\.engine=vllm: its attention on the host has no heads of 16 .* allowed: 32"
+    ):
+        preflight.check(config)
 
 
 def test_a_good_configuration_passes(config: Config) -> None:
@@ -35,6 +44,12 @@ def test_a_good_configuration_passes(config: Config) -> None:
         ("parallel", {"expert": 2}, r"parallel\.expert: given 2, .* has no experts: leave both out"),
         ("actor", {"fp8": "tensorwise"}, r"actor\.fp8: given 'tensorwise', .*Transformer Engine .* 2\.2 or newer, found none"),
         ("rollout", {"tensor_parallel": 3}, r"rollout\.tensor_parallel: given 3, .* 4 attention heads; allowed: 1, 2, 4"),
+        (
+            "rollout",
+            {"engine": "sglang", "python": "/no/python"},
+            r"run `make sglang-env`",
+        ),
+        ("transfer", {"transport": "nccl"}, r"transport=nccl: needs CUDA, .* allowed here: shared_memory, files, gloo"),
         ("data", {"max_response_length": 60}, r"given 68; the model has 64 positions"),
         ("data", {"max_response_length": 5}, r"row 0, target: \d+ tokens .* data\.max_response_length allows 5"),
         ("data", {"train": "none.parquet"}, r"none\.parquet: no such file"),
