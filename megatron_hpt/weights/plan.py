@@ -6,13 +6,16 @@ is sent to it once, by one of the actor ranks that hold it; replicas share the w
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from megatron_hpt.errors import TransferError
 from megatron_hpt.weights.boxes import Box
@@ -23,8 +26,7 @@ GRAIN = 64
 within a few hundredths of the mean."""
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """One box of one tensor on its way from one rank."""
 
     name: str
@@ -101,6 +103,19 @@ def _summed(size: int, items: Iterable[tuple[int, int]]) -> list[int]:
     return total
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Python's collector would look through a million live tuples again and again, and find nothing."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_without_collection()
 def make_plan(
     tensors: dict[str, tuple[int, ...]],
     item_bytes: int,
@@ -123,24 +138,31 @@ def make_plan(
         TransferError: a box that an engine holds is held by no actor rank.
     """
     needs = _needs(tensors, engines)
-    cells = [
-        (name, box, holders, receivers)
-        for name in tensors
-        for box, holders, receivers in _cells(name, actor[name], needs[name])
-    ]
-    copies = [1 if multicast else len(receivers) for *_, receivers in cells]
+    cells = [(name, *cell) for name in tensors for cell in sorted(_cells(name, actor[name], needs[name]), key=_place)]
+    copies = (1 if multicast else len(receivers) for *_, receivers in cells)
     total = sum(box.volume * n for (_, box, _, _), n in zip(cells, copies, strict=True)) * item_bytes
-    grain = max(1, total // (senders * GRAIN))
-    jobs: list[tuple[int, str, Box, tuple[int, ...], tuple[int, ...]]] = []
-    for name, box, holders, receivers in cells:
-        pieces = _cut(box, grain // item_bytes) if len(holders) > 1 else [box]
+    grain = max(1, total // (senders * GRAIN) // item_bytes)
+    names: list[str] = []
+    boxes: list[Box] = []
+    sizes: list[int] = []
+    holders_of: list[tuple[int, ...]] = []
+    receivers_of: list[tuple[int, ...]] = []
+    for name, cell, holders, receivers in cells:
         groups = [receivers] if multicast else [(r,) for r in receivers]
-        jobs += [(piece.volume * item_bytes, name, piece, holders, group) for piece in pieces for group in groups]
-    order = {name: i for i, name in enumerate(tensors)}
-    chosen = _assign(jobs, senders)
-    sends = [Send(n, box, sender, group, nbytes) for (nbytes, n, box, _, group), sender in zip(jobs, chosen, strict=True)]
-    sends.sort(key=lambda send: (order[send.name], send.box.offset, send.receivers))
-    return Plan(tuple(sends), senders, sum(ranks for _, ranks in engines), multicast)
+        for box in _cut(cell, grain) if len(holders) > 1 else [cell]:
+            count = len(groups)
+            names += [name] * count
+            boxes += [box] * count
+            sizes += [box.volume * item_bytes] * count
+            holders_of += [holders] * count
+            receivers_of += groups
+    chosen = _assign(sizes, holders_of, senders)
+    sends = tuple(map(Send, names, boxes, chosen, receivers_of, sizes))
+    return Plan(sends, senders, sum(ranks for _, ranks in engines), multicast)
+
+
+def _place(cell: tuple[Box, tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...]:
+    return cell[0].offset
 
 
 Needs = dict[str, Held]
@@ -217,19 +239,19 @@ def _cut(box: Box, volume: int) -> list[Box]:
     return [Box((box.offset[0] + a, *box.offset[1:]), (b - a, *box.extent[1:])) for a, b in itertools.pairwise(starts)]
 
 
-def _assign(jobs: Sequence[tuple], senders: int) -> list[int]:
-    """A sender for each job: those with the fewest holders first, the largest first, each to the least loaded holder."""
+def _assign(sizes: Sequence[int], holders_of: Sequence[tuple[int, ...]], senders: int) -> list[int]:
+    """A sender for each send: those with the fewest holders first, the largest first, each to the least loaded holder."""
     load = [0] * senders
-    chosen = [0] * len(jobs)
+    chosen = [0] * len(sizes)
     by_holders: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for index, job in enumerate(jobs):
-        by_holders[job[3]].append(index)
+    for index, holders in enumerate(holders_of):
+        by_holders[holders].append(index)
     for holders in sorted(by_holders, key=lambda h: (len(h), h)):
         heap = [(load[rank], rank) for rank in holders]
         heapq.heapify(heap)
-        for index in sorted(by_holders[holders], key=lambda i: -jobs[i][0]):
+        for index in sorted(by_holders[holders], key=sizes.__getitem__, reverse=True):
             bytes_so_far, rank = heap[0]
             chosen[index] = rank
-            load[rank] = bytes_so_far + jobs[index][0]
+            load[rank] = bytes_so_far + sizes[index]
             heapq.heapreplace(heap, (load[rank], rank))
     return chosen
