@@ -214,6 +214,9 @@ class RewardConfig(Section):
 class RolloutConfig(Section):
     engine: Literal["vllm", "sglang"] = "vllm"
     """The inference server."""
+    model: str = ""
+    """Folder that engines are started with; default: model.path. One whose config.json has a quantization_config of method
+    fp8 (blocks of 128, or per tensor) gets weights that are converted on the way."""
     python: str = ""
     """Interpreter of the engine's own environment; default: this one for vllm, .venv-sglang's beside it for sglang."""
     urls: list[str] = []
@@ -401,6 +404,11 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     trainer: TrainerConfig = TrainerConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
+
+    @property
+    def engine_model(self) -> str:
+        """Folder that engines are started with."""
+        return self.rollout.model or self.model.path
 
     @property
     def max_sequence_length(self) -> int:

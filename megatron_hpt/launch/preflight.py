@@ -12,7 +12,7 @@ from megatron_hpt.objective.algorithm import Algorithm
 from megatron_hpt.objective.gate import Gate, Phases, Union
 from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.rollout.engines import ENGINES, interpreter
-from megatron_hpt.weights.hf_config import ModelShape, model_shape
+from megatron_hpt.weights.hf_config import ModelShape, model_shape, read_config, shape_of_any
 from megatron_hpt.weights.hf_files import HfTensors
 
 
@@ -108,6 +108,20 @@ def check_engine(config: Config, shape: ModelShape) -> None:
                 f"({config.model.path}/config.json); allowed: {', '.join(map(str, allowed))}, or another engine"
             )
     check_transport(config.transfer.transport)
+    _check_engine_model(config, shape)
+
+
+def _check_engine_model(config: Config, shape: ModelShape) -> None:
+    """The engine's folder, where it has one of its own, is the actor's model in a form that weights can be converted to."""
+    if not config.rollout.model:
+        return
+    from megatron_hpt.weights.wire import fp8_format  # imports torch
+
+    fp8_format(read_config(config.rollout.model))
+    if shape_of_any(config.rollout.model) != shape:
+        raise ConfigError(
+            f"rollout.model: the model in {config.rollout.model} has another shape than that in {config.model.path}"
+        )
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:

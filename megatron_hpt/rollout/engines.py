@@ -14,9 +14,10 @@ from megatron_hpt.errors import ConfigError
 from megatron_hpt.rollout import sglang, vllm
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 from megatron_hpt.weights.control import EngineControl, InFlight, SglangControl, VllmControl
-from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.hf_config import model_shape, read_config
 from megatron_hpt.weights.layouts import EngineLayout
 from megatron_hpt.weights.sender import Options
+from megatron_hpt.weights.wire import fp8_format
 
 SGLANG_ENVIRONMENT = ".venv-sglang"
 """What `make sglang-env` builds, beside the environment of the trainer."""
@@ -129,6 +130,7 @@ def transfer_options(config: Config) -> Options:
         host=transfer.host,
         folder=transfer.folder,
         full_every=transfer.full_every,
+        fp8=fp8_format(read_config(config.engine_model)),
     )
 
 

@@ -32,7 +32,7 @@ def server_command(config: Config, python: str, port: int, cache_tokens: int) ->
     """
     return [
         *(python, "-m", "sglang.launch_server"),
-        *("--model-path", config.model.path, "--served-model-name", config.name),
+        *("--model-path", config.engine_model, "--served-model-name", config.name),
         *("--host", config.rollout.host, "--port", str(port)),
         *("--dtype", config.model.dtype, "--tp-size", str(config.rollout.tensor_parallel)),
         *("--context-length", str(config.max_sequence_length), "--max-running-requests", str(config.rollout.max_running)),

@@ -19,7 +19,7 @@ def server_command(config: Config, python: str, port: int) -> list[str]:
     """Command line of a server that waits for its first weights."""
     return [
         *(python, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", config.model.path, "--served-model-name", config.name),
+        *("--model", config.engine_model, "--served-model-name", config.name),
         *("--host", config.rollout.host, "--port", str(port)),
         *("--middleware", "megatron_hpt.rollout.guard.TokenGuard"),
         *("--dtype", config.model.dtype, "--tensor-parallel-size", str(config.rollout.tensor_parallel)),

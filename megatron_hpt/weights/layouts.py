@@ -34,10 +34,10 @@ class Cut(Enum):
 
 _CUTS: tuple[tuple[str, Cut], ...] = (
     (r"(model\.embed_tokens|lm_head)\.weight", Cut.VOCABULARY),
-    (r".*norm\.weight", Cut.WHOLE),
-    (r".*\.(q_proj|gate_proj|up_proj|w1|w3)\.(weight|bias)", Cut.ROWS),
-    (r".*\.(k_proj|v_proj)\.(weight|bias)", Cut.KEY_VALUE),
-    (r".*\.(o_proj|down_proj|w2)\.weight", Cut.COLUMNS),
+    (r".*(norm\.weight|\.weight_scale)", Cut.WHOLE),
+    (r".*\.(q_proj|gate_proj|up_proj|w1|w3)\.(weight|bias|weight_scale_inv)", Cut.ROWS),
+    (r".*\.(k_proj|v_proj)\.(weight|bias|weight_scale_inv)", Cut.KEY_VALUE),
+    (r".*\.(o_proj|down_proj|w2)\.weight(_scale_inv)?", Cut.COLUMNS),
     (r".*\.(mlp|block_sparse_moe)\.gate\.weight", Cut.WHOLE),
 )
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")

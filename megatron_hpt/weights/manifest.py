@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from megatron_hpt.errors import TransferError
 from megatron_hpt.weights.boxes import Box, tiles
+
+SCALES = (".weight_scale_inv", ".weight_scale")
+"""Endings of the names of scales in FP8 checkpoints, block-wise and per tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Contents:
     transport: str
     """A row of `transports.TRANSPORTS`."""
     dtype: str
-    """torch dtype name of every tensor, e.g. ``float32``."""
+    """torch dtype name of the tensors that are not quantised, e.g. ``float32``."""
     shapes: dict[str, tuple[int, ...]]
     """HF name → shape of the whole tensor: the complete model."""
     sources: tuple[dict[str, Any], ...]
@@ -152,6 +155,18 @@ class Manifest:
             return cls(str(data["session"]), str(data["contents"]), int(data["version"]), checksums, bool(data["compare"]))
         except (KeyError, TypeError, ValueError) as error:
             raise TransferError(f"the weight manifest is malformed: {type(error).__name__}: {error}") from None
+
+
+def dtype_of(name: str, names: Container[str], plain: str) -> str:
+    """dtype of a tensor on its way: those of an FP8 checkpoint say it by their names.
+
+    Args:
+        names: all tensors; a weight that has scales is FP8.
+        plain: dtype of the others.
+    """
+    if name.endswith(SCALES):
+        return "float32"
+    return "float8_e4m3fn" if any(name + suffix.removeprefix(".weight") in names for suffix in SCALES) else plain
 
 
 def as_version(label: str | None) -> int | None:

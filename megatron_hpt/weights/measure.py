@@ -47,7 +47,7 @@ def local_speed(transport: str, sizes: list[int], folder: Path, repeats: int = 5
     """
     tensors = {f"tensor.{i}": torch.randn(size) for i, size in enumerate(sizes)}
     boxes = [(name, whole(tuple(tensor.shape))) for name, tensor in tensors.items()]
-    sink = TRANSPORTS[transport].sink(Outgoing(0, boxes, torch.float32, str(folder)))
+    sink = TRANSPORTS[transport].sink(Outgoing(0, boxes, [torch.float32] * len(boxes), str(folder)))
     pieces = tuple(Piece(name, box, 0, at, box.volume * 4) for (name, box), at in zip(boxes, sink.positions, strict=True))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     contents = Contents("measure", transport, "float32", shapes, (sink.source,), pieces)

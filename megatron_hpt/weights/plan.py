@@ -11,7 +11,7 @@ import heapq
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,21 +118,23 @@ def _without_collection() -> Iterator[None]:
 @_without_collection()
 def make_plan(
     tensors: dict[str, tuple[int, ...]],
-    item_bytes: int,
+    item_bytes: Mapping[str, int],
     actor: dict[str, Held],
     engines: Sequence[tuple[dict[str, Held], int]],
     senders: int,
     *,
     multicast: bool,
+    row_multiple: Mapping[str, int] | None = None,
 ) -> Plan:
     """Plan a transfer.
 
     Args:
         tensors: Hugging Face name → shape of the whole tensor; the order of the sends.
-        item_bytes: bytes of an element as it travels.
+        item_bytes: bytes of an element of each tensor as it travels.
         actor: holdings of the actor (`layouts.actor_holdings`, or what its ranks report).
         engines: for each engine its holdings and its number of ranks.
         senders: number of actor ranks.
+        row_multiple: tensors whose boxes are shared out in multiples of so many rows.
 
     Raises:
         TransferError: a box that an engine holds is held by no actor rank.
@@ -140,8 +142,8 @@ def make_plan(
     needs = _needs(tensors, engines)
     cells = [(name, *cell) for name in tensors for cell in sorted(_cells(name, actor[name], needs[name]), key=_place)]
     copies = (1 if multicast else len(receivers) for *_, receivers in cells)
-    total = sum(box.volume * n for (_, box, _, _), n in zip(cells, copies, strict=True)) * item_bytes
-    grain = max(1, total // (senders * GRAIN) // item_bytes)
+    total = sum(box.volume * item_bytes[name] * n for (name, box, _, _), n in zip(cells, copies, strict=True))
+    grain, multiples = max(1, total // (senders * GRAIN)), row_multiple or {}
     names: list[str] = []
     boxes: list[Box] = []
     sizes: list[int] = []
@@ -149,11 +151,12 @@ def make_plan(
     receivers_of: list[tuple[int, ...]] = []
     for name, cell, holders, receivers in cells:
         groups = [receivers] if multicast else [(r,) for r in receivers]
-        for box in _cut(cell, grain) if len(holders) > 1 else [cell]:
+        item, multiple = item_bytes[name], multiples.get(name, 1)
+        for box in _cut(cell, grain // item, multiple) if len(holders) > 1 else [cell]:
             count = len(groups)
             names += [name] * count
             boxes += [box] * count
-            sizes += [box.volume * item_bytes] * count
+            sizes += [box.volume * item] * count
             holders_of += [holders] * count
             receivers_of += groups
     chosen = _assign(sizes, holders_of, senders)
@@ -228,15 +231,15 @@ def _grid(box: Box, edges: Sequence[Sequence[int]]) -> list[Box]:
     return pieces
 
 
-def _cut(box: Box, volume: int) -> list[Box]:
-    """The box in slabs of rows of about `volume` elements."""
+def _cut(box: Box, volume: int, multiple: int) -> list[Box]:
+    """The box in slabs of rows of about `volume` elements, cut at multiples of so many rows."""
     rows, width = box.extent[0], max(1, box.volume // max(1, box.extent[0]))
-    step = max(1, volume // width)
+    step = max(1, volume // (width * multiple)) * multiple
     if step >= rows:
         return [box]
     count = -(-rows // step)
-    starts = [rows * i // count for i in range(count + 1)]
-    return [Box((box.offset[0] + a, *box.offset[1:]), (b - a, *box.extent[1:])) for a, b in itertools.pairwise(starts)]
+    starts = [*(rows * i // count // multiple * multiple for i in range(count)), rows]
+    return [Box((box.offset[0] + a, *box.offset[1:]), (b - a, *box.extent[1:])) for a, b in itertools.pairwise(starts) if b > a]
 
 
 def _assign(sizes: Sequence[int], holders_of: Sequence[tuple[int, ...]], senders: int) -> list[int]:

@@ -80,7 +80,8 @@ def make(case: Case, transport: str) -> Plan:
     engines = [(engine_holdings(tensors, case.shape, case.engine), case.engine.ranks)] * case.engines
     actor = actor_holdings(tensors, case.shape, case.actor)
     multicast = TRANSPORTS[transport].multicast
-    return make_plan(tensors, _ITEM_BYTES[case.dtype], actor, engines, case.actor.ranks, multicast=multicast)
+    items = dict.fromkeys(tensors, _ITEM_BYTES[case.dtype])
+    return make_plan(tensors, items, actor, engines, case.actor.ranks, multicast=multicast)
 
 
 def show(console: Console, case: Case, plan: Plan, send_gbs: float, receive_gbs: float, seconds: float) -> None:

@@ -19,9 +19,10 @@ from megatron_hpt.weights.boxes import Box
 from megatron_hpt.weights.checksum import checksum_of
 from megatron_hpt.weights.hf_config import ModelShape
 from megatron_hpt.weights.layouts import EngineLayout, engine_holdings, held_by
-from megatron_hpt.weights.manifest import Contents, Manifest, Piece, check_contents
-from megatron_hpt.weights.mapping import hf_tensor_shapes
+from megatron_hpt.weights.manifest import Contents, Manifest, Piece, check_contents, dtype_of
+from megatron_hpt.weights.quantize import Fp8Format
 from megatron_hpt.weights.transports import TRANSPORTS, Incoming
+from megatron_hpt.weights.wire import Wire
 
 Loaded = TypeVar("Loaded")
 ReadBack = Callable[[str, Box], Iterable[Tensor]]
@@ -36,10 +37,12 @@ class Seat:
     layout: EngineLayout
     rank: int
     dtype: str
+    fp8: Fp8Format | None = None
+    """The engine holds an FP8 checkpoint."""
 
     def boxes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, Box]]:
         """Shapes of the model's tensors, and this rank's box of each that it holds."""
-        tensors = hf_tensor_shapes(self.shape)
+        tensors = Wire(self.shape, self.dtype, self.fp8).tensors
         return tensors, dict(held_by(engine_holdings(tensors, self.shape, self.layout), self.rank))
 
 
@@ -177,7 +180,8 @@ class Receiver:
 
     def _tensor(self, number: int, piece: Piece) -> Tensor:
         data = self._agreed()[1].view(number, piece)
-        return data.view(getattr(torch, self._seat.dtype)).view(piece.box.extent)
+        dtype = dtype_of(piece.name, self._expected, self._seat.dtype)
+        return data.view(getattr(torch, dtype)).view(piece.box.extent)
 
 
 def compare_only(seat: Seat, contents: Contents, manifest: Manifest, read: ReadBack) -> None:

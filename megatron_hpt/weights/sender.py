@@ -7,6 +7,7 @@ checksums (no weights), makes the manifests and drives all engines at once. No t
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import socket
 import time
@@ -25,9 +26,11 @@ from megatron_hpt.weights.control import EngineControl
 from megatron_hpt.weights.hf_config import ModelShape
 from megatron_hpt.weights.layouts import EngineLayout, Held, engine_holdings
 from megatron_hpt.weights.manifest import Contents, Manifest, Piece
-from megatron_hpt.weights.mapping import ShardView, hf_tensor_shapes
+from megatron_hpt.weights.mapping import ShardView
 from megatron_hpt.weights.plan import Plan, Send, make_plan
+from megatron_hpt.weights.quantize import PER_TENSOR, Fp8Format, is_quantized
 from megatron_hpt.weights.transports import TRANSPORTS, Outgoing, files
+from megatron_hpt.weights.wire import Wire
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,13 @@ class Options:
     """Of files: where versions lie."""
     full_every: int = 1
     """Of files: every k-th version is whole, those between hold what changed."""
+    fp8: Fp8Format | None = None
+    """Engines hold an FP8 checkpoint: weights are converted on the way."""
+
+
+def _fused(name: str) -> str:
+    """The projection that an engine fuses a tensor into: its parts get one scale, so that nothing is rounded twice."""
+    return re.sub(r"\b([qkv]|gate|up)_proj|\bw[13]\b", lambda found: "qkv" if found[0][0] in "qkv" else "gate_up", name)
 
 
 def session_name() -> str:
@@ -83,20 +93,21 @@ class WeightSender:
         """
         self._group, self._rank, self._size = group, dist.get_rank(group), dist.get_world_size(group)
         self._targets, self._options, self._transport = list(targets), options, TRANSPORTS[options.transport]
-        self._tensors = hf_tensor_shapes(shape)
         self._views: dict[str, list[ShardView]] = {}
         for view in views:
             self._views.setdefault(view.name, []).append(view)
-        self._dtype = next(iter(views)).view.dtype
+        dtype = str(next(iter(views)).view.dtype).removeprefix("torch.")
+        self._wire = Wire(shape, dtype, options.fp8)
+        self._tensors = self._wire.tensors
         self.plan = self._make_plan(shape)
         # One copy of a box serves all messages that carry it.
         self._boxes = list(dict.fromkeys((send.name, send.box) for send in self.plan.sends if send.sender == self._rank))
-        outgoing = Outgoing(self._rank, self._boxes, self._dtype, options.folder, options.full_every)
+        dtypes = [self._wire.dtype_of(name) for name, _ in self._boxes]
+        outgoing = Outgoing(self._rank, self._boxes, dtypes, options.folder, options.full_every)
         self._sink = self._transport.sink(outgoing)
         ends = self._gathered((self._sink.source, self._boxes, self._sink.positions))
         self._places = [dict(zip(boxes, positions, strict=True)) for _, boxes, positions in ends]
         sources = tuple(source for source, _, _ in ends)
-        dtype = str(self._dtype).removeprefix("torch.")
         session = self._told(session_name() if self._rank == 0 else None)
         self._contents = [
             Contents(session, options.transport, dtype, self._tensors, sources, self._pieces(engine))
@@ -108,9 +119,8 @@ class WeightSender:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one copy of the weights."""
-        item = self._dtype.itemsize
-        return sum(box.volume * item for box in {(s.name, s.box): s.box for s in self.plan.sends}.values())
+        """Bytes of one copy of what travels."""
+        return sum({(send.name, send.box): send.nbytes for send in self.plan.sends}.values())
 
     def publish(self, version: int) -> dict[str, float]:
         """Bring every engine to `version`.
@@ -126,6 +136,7 @@ class WeightSender:
         """
         started = time.perf_counter()
         with torch.no_grad():
+            self._amax = self._largest()
             checksums = {box: self._sink.put(i, self._source(*box)) for i, box in enumerate(self._boxes)}
         self._raise_any(self._attempt(lambda: self._sink.commit(version)))
         self._checksums, self._version = self._gathered(checksums), version
@@ -153,7 +164,7 @@ class WeightSender:
         self._sink.close()
 
     def _make_plan(self, shape: ModelShape) -> Plan:
-        mine = [(view.name, Box(view.offset, view.extent)) for views in self._views.values() for view in views]
+        mine = [box for views in self._views.values() for view in views for box in self._wire.boxes_of(view)]
         held: dict[str, dict[Box, list[int]]] = {name: {} for name in self._tensors}
         for rank, boxes in enumerate(self._gathered(mine)):
             for name, box in boxes:
@@ -163,7 +174,15 @@ class WeightSender:
         holdings = {layout: engine_holdings(self._tensors, shape, layout) for layout in layouts}
         engines = [(holdings[target.layout], target.layout.ranks) for target in self._targets]
         multicast = self._transport.multicast
-        return make_plan(self._tensors, self._dtype.itemsize, actor, engines, self._size, multicast=multicast)
+        return make_plan(
+            self._tensors,
+            self._wire.item_bytes,
+            actor,
+            engines,
+            self._size,
+            multicast=multicast,
+            row_multiple=self._wire.row_multiple,
+        )
 
     def _of_engine(self, engine: int | None) -> list[tuple[Send, tuple[int, ...]]]:
         """Sends that concern an engine (None: all) in the global order, with its ranks that receive each."""
@@ -196,14 +215,38 @@ class WeightSender:
         return Manifest(contents.session, contents.digest, self._version, checksums, compare)
 
     def _source(self, name: str, box: Box) -> torch.Tensor:
-        """The box of a tensor, out of the local parameters; a copy only where layouts differ."""
-        for view in self._views[name]:
-            own = Box(view.offset, view.extent)
-            if own == box:
-                return view.view
-            if own.common(box) == box:
-                return view.read()[box.inside(own).slices]
+        """The box of a tensor as it travels, out of the local parameters; a copy only where layouts or formats differ."""
+        plain = self._wire.plain_name(name)
+        for view in self._views.get(plain, ()):
+            held = dict(self._wire.boxes_of(view)).get(name)
+            if held == box:
+                return self._wire.converted(view, self._amax.get(plain))[name]
+            if held is not None and held.common(box) == box:
+                return self._part(view, name, box.inside(held))
         raise TransferError(f"{name} at {box.offset} is not held by rank {self._rank}, which was to send it")
+
+    def _part(self, view: ShardView, name: str, inner: Box) -> torch.Tensor:
+        """A part of a held box; a part of a quantised matrix is quantised alone, where the cut allows it."""
+        if name != view.name:
+            return self._wire.converted(view, self._amax.get(view.name))[name][inner.slices]
+        offset = tuple(a + b for a, b in zip(view.offset, inner.offset, strict=True))
+        part = ShardView(view.name, view.shape, offset, inner.extent, view.read()[inner.slices])
+        return self._wire.converted(part, self._amax.get(view.name))[name]
+
+    def _largest(self) -> dict[str, torch.Tensor]:
+        """Where a tensor has one scale: its largest magnitude over all ranks, common to the parts of a fused projection."""
+        if self._options.fp8 != PER_TENSOR:
+            return {}
+        mine: dict[str, float] = {}
+        for name, views in self._views.items():
+            if is_quantized(name):
+                mine[name] = max(float(PER_TENSOR.amax(view.read()).max()) for view in views)
+        largest: dict[str, float] = {}
+        everyone = self._gathered(mine)
+        for found in everyone:
+            for name, value in found.items():
+                largest[_fused(name)] = max(value, largest.get(_fused(name), 0.0))
+        return {name: torch.tensor([largest[_fused(name)]]) for found in everyone for name in found}
 
     def _serve(self, engines: Sequence[int]) -> dict[str, float]:
         """All ranks: talk to the engines that are there, while rank 0 drives them; decide together how it went."""

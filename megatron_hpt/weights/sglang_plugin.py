@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from megatron_hpt.errors import HptError
 from megatron_hpt.rollout import sglang_host
-from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.hf_config import read_config, shape_of_any
 from megatron_hpt.weights.layouts import EngineLayout
 from megatron_hpt.weights.manifest import Contents, Manifest
 from megatron_hpt.weights.readback import EngineWeights, plain_parameter
 from megatron_hpt.weights.receiver import Receiver, Seat, compare_only
+from megatron_hpt.weights.wire import fp8_format
 
 logger = logging.getLogger(__name__)
 LOAD_FORMAT = "megatron_hpt"
@@ -38,7 +39,8 @@ class Endpoint:
         parallel, config = get_parallel(), updater.model_config
         layout = EngineLayout(parallel.tp_size, parallel.pp_size, parallel.moe_ep_size)
         rank = parallel.tp_rank + parallel.tp_size * parallel.pp_rank
-        self._seat = Seat(model_shape(config.model_path), layout, rank, str(config.dtype).removeprefix("torch."))
+        folder, dtype = config.model_path, str(config.dtype).removeprefix("torch.")
+        self._seat = Seat(shape_of_any(folder), layout, rank, dtype, fp8_format(read_config(folder)))
         self._receiver = Receiver(self._seat)
         self._updater = updater
 
@@ -52,7 +54,7 @@ class Endpoint:
         wanted = Manifest.from_json(manifest)
         self._receiver.take(wanted)
         self._receiver.load(self._updater.get_model().load_weights)
-        if wanted.compare:
+        if wanted.compare and self._seat.fp8 is None:  # FP8 engines transpose and requantise what they load
             self._receiver.compare(self._weights().read)
         return self._receiver.seconds
 

@@ -30,11 +30,12 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_hpt.errors import TransferError
-from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.hf_config import read_config, shape_of_any
 from megatron_hpt.weights.layouts import EngineLayout
 from megatron_hpt.weights.manifest import Contents, Manifest
 from megatron_hpt.weights.readback import EngineWeights, plain_parameter
 from megatron_hpt.weights.receiver import Receiver, Seat, compare_only
+from megatron_hpt.weights.wire import fp8_format
 
 BACKEND = "megatron_hpt"
 logger = logging.getLogger(__name__)
@@ -95,7 +96,8 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
         layout = EngineLayout(tensor, pipeline, tensor if parallel.enable_expert_parallel else 1)
         dtype = str(self.model_config.dtype).removeprefix("torch.")
-        self._seat = Seat(model_shape(self.model_config.model), layout, parallel.rank % layout.ranks, dtype)
+        folder = self.model_config.model
+        self._seat = Seat(shape_of_any(folder), layout, parallel.rank % layout.ranks, dtype, fp8_format(read_config(folder)))
         self._tied = self._seat.shape.tied_embeddings
         self._receiver = Receiver(self._seat)
         self._manifest: Manifest | None = None
@@ -149,7 +151,7 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             # A tied output layer has no tensor of its own, so the reload leaves the copy that it packed for itself
             # from the last weights; pack it again from the embedding.
             self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
-        if self._manifest.compare:
+        if self._manifest.compare and self._seat.fp8 is None:  # FP8 engines transpose and requantise what they load
             self._receiver.compare(self._weights().read)
         self._manifest = None
 

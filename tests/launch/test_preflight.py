@@ -22,9 +22,7 @@ def config(tiny_model: Path, arithmetic_data: Path) -> Config:
 def test_a_head_that_the_engine_cannot_compute_is_found_before_it_starts(config: Config, tmp_path: Path) -> None:
     tiny_llama.write(tmp_path / "model", hidden=64, layers=1, heads=4, kv_heads=2)
     config.model.path = str(tmp_path / "model")
-    with pytest.raises(
-        ConfigError, match=r"rollout\.engine=vllm: its attention on the host has no heads of 16 .* allowed: 32"
-    ):
+    with pytest.raises(ConfigError, match=r"rollout\.engine=vllm: its attention on the host has no heads of 16 .* allowed: 32"):
         preflight.check(config)
 
 

@@ -70,7 +70,7 @@ def planned(shape: ModelShape, actor: ParallelConfig, engines: list[EngineLayout
     tensors = hf_tensor_shapes(shape)
     held = actor_holdings(tensors, shape, actor)
     needed = [(engine_holdings(tensors, shape, engine), engine.ranks) for engine in engines]
-    return tensors, held, needed, make_plan(tensors, 2, held, needed, actor.ranks, multicast=multicast)
+    return tensors, held, needed, make_plan(tensors, dict.fromkeys(tensors, 2), held, needed, actor.ranks, multicast=multicast)
 
 
 @settings(max_examples=300)
@@ -155,7 +155,9 @@ def test_what_does_not_divide_is_refused() -> None:
 def test_an_actor_that_lacks_a_box_is_named() -> None:
     tensors = {"a": (4, 2)}
     with pytest.raises(TransferError, match="a: the actor's ranks hold 4 of the 8 elements"):
-        make_plan(tensors, 4, {"a": [(Box((0, 0), (2, 2)), (0,))]}, [({"a": [(whole((4, 2)), (0,))]}, 1)], 1, multicast=True)
+        make_plan(
+            tensors, {"a": 4}, {"a": [(Box((0, 0), (2, 2)), (0,))]}, [({"a": [(whole((4, 2)), (0,))]}, 1)], 1, multicast=True
+        )
 
 
 @pytest.mark.parametrize(

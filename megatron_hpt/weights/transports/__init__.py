@@ -68,7 +68,8 @@ class Outgoing:
 
     rank: int
     boxes: Sequence[tuple[str, Box]]
-    dtype: torch.dtype
+    dtypes: Sequence[torch.dtype]
+    """Of each box."""
     folder: str = ""
     """Of files: where versions lie, on a file system that trainer and engines share."""
     full_every: int = 1
@@ -77,7 +78,7 @@ class Outgoing:
     @property
     def sizes(self) -> list[int]:
         """Bytes of each box."""
-        return [box.volume * self.dtype.itemsize for _, box in self.boxes]
+        return [box.volume * dtype.itemsize for (_, box), dtype in zip(self.boxes, self.dtypes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _mapped(contents: Contents, pieces: Sequence[tuple[int, Piece]], _: int) -> 
 def _files(outgoing: Outgoing) -> Sink:
     from megatron_hpt.weights.transports.files import FileSink
 
-    return FileSink(Path(outgoing.folder), outgoing.rank, outgoing.boxes, outgoing.dtype, outgoing.full_every)
+    return FileSink(Path(outgoing.folder), outgoing.rank, outgoing.boxes, outgoing.dtypes, outgoing.full_every)
 
 
 def _from_files(contents: Contents, pieces: Sequence[tuple[int, Piece]], _: int) -> Incoming:

@@ -52,20 +52,27 @@ def versions(folder: Path) -> list[int]:
 class FileSink:
     """Sending end on one rank."""
 
-    def __init__(self, folder: Path, rank: int, boxes: Sequence[tuple[str, Box]], dtype: torch.dtype, full_every: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        boxes: Sequence[tuple[str, Box]],
+        dtypes: Sequence[torch.dtype],
+        full_every: int,
+    ) -> None:
         """Lay out this rank's file.
 
         Args:
             full_every: 1: every version whole; k: whole every k-th, between them only what changed.
         """
         self._folder, self._rank, self._full_every = folder, rank, full_every
-        self._header = _safetensors_header(boxes, dtype)
+        self._sizes = [box.volume * dtype.itemsize for (_, box), dtype in zip(boxes, dtypes, strict=True)]
+        self._items = [dtype.itemsize for dtype in dtypes]
+        self._header = _safetensors_header(boxes, dtypes, self._sizes)
         self.positions, end = [], len(self._header)
-        for _, box in boxes:
+        for nbytes in self._sizes:
             self.positions.append(end)
-            end += box.volume * dtype.itemsize
-        self._sizes = [box.volume * dtype.itemsize for _, box in boxes]
-        self._item = dtype.itemsize
+            end += nbytes
         self._bytes = torch.empty(end, dtype=torch.uint8)
         self._bytes[: len(self._header)] = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
         self._before: Tensor | None = None
@@ -104,7 +111,7 @@ class FileSink:
         chunks = [np.frombuffer(struct.pack("<Q", version - 1), np.uint8)]
         for index, (position, size) in enumerate(zip(self.positions, self._sizes, strict=True)):
             new, old = self._bytes[position:][:size].numpy(), self._before[position:][:size].numpy()
-            chunks += _difference(index, new, old, self._item)
+            chunks += _difference(index, new, old, self._items[index])
         return np.concatenate(chunks)
 
     def close(self) -> None:
@@ -136,14 +143,14 @@ def _write(path: Path, data: np.ndarray) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _safetensors_header(boxes: Sequence[tuple[str, Box]], dtype: torch.dtype) -> bytes:
+def _safetensors_header(boxes: Sequence[tuple[str, Box]], dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> bytes:
     """Header of the safetensors format: length, then JSON, padded so that data is aligned."""
     entries: dict[str, Any] = {}
     end = 0
-    for name, box in boxes:
-        start, end = end, end + box.volume * dtype.itemsize
-        key = f"{name}@{','.join(map(str, box.offset))}"
+    for (name, box), dtype, nbytes in zip(boxes, dtypes, sizes, strict=True):
+        start, end = end, end + nbytes
         kind = _SAFETENSORS[str(dtype).removeprefix("torch.")]
+        key = f"{name}@{','.join(map(str, box.offset))}"
         entries[key] = {"dtype": kind, "shape": list(box.extent), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-(len(text) + 8) % 64)
