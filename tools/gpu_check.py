@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_hpt.gpucheck import actor, hardware, logprobs
+from megatron_hpt.gpucheck import actor, hardware, logprobs, transfer
 from megatron_hpt.gpucheck.measurement import Measurement, markdown, read, write
 from megatron_hpt.gpucheck.sizes import Sizes, on_gpu, on_host
 
@@ -37,6 +37,7 @@ CHECKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "memory": actor.memory,
     "log_probabilities": logprobs.log_probabilities,
     "ipc": hardware.shared_memory,
+    "weights": transfer.weights,
 }
 """By name, in the order of what one would most like to know should time run out."""
 
