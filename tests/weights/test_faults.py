@@ -120,6 +120,33 @@ def test_load_of_an_engine(server: Server, trainer: Trainer) -> None:
     assert 0 <= load.cache < 1
 
 
+def tool(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "weight_transfer.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_tool_pushes_verifies_and_watches(server: Server, trainer: Trainer) -> None:
+    model, version = server.config.model.path, Versions.next()
+    pushed = tool("push", model, "--to", server.url, "--version", str(version))
+    assert pushed.returncode == 0, pushed.stderr
+    assert f"{server.url} serves version {version}" in pushed.stdout
+    verified = tool("verify", model, server.url)
+    assert verified.returncode == 0, verified.stderr
+    assert "all 21 tensors" in verified.stdout
+    trainer.scale(2.0)
+    trainer.sender._prepared.clear()  # the tool has taken the engine over
+    trainer.sender.publish(Versions.next())
+    differs = tool("verify", model, server.url)
+    assert differs.returncode == 1
+    assert "model.embed_tokens.weight at (0, 0): the engine's weights are not those that were sent" in differs.stderr
+    watched = tool("watch", server.url, "http://127.0.0.1:9", "--times", "1")
+    assert str(Versions.last) in watched.stdout
+    assert "cannot be reached" in watched.stdout
+    trainer.scale(0.5)
+    trainer.sender.publish(Versions.next())
+
+
 def test_a_flipped_bit(trainer: Trainer) -> None:
     sink = trainer.sender._sink
     original = sink.commit
