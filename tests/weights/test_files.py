@@ -81,6 +81,16 @@ def test_a_whole_file_is_a_safetensors_file_and_differences_are_small(tmp_path: 
     assert (version_folder(tmp_path, 2) / "rank_0000.delta").stat().st_size == 8 + 20 + 4 + 4
 
 
+def test_a_resumed_run_writes_its_versions_again(tmp_path: Path) -> None:
+    for full_every in (1, 3, 2):
+        writer = Writer(tmp_path, torch.float32, full_every)
+        for version in (4, 5, 6):
+            writer.values[1][version] += 1
+            writer.write(version)
+            for found, sent in zip(writer.read(writer.reader(), version), writer.values, strict=True):
+                assert torch.equal(found, sent)
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: data[:8] + b"\xff" * 20 + data[28:], lambda _: b"x"])
 def test_a_damaged_difference_is_refused(tmp_path: Path, damage) -> None:
     writer = Writer(tmp_path, torch.float32, 10)

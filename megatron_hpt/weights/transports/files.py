@@ -101,6 +101,7 @@ class FileSink:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, self._bytes.numpy() if full else self._changes(version))
+            path.with_suffix(".delta" if full else ".safetensors").unlink(missing_ok=True)  # of the run before a resume
         except OSError as error:
             raise TransferError(f"version {version} could not be written to {path}: {error.strerror}") from None
         if self._full_every > 1:
