@@ -135,14 +135,12 @@ class WeightSender:
             HptError: on every rank, with what any of them met.
         """
         started = time.perf_counter()
-        with torch.no_grad():
-            self._amax = self._largest()
-            checksums = {box: self._sink.put(i, self._source(*box)) for i, box in enumerate(self._boxes)}
-        self._raise_any(self._attempt(lambda: self._sink.commit(version)))
+        checksums: dict[tuple[str, Box], int] = {}
+        self._amax = self._largest()
+        self._raise_any(self._attempt(lambda: self._stage(version, checksums)))
         self._checksums, self._version = self._gathered(checksums), version
-        if self._options.transport == "files" and self._rank == 0:
-            all_ = replace(self._contents[0], pieces=self._pieces(None))
-            files.announce(Path(self._options.folder), all_, self._manifest(all_, compare=True))
+        if self._options.transport == "files":
+            self._raise_any(self._attempt(self._announce) if self._rank == 0 else None)
         staged = time.perf_counter() - started
         steps = self._serve(range(len(self._targets)))
         seconds = {f"time/transfer_{step}_s": value for step, value in {"stage": staged, **steps}.items()}
@@ -162,6 +160,18 @@ class WeightSender:
         for target in self._targets:
             target.control.close()
         self._sink.close()
+
+    @torch.no_grad()
+    def _stage(self, version: int, checksums: dict[tuple[str, Box], int]) -> None:
+        """Bring this rank's boxes to where the transport wants them."""
+        for index, box in enumerate(self._boxes):
+            checksums[box] = self._sink.put(index, self._source(*box))
+        self._sink.commit(version)
+
+    def _announce(self) -> None:
+        """All files of a version are there: make it one."""
+        contents = replace(self._contents[0], pieces=self._pieces(None))
+        files.announce(Path(self._options.folder), contents, self._manifest(contents, compare=True))
 
     def _make_plan(self, shape: ModelShape) -> Plan:
         mine = [box for views in self._views.values() for view in views for box in self._wire.boxes_of(view)]
@@ -233,6 +243,7 @@ class WeightSender:
         part = ShardView(view.name, view.shape, offset, inner.extent, view.read()[inner.slices])
         return self._wire.converted(part, self._amax.get(view.name))[name]
 
+    @torch.no_grad()
     def _largest(self) -> dict[str, torch.Tensor]:
         """Where a tensor has one scale: its largest magnitude over all ranks, common to the parts of a fused projection."""
         if self._options.fp8 != PER_TENSOR:
@@ -341,8 +352,9 @@ class WeightSender:
             action()
         except HptError as error:
             return error
-        except (KeyError, ValueError, TypeError) as error:
-            return TransferError(f"an engine answered what cannot be read: {error!r}")
+        except Exception as error:  # told to all ranks, which would else wait for this one
+            logger.exception("weight transfer")
+            return TransferError(f"rank {self._rank}: {type(error).__name__}: {error}")
         return None
 
     def _raise_any(self, met: HptError | None) -> None:
