@@ -82,7 +82,7 @@ class Supervisor:
 
     def _start_all(self) -> None:
         # Every process of the run inherits it; servers of the user's own are reached with the one in the environment.
-        os.environ.setdefault(TOKEN_VARIABLE, secrets.token_urlsafe(24))
+        os.environ[TOKEN_VARIABLE] = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
         if not self._config.rollout.urls:
             self._start_engines()
         arguments = [str(self._run.path), "--store", self._board.address, "--from-step", str(self._start)]

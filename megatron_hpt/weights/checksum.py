@@ -36,9 +36,12 @@ def copy_and_hash(target: Tensor, source: Tensor) -> int:
     """Copy `source` into `target` and hash it on the way.
 
     Args:
-        target: contiguous, in host memory, of the same shape and dtype.
+        target: contiguous, of the same shape and dtype; what lies on a device is copied to the host to be hashed.
         source: any layout, any device.
     """
+    if target.device.type != "cpu":
+        target.copy_(source)
+        return checksum_of(target)
     if not source.is_contiguous() or source.device.type != "cpu" or target.nbytes <= BLOCK:
         target.copy_(source)
         return checksum(as_bytes(target).numpy())

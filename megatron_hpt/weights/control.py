@@ -8,7 +8,8 @@ prepare → (transfer) → verify → commit, the same for both engines:
 | pause | /pause | /pause_generation |
 | transfer, verify, load | /start_weight_update, /update_weights | /begin_weight_update, /update_weights_from_tensor |
 | outcome of each rank | /collective_rpc | the answer |
-| commit | /reset_prefix_cache, /finish_weight_update, /update_weight_version | /end_weight_update, /flush_cache |
+| commit | /reset_prefix_cache, /finish_weight_update | /end_weight_update, /flush_cache |
+| version | /update_weight_version | /update_weight_version |
 | resume | /resume | /continue_generation |
 """
 
@@ -148,8 +149,16 @@ class EngineControl(ABC):
         except httpx.HTTPError as error:
             raise EngineGone(f"engine {self.url} cannot be reached for {route}: {error}") from None
         if response.status_code != httpx.codes.OK:
-            raise TransferError(f"engine {self.url} failed {route} ({response.status_code}): {_words(response)}")
+            words = f"engine {self.url} failed {route} ({response.status_code}): {_words(response)}"
+            # A server whose engine process died still answers for a while.
+            raise (TransferError if response.is_client_error or self._is_well() else EngineGone)(words)
         return response
+
+    def _is_well(self) -> bool:
+        try:
+            return self._http.get("/health", timeout=min(5.0, self._deadline_s)).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
 
 
 def _words(response: httpx.Response) -> str:
@@ -271,11 +280,13 @@ class SglangControl(EngineControl):
     def _update(self, manifest: Manifest) -> dict[str, float]:
         self._begin(taking_over=False)
         try:
-            answer = self._command("update", manifest.to_json(), manifest.version)
+            answer = self._command("update", manifest.to_json())
         finally:
             self._post("/end_weight_update", {})
         if self._in_flight is not InFlight.KEEP:
             self._call("POST", "/flush_cache")
+        # Last: SGLang would set it with the load, before anything else can fail.
+        self._post("/update_weight_version", {"new_version": str(manifest.version), "abort_all_requests": False})
         return json.JSONDecoder().raw_decode(answer)[0]  # SGLang adds a sentence to what our receiver says
 
     def compare(self, contents: Contents, manifest: Manifest) -> None:
@@ -296,7 +307,7 @@ class SglangControl(EngineControl):
             self._post("/end_weight_update", {})
             self._post("/begin_weight_update", {})
 
-    def _command(self, action: str, body: dict[str, Any], version: int | None = None) -> str:
+    def _command(self, action: str, body: dict[str, Any]) -> str:
         """Our load format carries a command; SGLang wants it as a pickled list of named tensors, one a rank."""
         data = bytearray(json.dumps({"action": action, "body": body}).encode())
         payload = base64.b64encode(pickle.dumps([("command", torch.frombuffer(data, dtype=torch.uint8))])).decode()
@@ -306,7 +317,6 @@ class SglangControl(EngineControl):
                 "serialized_named_tensors": [payload] * self._ranks,
                 "load_format": "megatron_hpt",
                 "flush_cache": False,
-                **({} if version is None else {"weight_version": str(version)}),
             },
         )
         return answer.json()["message"]

@@ -1,8 +1,9 @@
 """Who holds which part of which tensor: the actor's ranks and the engines' ranks, from layouts alone. Pure; no torch.
 
 The actor's cuts are Megatron-Core's (megatron/core/parallel_state.py, order tp-cp-ep-dp-pp), the engines' those of vLLM
-0.32 and SGLang 0.5.23, which share them (vllm/model_executor/layers/linear.py, vocab_parallel_embedding.py, fused_moe/;
-distributed/utils.py get_pp_indices). `tests/weights/test_layouts.py` compares both with running ranks.
+0.32 and SGLang 0.5.23, which share them but for pipeline stages of unequal length, where they are vLLM's
+(vllm/model_executor/layers/linear.py, vocab_parallel_embedding.py, fused_moe/; distributed/utils.py get_pp_indices).
+`tests/weights/test_engines.py` compares both sides with running ranks.
 """
 
 from __future__ import annotations
@@ -188,9 +189,13 @@ def engine_holdings(tensors: dict[str, tuple[int, ...]], shape: ModelShape, layo
     def boxes(tensor: tuple[int, ...], kind: Kind) -> list[Box | None]:
         size = layout.tensor
         if kind.cut is Cut.VOCABULARY:
-            return _vocabulary(tensor, size, VOCABULARY_MULTIPLE)
+            multiple = VOCABULARY_MULTIPLE if VOCABULARY_MULTIPLE % size == 0 else VOCABULARY_MULTIPLE * size
+            return _vocabulary(tensor, size, multiple)
         if kind.cut is Cut.KEY_VALUE and size > shape.kv_heads:
-            return [part(tensor, 0, r * shape.kv_heads // size * shape.head_dim, shape.head_dim) for r in range(size)]
+            rows, left = divmod(tensor[0], shape.kv_heads)  # a head's rows, or its scales' where weights are quantised
+            if left:
+                raise ConfigError(f"engine layout: {tensor[0]} rows do not divide into {shape.kv_heads} key/value heads")
+            return [part(tensor, 0, r * shape.kv_heads // size * rows, rows) for r in range(size)]
         if kind.expert is None:
             return _slabs(tensor, kind.cut, size)
         inner = size // layout.expert

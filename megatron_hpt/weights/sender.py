@@ -103,12 +103,14 @@ class WeightSender:
         # One copy of a box serves all messages that carry it.
         self._boxes = list(dict.fromkeys((send.name, send.box) for send in self.plan.sends if send.sender == self._rank))
         dtypes = [self._wire.dtype_of(name) for name, _ in self._boxes]
-        outgoing = Outgoing(self._rank, self._boxes, dtypes, options.folder, options.full_every)
-        self._sink = self._transport.sink(outgoing)
+        session = self._told(session_name() if self._rank == 0 else None)
+        self._folder = Path(options.folder).resolve() / session
+        outgoing = Outgoing(self._rank, self._boxes, dtypes, str(self._folder), options.full_every)
+        self._listeners: dict[int, socket.socket] = {}
+        self._raise_any(self._attempt(lambda: self._open(outgoing)))
         ends = self._gathered((self._sink.source, self._boxes, self._sink.positions))
         self._places = [dict(zip(boxes, positions, strict=True)) for _, boxes, positions in ends]
         sources = tuple(source for source, _, _ in ends)
-        session = self._told(session_name() if self._rank == 0 else None)
         self._contents = [
             Contents(session, options.transport, dtype, self._tensors, sources, self._pieces(engine))
             for engine in range(len(self._targets))
@@ -161,6 +163,9 @@ class WeightSender:
             target.control.close()
         self._sink.close()
 
+    def _open(self, outgoing: Outgoing) -> None:
+        self._sink = self._transport.sink(outgoing)
+
     @torch.no_grad()
     def _stage(self, version: int, checksums: dict[tuple[str, Box], int]) -> None:
         """Bring this rank's boxes to where the transport wants them."""
@@ -171,7 +176,7 @@ class WeightSender:
     def _announce(self) -> None:
         """All files of a version are there: make it one."""
         contents = replace(self._contents[0], pieces=self._pieces(None))
-        files.announce(Path(self._options.folder), contents, self._manifest(contents, compare=True))
+        files.announce(self._folder, contents, self._manifest(contents, compare=True))
 
     def _make_plan(self, shape: ModelShape) -> Plan:
         mine = [box for views in self._views.values() for view in views for box in self._wire.boxes_of(view)]
@@ -319,12 +324,11 @@ class WeightSender:
             return {}
         from megatron_hpt.weights.transports.collective import library
 
-        with socket.socket() as probe:
-            probe.bind((self._options.host, 0))
-            port = probe.getsockname()[1]
+        # The store gets the open socket: given an address alone it would listen on all of them.
+        self._listeners[engine] = socket.create_server((self._options.host, 0))
         return {
             "host": self._options.host,
-            "port": port,
+            "port": self._listeners[engine].getsockname()[1],
             "senders": self._size,
             "size": self._size + self._targets[engine].layout.ranks,
             "seconds": self._options.deadline_s,
@@ -334,7 +338,7 @@ class WeightSender:
     def _talk(self, engine: int, rendezvous: dict[str, Any] | None) -> None:
         if self._transport.meets:
             if rendezvous:
-                self._sink.meet(engine, rendezvous, self._rank)
+                self._sink.meet(engine, rendezvous, self._rank, self._listeners.pop(engine, None))
             self._sink.transmit(engine, self._messages(engine))
 
     def _drive(self, engine: int, rendezvous: dict[str, Any] | None, steps: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_hpt.errors import HptError
+from megatron_hpt.errors import HptError, TransferError
 from megatron_hpt.rollout import sglang_host
 from megatron_hpt.weights.hf_config import read_config, shape_of_any
 from megatron_hpt.weights.layouts import EngineLayout
@@ -37,6 +37,8 @@ class Endpoint:
         from sglang.srt.runtime_context import get_parallel
 
         parallel, config = get_parallel(), updater.model_config
+        if parallel.pp_size > 1:
+            raise TransferError("SGLang servers with pipeline stages cannot be given weights: their outcomes are not gathered")
         layout = EngineLayout(parallel.tp_size, parallel.pp_size, parallel.moe_ep_size)
         rank = parallel.tp_rank + parallel.tp_size * parallel.pp_rank
         folder, dtype = config.model_path, str(config.dtype).removeprefix("torch.")

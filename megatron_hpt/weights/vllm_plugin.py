@@ -96,6 +96,8 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
         layout = EngineLayout(tensor, pipeline, tensor if parallel.enable_expert_parallel else 1)
         dtype = str(self.model_config.dtype).removeprefix("torch.")
+        if parallel.enable_expert_parallel and parallel.data_parallel_size > 1:
+            raise TransferError("experts that are shared by data parallel ranks are not planned for; start without one of both")
         folder = self.model_config.model
         self._seat = Seat(shape_of_any(folder), layout, parallel.rank % layout.ranks, dtype, fp8_format(read_config(folder)))
         self._tied = self._seat.shape.tied_embeddings

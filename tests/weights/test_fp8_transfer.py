@@ -96,7 +96,7 @@ def expected(weights: dict[str, torch.Tensor], fp8: Fp8Format) -> dict[str, torc
 
 @pytest.mark.parametrize("fp8", [BLOCK_128, PER_TENSOR], ids=["blocks", "per tensor"])
 @pytest.mark.parametrize("transport", ["shared_memory", "files"])
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [1, 2, 4])  # four ranks share two key/value heads
 def test_what_arrives_is_a_box_of_the_converted_whole(tmp_path, fp8: Fp8Format, transport: str, tensor: int) -> None:
     weights, held = views(2)
     engine = HostedRanks(EngineLayout(tensor), fp8)

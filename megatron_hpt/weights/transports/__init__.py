@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from socket import socket
 from typing import Any, Protocol
 
 import torch
@@ -36,8 +37,8 @@ class Sink(Protocol):
 class Messages(Sink, Protocol):
     """A sending end that talks to each engine."""
 
-    def meet(self, engine: int, rendezvous: dict[str, Any], rank: int) -> None:
-        """Join the group of one engine; returns when all are there."""
+    def meet(self, engine: int, rendezvous: dict[str, Any], rank: int, listener: socket | None) -> None:
+        """Join the group of one engine; returns when all are there. Whoever has the listener hosts the meeting."""
 
     def transmit(self, engine: int, messages: Sequence[tuple[int, int, int]]) -> None:
         """Send to one engine: (index of the box here, number of the piece, rank in the group), in the global order."""

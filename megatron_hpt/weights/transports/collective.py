@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from socket import socket
 from typing import Any
 
 import torch
@@ -54,11 +55,12 @@ def library(name: str) -> str:
 class Meeting:
     """Where one engine and the trainer meet."""
 
-    def __init__(self, name: str, rendezvous: dict[str, Any], rank: int, *, hosts: bool) -> None:
+    def __init__(self, name: str, rendezvous: dict[str, Any], rank: int, listener: socket | None = None) -> None:
         """Join; returns when all are there.
 
         Args:
             rendezvous: host, port, number of members, seconds, library.
+            listener: the open socket at that address, for the one who hosts the meeting.
 
         Raises:
             DeadlineError: not all came in time.
@@ -77,8 +79,9 @@ class Meeting:
                 rendezvous["host"],
                 int(rendezvous["port"]),
                 int(rendezvous["size"]),
-                is_master=hosts,
+                is_master=listener is not None,
                 timeout=datetime.timedelta(seconds=self._seconds),
+                master_listen_fd=None if listener is None else listener.detach(),  # the store closes it
             )
             group = WIRES[name].group(name, dist.PrefixStore("weights", self._store), rank, rendezvous["size"], self._seconds)
         except (dist.DistError, RuntimeError) as error:
@@ -171,10 +174,10 @@ class CollectiveSink:
     def commit(self, version: int) -> None:
         """Messages go when an engine is served."""
 
-    def meet(self, engine: int, rendezvous: dict[str, Any], rank: int) -> None:
+    def meet(self, engine: int, rendezvous: dict[str, Any], rank: int, listener: socket | None) -> None:
         """Join an engine's group."""
         self.part(engine)
-        self._meetings[engine] = Meeting(self._name, rendezvous, rank, hosts=rank == 0)
+        self._meetings[engine] = Meeting(self._name, rendezvous, rank, listener)
 
     def transmit(self, engine: int, messages: Sequence[tuple[int, int, int]]) -> None:
         """Send to one engine.
@@ -210,7 +213,7 @@ class CollectiveIncoming:
     def __init__(self, name: str, rendezvous: dict[str, Any], pieces: Sequence[tuple[int, Piece]], rank: int) -> None:
         self._wire, self._pieces = WIRES[name], list(pieces)
         self.whole = self._wire.window is None
-        self._meeting = Meeting(name, rendezvous, rendezvous["senders"] + rank, hosts=False)
+        self._meeting = Meeting(name, rendezvous, rendezvous["senders"] + rank)
         self._held: dict[int, Tensor] = {}
 
     def receive(self, version: int) -> Iterator[tuple[int, Piece]]:

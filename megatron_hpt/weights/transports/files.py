@@ -1,8 +1,10 @@
 """Versions as files, for engines that share no host and no network fabric with the trainer, but a file system.
 
-    FOLDER/version_000012/rank_0003.safetensors     a rank's boxes, named ``tensor@offset``
-    FOLDER/version_000013/rank_0003.delta           only what changed since the version before
-    FOLDER/version_000013/manifest.json             written last: a version without it is not one
+    FOLDER/SESSION/version_000012/rank_0003.safetensors     a rank's boxes, named ``tensor@offset``
+    FOLDER/SESSION/version_000013/rank_0003.delta           only what changed since the version before
+    FOLDER/SESSION/version_000013/manifest.json             written last: a version without it is not one
+
+A trainer from its start to its end is a session: versions of a run before, of other sizes or numbers, never mix with it.
 
 A file appears under its name when it is whole. Old versions are removed, never one that a kept version builds upon.
 """
@@ -77,6 +79,7 @@ class FileSink:
         self._bytes[: len(self._header)] = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
         self._before: Tensor | None = None
         self._written = 0
+        self._last = -1
         self.source = {
             "path": f"{folder}/version_{{version:06d}}/rank_{rank:04d}.safetensors",
             "nbytes": end,
@@ -100,16 +103,17 @@ class FileSink:
         path = version_folder(self._folder, version) / f"rank_{self._rank:04d}.{'safetensors' if full else 'delta'}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, self._bytes.numpy() if full else self._changes(version))
+            _write(path, self._bytes.numpy() if full else self._changes())
             path.with_suffix(".delta" if full else ".safetensors").unlink(missing_ok=True)  # of the run before a resume
         except OSError as error:
-            raise TransferError(f"version {version} could not be written to {path}: {error.strerror}") from None
+            raise TransferError(f"version {version} could not be written to {path}: {error}") from None
         if self._full_every > 1:
             self._before = self._bytes.clone() if self._before is None else self._before.copy_(self._bytes)
         self._written += 1
+        self._last = version
 
-    def _changes(self, version: int) -> np.ndarray:
-        chunks = [np.frombuffer(struct.pack("<Q", version - 1), np.uint8)]
+    def _changes(self) -> np.ndarray:
+        chunks = [np.frombuffer(struct.pack("<Q", self._last), np.uint8)]
         for index, (position, size) in enumerate(zip(self.positions, self._sizes, strict=True)):
             new, old = self._bytes[position:][:size].numpy(), self._before[position:][:size].numpy()
             chunks += _difference(index, new, old, self._items[index])
@@ -170,12 +174,11 @@ def prune(folder: Path, keep: int) -> None:
     found = versions(folder)
     if len(found) <= keep:
         return
-    first = found[-keep]
-    while list(version_folder(folder, first).glob("*.delta")):
+    first = len(found) - keep
+    while first > 0 and list(version_folder(folder, found[first]).glob("*.delta")):
         first -= 1
-    for version in found:
-        if version < first:
-            shutil.rmtree(version_folder(folder, version), ignore_errors=True)
+    for version in found[:first]:
+        shutil.rmtree(version_folder(folder, version), ignore_errors=True)
 
 
 class FileIncoming:
