@@ -14,10 +14,15 @@ TOKEN_VARIABLE = "HPT_TOKEN"
 """Environment variable with the token that the run's servers ask for."""
 
 
+def token() -> str | None:
+    """The run's token; None: its servers ask for none."""
+    return os.environ.get(TOKEN_VARIABLE) or None
+
+
 def token_header() -> dict[str, str]:
     """What a client of the run's servers sends with every request."""
-    token = os.environ.get(TOKEN_VARIABLE)
-    return {"Authorization": f"Bearer {token}"} if token else {}
+    own = token()
+    return {"Authorization": f"Bearer {own}"} if own else {}
 
 
 def die_with_parent() -> None:

@@ -19,7 +19,7 @@ from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, HptError, RequeueRequested
 from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of, stop_all
-from megatron_hpt.process import TOKEN_VARIABLE, token_header
+from megatron_hpt.process import TOKEN_VARIABLE, token, token_header
 from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry import metrics
@@ -82,7 +82,7 @@ class Supervisor:
 
     def _start_all(self) -> None:
         # Every process of the run inherits it; servers of the user's own are reached with the one in the environment.
-        os.environ[TOKEN_VARIABLE] = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+        os.environ[TOKEN_VARIABLE] = token() or secrets.token_urlsafe(24)
         if not self._config.rollout.urls:
             self._start_engines()
         arguments = [str(self._run.path), "--store", self._board.address, "--from-step", str(self._start)]

@@ -1,4 +1,4 @@
-"""The engines that a recipe may name: how each is started, asked and given weights."""
+"""The engines that a recipe may name: how each is started and asked. How weights reach them: `weights.control.CONTROLS`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from megatron_hpt.config import Config
 from megatron_hpt.data.files import write_private
 from megatron_hpt.errors import ConfigError
+from megatron_hpt.process import token
 from megatron_hpt.rollout import sglang, vllm
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
-from megatron_hpt.weights.control import EngineControl, InFlight, SglangControl, VllmControl
+from megatron_hpt.weights.control import CONTROLS, EngineControl, InFlight
 from megatron_hpt.weights.hf_config import model_shape, read_config
 from megatron_hpt.weights.layouts import EngineLayout
 from megatron_hpt.weights.sender import Options
@@ -34,7 +35,6 @@ class Kind:
     environment: Callable[[Config], dict[str, str]]
     client: Callable[[Config, str], HttpEngine]
     """(config, url) → client."""
-    control: type[EngineControl]
     install: str
     """What to do when the interpreter is missing."""
     host_head_dims: tuple[int, ...] = ()
@@ -48,9 +48,9 @@ def _vllm_command(config: Config, python: str, port: int, _: Path) -> list[str]:
 def _sglang_command(config: Config, python: str, port: int, folder: Path) -> list[str]:
     """The token goes by a private file: a command line can be read by every user of the machine."""
     command = sglang.server_command(config, python, port, cache_tokens(config))
-    if token := sglang.token():
+    if own := token():
         file = folder / f"sglang_{port}.yaml"
-        write_private(file, f"api-key: {token}\n")
+        write_private(file, f"api-key: {own}\n")
         command += ["--config", str(file)]
     return command
 
@@ -72,8 +72,8 @@ def cache_tokens(config: Config) -> int:
     """Tokens for which `rollout.kv_cache_gib` has room, and not more than can be in use."""
     shape = model_shape(config.model.path)
     element = {"float32": 4, "bfloat16": 2}[config.model.dtype]
-    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * element // config.rollout.tensor_parallel
-    room = config.rollout.kv_cache_gib * 2**30 // max(1, token)
+    bytes_a_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * element // config.rollout.tensor_parallel
+    room = config.rollout.kv_cache_gib * 2**30 // max(1, bytes_a_token)
     return min(room, config.rollout.max_running * config.max_sequence_length)
 
 
@@ -83,7 +83,6 @@ ENGINES: dict[str, Kind] = {
         command=_vllm_command,
         environment=vllm.server_environment,
         client=_vllm_client,
-        control=VllmControl,
         install="make .venv/.ready",
         host_head_dims=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512),  # v1/attention/backends/cpu_attn.py
     ),
@@ -92,7 +91,6 @@ ENGINES: dict[str, Kind] = {
         command=_sglang_command,
         environment=sglang.server_environment,
         client=_sglang_client,
-        control=SglangControl,
         install="make sglang-env",
     ),
 }
@@ -136,5 +134,4 @@ def transfer_options(config: Config) -> Options:
 
 def control(config: Config, url: str) -> EngineControl:
     """The control plane of one engine of a run."""
-    kind = ENGINES[config.rollout.engine]
-    return kind.control(url, config.deadlines.transfer_s, InFlight(config.transfer.in_flight))
+    return CONTROLS[config.rollout.engine](url, config.deadlines.transfer_s, InFlight(config.transfer.in_flight))

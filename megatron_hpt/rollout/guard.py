@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hmac
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from megatron_hpt.process import TOKEN_VARIABLE
+from megatron_hpt.process import TOKEN_VARIABLE, token_header
 
 OPEN = ("/health", "/metrics", "/ping")
 """Routes that say nothing and change nothing."""
@@ -18,7 +17,7 @@ class TokenGuard:
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
-        self._expected = f"Bearer {token}".encode() if (token := os.environ.get(TOKEN_VARIABLE)) else None
+        self._expected = header.encode() if (header := token_header().get("Authorization")) else None
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Pass on what may pass."""

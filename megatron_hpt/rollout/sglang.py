@@ -12,16 +12,10 @@ from typing import Any
 
 from megatron_hpt.config import Config
 from megatron_hpt.errors import EngineError
-from megatron_hpt.process import TOKEN_VARIABLE
 from megatron_hpt.rollout import sglang_host, sglang_site
 from megatron_hpt.rollout.cores import cores_of_ranks
 from megatron_hpt.rollout.engine import Sample, SamplingRequest
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
-
-
-def token() -> str | None:
-    """The run's token, which the server asks for as its key."""
-    return os.environ.get(TOKEN_VARIABLE)
 
 
 def server_command(config: Config, python: str, port: int, cache_tokens: int) -> list[str]:
@@ -82,8 +76,7 @@ class SglangEngine(HttpEngine):
         """A batch of single samples: the samples of one request would share its seed.
 
         Raises:
-            EngineError: a token outside the vocabulary, which would end the server; a nucleus, whose log-probabilities
-                the server does not renormalise.
+            EngineError: a token outside the vocabulary, which would end the server.
         """
         if outside := [token for token in request.tokens if not 0 <= token < self._vocab]:
             raise EngineError(f"token {outside[0]} is outside the model's vocabulary of {self._vocab}: the server would end")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from megatron_hpt.config import ParallelConfig
@@ -235,15 +235,3 @@ def held_by(holdings: dict[str, Held], rank: int) -> Iterator[tuple[str, Box]]:
         for box, ranks in boxes:
             if rank in ranks:
                 yield name, box
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """Engines in the order in which receivers are counted."""
-
-    engines: tuple[EngineLayout, ...] = field(default=())
-
-    @property
-    def ranks(self) -> int:
-        """Receivers in all."""
-        return sum(engine.ranks for engine in self.engines)

@@ -107,13 +107,6 @@ class Contents:
         """Names these contents in a manifest."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def by_tensor(self) -> dict[str, list[tuple[int, Piece]]]:
-        """Pieces of each tensor with their numbers, in the order of the model's tensors."""
-        found: dict[str, list[tuple[int, Piece]]] = {name: [] for name in self.shapes}
-        for number, piece in enumerate(self.pieces):
-            found.setdefault(piece.name, []).append((number, piece))
-        return found
-
     @property
     def nbytes(self) -> int:
         """Bytes of all pieces."""

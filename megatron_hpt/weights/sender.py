@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,13 @@ class WeightSender:
             Contents(session, options.transport, dtype, self._tensors, sources, self._pieces(engine))
             for engine in range(len(self._targets))
         ]
+        talks = range(len(self._targets)) if self._transport.meets else ()
+        self._messages = {engine: self._messages_to(engine) for engine in talks}
         self._prepared: set[int] = set()
         self._version: int | None = None
         self._checksums: list[dict[tuple[str, Box], int]] = []
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of one copy of what travels."""
         return sum({(send.name, send.box): send.nbytes for send in self.plan.sends}.values())
@@ -215,7 +218,7 @@ class WeightSender:
             for s, ranks in self._of_engine(engine)
         )
 
-    def _messages(self, engine: int) -> list[tuple[int, int, int]]:
+    def _messages_to(self, engine: int) -> list[tuple[int, int, int]]:
         """What this rank sends to an engine: (box, piece, rank in the group of both)."""
         numbers = {box: i for i, box in enumerate(self._boxes)}
         return [
@@ -339,7 +342,7 @@ class WeightSender:
         if self._transport.meets:
             if rendezvous:
                 self._sink.meet(engine, rendezvous, self._rank, self._listeners.pop(engine, None))
-            self._sink.transmit(engine, self._messages(engine))
+            self._sink.transmit(engine, self._messages[engine])
 
     def _drive(self, engine: int, rendezvous: dict[str, Any] | None, steps: dict[str, float]) -> None:
         control = self._targets[engine].control

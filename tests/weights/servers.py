@@ -16,7 +16,7 @@ import pytest
 from megatron_hpt.config import Config, DataConfig, ModelConfig, RolloutConfig
 from megatron_hpt.process import token_header
 from megatron_hpt.rollout.engines import ENGINES, interpreter
-from megatron_hpt.weights.control import EngineControl, InFlight
+from megatron_hpt.weights.control import CONTROLS, EngineControl, InFlight
 
 PROMPTS = [[5 + i, 15, 6 + i, 20] for i in range(6)]
 TOKENS = 12
@@ -93,7 +93,7 @@ class Server:
             time.sleep(0.3)
 
     def control(self, deadline_s: float = 60, in_flight: InFlight = InFlight.RECOMPUTE) -> EngineControl:
-        return ENGINES[self.kind].control(self.url, deadline_s, in_flight)
+        return CONTROLS[self.kind](self.url, deadline_s, in_flight)
 
     def greedy(self) -> list[tuple[list[int], list[float]]]:
         """Greedy tokens and log-probabilities of a few prompts."""
