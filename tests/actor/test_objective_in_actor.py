@@ -94,7 +94,7 @@ def test_algorithms_and_what_is_around_them_agree_over_layouts(layouts: Layouts,
         assert not b["train/skipped"]
         for key in RATIO_KEYS:
             assert a[key] == pytest.approx(b[key], rel=2e-5, abs=1e-9), key
-    assert one.metrics[1]["train/kl"] > 0  # the actor has moved, the reference has not
+    assert one.metrics[1]["train/kl"] != 0  # the actor has moved, the reference has not; k1 has either sign
     if name == "adaptive entropy":
         before, after = one.metrics
         moved = before["train/entropy_coefficient"] * math.exp(0.5 * (1.0 - before["train/entropy"]))
