@@ -167,6 +167,9 @@ def _block(shape: ModelShape, layers: int, platform: Platform, dtype: torch.dtyp
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if shape.experts:
+        # Checkpoints have Transformer Engine's names, in which the norm before a router is a module of its own.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
@@ -230,7 +233,7 @@ def views(
         mine = shard_views(name, of(parameter), shape, place, loading=loading)
         if contributing:
             first = ranks.expert_data == 0 if expert else ranks.data == 0 and ranks.context.rank == 0
-            mine = [view for view in mine if first and (place.rank == 0 or view.extent != view.shape)]
+            mine = [view for view in mine if first and (place.rank == 0 or not view.copied)]
         found += mine
     return found
 
