@@ -101,7 +101,8 @@ def equal_rows(rows: Sequence[Row]) -> list[Row]:
 
 def save_seconds(actor: Actor) -> tuple[float, float]:
     """Seconds that training waits for a save: in the background, and plain (Megatron's own, synchronous)."""
-    saver, folder = checkpoint.Saver(actor.platform), Path(tempfile.mkdtemp(dir="."))
+    model = actor.config.model.path
+    saver, folder = checkpoint.Saver(actor.platform, model), Path(tempfile.mkdtemp(dir="."))
     try:
         saver.save(folder / "step_000000", 0, actor.chunks, actor.optimizer)  # starts the helper process
         saver.finish()
@@ -112,7 +113,7 @@ def save_seconds(actor: Actor) -> tuple[float, float]:
             plain.append(
                 _seconds(
                     lambda i=index: checkpoint.save_now(
-                        folder / f"step_10000{i}", i, actor.chunks, actor.optimizer, actor.platform
+                        folder / f"step_10000{i}", i, actor.chunks, actor.optimizer, actor.platform, model
                     )
                 )
             )

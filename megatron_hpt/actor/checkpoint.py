@@ -9,8 +9,6 @@ copy on the host), and training goes on. Every rank writes what it owns (`optimi
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import json
 import logging
 import multiprocessing
 import os
@@ -24,8 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.models.gpt import GPTModel
@@ -33,21 +32,24 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_hpt.actor import optimizer_state
 from megatron_hpt.actor.platform import Platform
-from megatron_hpt.data.checkpoints import META, record
+from megatron_hpt.data.checkpoints import SIDE_FILES, read_meta, record
 from megatron_hpt.errors import CheckpointError
 from megatron_hpt.process import die_with_parent
+from megatron_hpt.weights.hf_files import copy_side_files
 
 logger = logging.getLogger(__name__)
-
-FORMAT = 2
-_VERSIONS = ("megatron_hpt", "megatron-core", "torch")
 
 
 class Saver:
     """Writes checkpoints in the background, one at a time; all methods are collective over all ranks."""
 
-    def __init__(self, platform: Platform) -> None:
-        self._platform = platform
+    def __init__(self, platform: Platform, model: str | Path) -> None:
+        """Nothing is written yet.
+
+        Args:
+            model: folder whose configuration and tokenizer go into every checkpoint, so that it can be exported by itself.
+        """
+        self._platform, self._model = platform, Path(model)
         self._queue = AsyncCallsQueue()
 
     def save(
@@ -71,14 +73,8 @@ class Saver:
             state_dict = _without_copies(_state(chunks, optimizer))
             request = dist_checkpointing.save(state_dict, str(temporary), async_sharded_save=True)
         torch.save(_rng_state(), temporary / f"rng_{dist.get_rank()}.pt")
-        meta = {
-            **(state or {}),
-            "format": FORMAT,
-            "step": step,
-            "optimizer": optimizer is not None,
-            "versions": _versions(),
-        }
-        request.finalize_fns.append(functools.partial(_appear, temporary, final, meta))
+        meta = {**(state or {}), "step": step, "optimizer": optimizer is not None}
+        request.finalize_fns.append(functools.partial(_appear, temporary, final, self._model, meta))
         if request.async_fn is not None:
             request = request._replace(async_fn=functools.partial(_in_writer, request.async_fn))
         self._queue.schedule_async_request(request)
@@ -98,10 +94,11 @@ def save_now(
     chunks: Sequence[GPTModel],
     optimizer: MegatronOptimizer | None,
     platform: Platform,
+    model: str | Path,
     state: dict[str, Any] | None = None,
 ) -> None:
-    """Write one checkpoint and wait for it (arguments as `Saver.save`); collective over all ranks."""
-    saver = Saver(platform)
+    """Write one checkpoint and wait for it (arguments as of `Saver`); collective over all ranks."""
+    saver = Saver(platform, model)
     saver.save(final, step, chunks, optimizer, state)
     saver.finish()
 
@@ -115,25 +112,41 @@ def load(path: Path, chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | 
     Raises:
         CheckpointError: not a checkpoint of this project, damaged, or saved without the optimizer that is to be loaded.
     """
-    try:
-        meta = json.loads((path / META).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of this project: {error}") from None
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: format {meta.get('format')} of {meta.get('versions')}; this version reads format {FORMAT}. "
-            "Export it with the version that wrote it, and start from the export"
-        )
+    meta = read_meta(path)
     if optimizer is not None and not meta["optimizer"]:
         raise CheckpointError(f"{path}: holds weights without optimizer state; it can be exported, not resumed")
     with platform.building(), torch.no_grad():
-        state = dist_checkpointing.load(_state(chunks, optimizer), str(path))
+        state = dist_checkpointing.load(_without_missing_extras(_state(chunks, optimizer), path), str(path))
         for index, chunk in enumerate(chunks):
-            chunk.load_state_dict(state[_key(chunks, index)])
+            _fill(chunk, state[_key(chunks, index)])
         if optimizer is not None:
             optimizer_state.set_step(optimizer, state["optimizer"]["step"])
             _restore_rng(path)
     return meta
+
+
+def _without_missing_extras(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The state to load without the layers' extra state that the checkpoint lacks.
+
+    Transformer Engine's layers keep FP8 scales there; other layers have fewer of them, and a converted checkpoint none.
+    """
+    there = load_sharded_metadata(str(path))
+
+    def is_missing(part: Any) -> bool:
+        return isinstance(part, ShardedObject) and part.key.endswith(_EXTRA) and part.unique_key not in there
+
+    return extract_matching_values(state, is_missing)[1]
+
+
+def _fill(chunk: GPTModel, state: dict[str, Any]) -> None:
+    """Load a chunk's weights, all of them."""
+    result = chunk.load_state_dict(state, strict=False)
+    wrong = [key for key in (*result.missing_keys, *result.unexpected_keys) if not key.endswith(_EXTRA)]
+    if wrong:
+        raise CheckpointError(f"the checkpoint and the model do not have the same weights: {', '.join(wrong[:3])}")
+
+
+_EXTRA = "_extra_state"
 
 
 def _new_folder(final: Path) -> Path:
@@ -149,9 +162,10 @@ def _new_folder(final: Path) -> Path:
     return temporary
 
 
-def _appear(temporary: Path, final: Path, meta: dict[str, Any]) -> None:
+def _appear(temporary: Path, final: Path, model: Path, meta: dict[str, Any]) -> None:
     """Rename a checkpoint that every rank has written into place."""
     if dist.get_rank() == 0:
+        copy_side_files(model, temporary / SIDE_FILES)
         record(temporary, meta)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -188,10 +202,6 @@ def _restore_rng(path: Path) -> None:
     state = torch.load(path / f"rng_{dist.get_rank()}.pt", weights_only=True)
     torch.set_rng_state(state["torch"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
 def _state(chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | None) -> dict[str, Any]:

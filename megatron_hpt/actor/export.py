@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hpt.data.files import whole_folder
+from megatron_hpt.weights.hf_files import copy_side_files, dtype_change, write_config
 from megatron_hpt.weights.mapping import ShardView
-
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -41,17 +39,12 @@ def export_hf(source: str | Path, target: Path, views: Sequence[ShardView]) -> N
     tensors = _gather(views)
     if dist.get_rank() == 0:
         with whole_folder(target) as temporary:
-            shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHT_FILES), dirs_exist_ok=True)
+            copy_side_files(Path(source), temporary)
             save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-            _record_dtype(temporary / "config.json", next(iter(tensors.values())).dtype)
+            dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+            write_config(temporary, dtype_change(temporary, dtype))
             shutil.rmtree(target, ignore_errors=True)  # an export of the run before it was resumed
     dist.barrier()
-
-
-def _record_dtype(config: Path, dtype: torch.dtype) -> None:
-    data = json.loads(config.read_text())
-    key = "dtype" if "dtype" in data else "torch_dtype"
-    config.write_text(json.dumps({**data, key: str(dtype).removeprefix("torch.")}, indent=2) + "\n")
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class Trainer:
         self._config = load_yaml(run.config)
         self._ledger = Ledger(run.batches)
         self._actor = build_actor(self._config)
-        self._saver = checkpoint.Saver(self._actor.platform)
+        self._saver = checkpoint.Saver(self._actor.platform, self._config.model.path)
         if start:
             with self._actor.offload.optimizer():
                 state = checkpoint.load(run.checkpoint(start), self._actor.chunks, self._actor.optimizer, self._actor.platform)

@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_hpt.errors import CheckpointError
+
 META = "megatron_hpt.json"
+FORMAT = 3
+SIDE_FILES = "hf"
+"""Folder inside a checkpoint with the model's configuration and tokenizer, as in a Hugging Face folder."""
+_VERSIONS = ("megatron_hpt", "megatron-core", "torch")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what writes a checkpoint."""
+    return {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
 def record(folder: Path, meta: dict[str, Any]) -> None:
-    """Write what a complete folder holds beside its files, with the size of each."""
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    (folder / META).write_text(json.dumps({**meta, "files": sizes}, indent=1))
+    """Write what a complete folder holds beside its files, with the size of each.
+
+    Args:
+        meta: ``step`` (optimizer steps in it), ``optimizer`` (is its state there), and what else is to be found again.
+    """
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    whole = {**meta, "format": FORMAT, "versions": versions(), "files": sizes}
+    (folder / META).write_text(json.dumps(whole, indent=1))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `record` wrote.
+
+    Raises:
+        CheckpointError: not a checkpoint of this project, or in another version's format.
+    """
+    try:
+        meta = json.loads((folder / META).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: not a checkpoint of this project: {error}") from None
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder}: format {meta.get('format')} of {meta.get('versions')}; this version reads format {FORMAT}. "
+            "Export it with the version that wrote it, and start from the export"
+        )
+    return meta
 
 
 def damage(folder: Path) -> str | None:

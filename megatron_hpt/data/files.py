@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -38,6 +41,43 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def continued_folder(path: Path, job: dict[str, Any]) -> Iterator[Path]:
+    """As `whole_folder`, for long work: what an interrupted writer of the same job has left is there again.
+
+    An error removes the folder, an interruption (a signal, a dead machine) leaves it.
+
+    Args:
+        job: what is written and from what, JSON; another job's remains are removed.
+
+    Raises:
+        OSError: `path` exists and is not an empty folder.
+        BlockingIOError: another process is writing it.
+    """
+    temporary, job_file = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.job")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with job_file.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, f"another process is writing {path}") from None
+        lock.seek(0)
+        if lock.read() != json.dumps(job):
+            shutil.rmtree(temporary, ignore_errors=True)
+            lock.truncate(0)
+            lock.write(json.dumps(job))
+            lock.flush()
+        temporary.mkdir(exist_ok=True)
+        try:
+            yield temporary
+            temporary.rename(path)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            job_file.unlink()
+            raise
+        job_file.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:

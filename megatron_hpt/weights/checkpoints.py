@@ -15,13 +15,11 @@ from megatron_hpt.errors import ModelError, TransferError
 from megatron_hpt.weights.boxes import whole
 from megatron_hpt.weights.checksum import checksum_of
 from megatron_hpt.weights.hf_config import model_shape
-from megatron_hpt.weights.hf_files import HfTensors
+from megatron_hpt.weights.hf_files import DTYPES, HfTensors, weight_files
 from megatron_hpt.weights.manifest import Contents, Manifest, Piece
 from megatron_hpt.weights.mapping import hf_tensor_shapes
 from megatron_hpt.weights.sender import session_name
 from megatron_hpt.weights.transports.mapped import MappedBytes
-
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def describe(folder: Path, version: int) -> tuple[Contents, Manifest]:
@@ -40,15 +38,15 @@ def describe(folder: Path, version: int) -> tuple[Contents, Manifest]:
     HfTensors(folder).check(shape)
     shapes = hf_tensor_shapes(shape)
     sources, pieces, dtypes = [], {}, set()
-    for number, path in enumerate(sorted(folder.glob("*.safetensors"))):
+    for number, path in enumerate(weight_files(folder)):
         sources.append({"path": str(path.resolve()), "nbytes": path.stat().st_size, "owner": str(path)})
         for name, dtype, start, nbytes in _entries(path):
             dtypes.add(dtype)
             pieces[name] = Piece(name, whole(shapes[name]), number, start, nbytes)
-    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
-        raise ModelError(f"{folder}: tensors of dtypes {sorted(dtypes)}; one of {', '.join(_DTYPES)} throughout can be sent")
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        raise ModelError(f"{folder}: tensors of dtypes {sorted(dtypes)}; one of {', '.join(DTYPES)} throughout can be sent")
     ordered = tuple(pieces[name] for name in shapes)
-    contents = Contents(session_name(), "shared_memory", _DTYPES[dtypes.pop()], shapes, tuple(sources), ordered)
+    contents = Contents(session_name(), "shared_memory", DTYPES[dtypes.pop()], shapes, tuple(sources), ordered)
     return contents, Manifest(contents.session, contents.digest, version, _checksums(contents), compare=True)
 
 

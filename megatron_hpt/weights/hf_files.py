@@ -1,41 +1,116 @@
-"""Safetensors of a Hugging Face folder, read lazily by name and checked against the configuration."""
+"""Safetensors of a Hugging Face folder, read lazily by name and checked against the configuration; side files."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hpt.errors import ModelError
 from megatron_hpt.weights.hf_config import ModelShape
-from megatron_hpt.weights.mapping import hf_tensor_shapes
+from megatron_hpt.weights.mapping import Sizes, hf_tensor_shapes
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Of weights that can be converted: safetensors' name → torch's."""
+_WEIGHTS = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "consolidated*.pth"),
+    *("*.gguf", "tf_model*.h5", "flax_model*.msgpack"),
+)
+"""Names that weights have in the formats of the field."""
+_NOT_THE_MODEL = (".git", ".cache", "checkpoint-*", "optimizer.pt")
+"""What downloads and transformers' trainer leave in a model's folder."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder that transformers would read.
+
+    Raises:
+        ModelError: there are none, or one that the index names is missing.
+    """
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{folder / INDEX}: not an index of safetensors files: {error!r}") from None
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise ModelError(f"model.path: {folder}: {INDEX} names files that are not there: {', '.join(missing[:3])}")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    others = sorted(path.name for pattern in _WEIGHTS for path in folder.glob(pattern))
+    found = f"; there is {', '.join(others[:3])}: save it with transformers' save_pretrained first" if others else ""
+    raise ModelError(f"model.path: {folder} has no *.safetensors files ({SINGLE}, or {INDEX} and what it names){found}")
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy everything but weights into the folder `target`: configurations, tokenizer, chat template, what else there is."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_WEIGHTS, *_NOT_THE_MODEL), dirs_exist_ok=True)
+
+
+def write_config(folder: Path, changes: dict[str, Any]) -> None:
+    """Change keys of a folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}, indent=2) + "\n")
+
+
+def dtype_change(folder: Path, dtype: str) -> dict[str, str]:
+    """What config.json must say of the weights' precision: transformers 5 renamed the key."""
+    return {"dtype" if "dtype" in json.loads((folder / "config.json").read_text()) else "torch_dtype": dtype}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file's header says of a tensor."""
+
+    file: Path
+    sizes: Sizes
+    dtype: str
+    """safetensors' name."""
 
 
 class HfTensors:
-    """The tensors of one folder."""
+    """The tensors of one folder. A thread has one file open at a time, so that no more than that is mapped."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open the folder's files (their headers only).
+        """Read the headers of the folder's files.
 
         Raises:
-            ModelError: no safetensors files, or a damaged one.
+            ModelError: no safetensors files, a damaged one, or a tensor that two of them have.
         """
         self._folder = Path(folder)
-        paths = sorted(self._folder.glob("*.safetensors"))
-        if not paths:
-            raise ModelError(f"model.path: {folder} has no *.safetensors files")
-        self._files: dict[str, safe_open] = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: not a whole safetensors file: {error}") from None
-            self._files |= dict.fromkeys(file.keys(), file)
+        self._open = threading.local()
+        self.files = weight_files(self._folder)
+        self.entries: dict[str, Entry] = {}
+        for path in self.files:
+            for name, entry in _entries(path).items():
+                if name in self.entries:
+                    raise ModelError(f"{path}: {name} is also in {self.entries[name].file.name}")
+                self.entries[name] = entry
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.files)
 
     def get(self, name: str) -> Tensor:
         """One tensor of a folder that has passed `check`."""
-        return self._files[name].get_tensor(name)
+        return self._file(self.entries[name].file).get_tensor(name)
+
+    def box(self, name: str, offset: Sizes, extent: Sizes) -> Tensor:
+        """A part of one tensor, reading no more than its rows."""
+        entry = self.entries[name]
+        if extent == entry.sizes:
+            return self.get(name)
+        part = self._file(entry.file).get_slice(name)
+        return part[tuple(slice(o, o + e) for o, e in zip(offset, extent, strict=True))]
 
     def check(self, shape: ModelShape) -> None:
         """Every tensor of the model is there with its shape, and no other.
@@ -44,12 +119,31 @@ class HfTensors:
             ModelError: names the tensors.
         """
         expected = hf_tensor_shapes(shape)
-        missing, extra = expected.keys() - self._files.keys(), self._files.keys() - expected.keys()
+        missing, extra = expected.keys() - self.entries.keys(), self.entries.keys() - expected.keys()
         if missing or extra:
             raise ModelError(
                 f"model.path: {self._folder}: missing tensors {sorted(missing)[:3]}, unexpected tensors {sorted(extra)[:3]}"
             )
-        for name, size in expected.items():
-            found = tuple(self._files[name].get_slice(name).get_shape())
-            if found != size:
-                raise ModelError(f"model.path: {self._folder}: {name} has shape {found}, config.json implies {size}")
+        for name, sizes in expected.items():
+            found = self.entries[name]
+            if found.sizes != sizes:
+                raise ModelError(f"model.path: {self._folder}: {name} has shape {found.sizes}, config.json implies {sizes}")
+            if found.dtype not in DTYPES:
+                raise ModelError(
+                    f"model.path: {self._folder}: {name} is of type {found.dtype}; weights must be one of {', '.join(DTYPES)}"
+                )
+
+    def _file(self, path: Path) -> Any:
+        if getattr(self._open, "path", None) != path:
+            self._open.file = None  # unmapped before the next is mapped
+            self._open.path, self._open.file = path, safe_open(path, framework="pt")
+        return self._open.file
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    try:
+        file = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file: {error}") from None
+    return {name: Entry(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}

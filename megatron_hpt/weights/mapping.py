@@ -271,9 +271,7 @@ Table = dict[str, Rule]
 """Megatron name, numbers as {} → rule; in the order of the model."""
 
 QKV_BIAS: Table = {_ATTENTION + "linear_qkv.bias": GroupedQkv(*(f"{_LAYER}self_attn.{x}_proj.bias" for x in "qkv"), dims=())}
-QK_NORM: Table = {
-    _ATTENTION + f"{x}_layernorm.weight": Same(f"{_LAYER}self_attn.{x}_norm.weight", ("head",)) for x in "qk"
-}
+QK_NORM: Table = {_ATTENTION + f"{x}_layernorm.weight": Same(f"{_LAYER}self_attn.{x}_norm.weight", ("head",)) for x in "qk"}
 DENSE: Table = {
     "decoder.layers.{}.mlp.linear_fc1.layer_norm_weight": Same(_LAYER + "post_attention_layernorm.weight", ("hidden",)),
     "decoder.layers.{}.mlp.linear_fc1.weight": Stacked(

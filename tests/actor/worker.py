@@ -79,7 +79,7 @@ def main() -> None:
         actor.offload.wake()
     if arguments.save:
         with actor.offload.optimizer():
-            checkpoint.save_now(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform)
+            checkpoint.save_now(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform, config.model.path)
     shape = model_shape(config.model.path)
     export.export_hf(config.model.path, arguments.out / "hf", model.contributed_views(gpt, shape, actor.ranks))
     finish(actor, metrics, arguments.out)

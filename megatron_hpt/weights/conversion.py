@@ -1,0 +1,314 @@
+"""Checkpoints from Hugging Face folders to Megatron's format and back, as a stream: no model, no more than a few tensors.
+
+Two threads share the work, each with one source file mapped. An interrupted conversion goes on where it was; the target
+appears whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_hpt.config import ParallelConfig
+from megatron_hpt.data.checkpoints import META, SIDE_FILES, damage, read_meta, record, versions
+from megatron_hpt.data.files import continued_folder
+from megatron_hpt.errors import CheckpointError, ConfigError, ModelError
+from megatron_hpt.weights.checkpoint_layout import Chunk, chunks_by_rank, files, stored
+from megatron_hpt.weights.checksum import checksum_of
+from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.hf_files import DTYPES, INDEX, HfTensors, copy_side_files, dtype_change, write_config
+from megatron_hpt.weights.mapping import Place, ShardView, hf_tensor_shapes
+from megatron_hpt.weights.megatron_files import ChunkReader, ChunkWriter
+
+WORKERS = 2
+"""Threads: one reads while the other writes; more would only hold more memory."""
+Advance = Callable[[int], None]
+"""Told the bytes that have been written since the last call."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a conversion will write."""
+
+    files: int
+    nbytes: int
+    """Of all weights."""
+    memory: int
+    """Bytes that the conversion holds at a time, at most, beside the program itself."""
+
+
+class ToMegatron:
+    """One Hugging Face folder on its way to a Megatron checkpoint."""
+
+    def __init__(self, source: Path, layout: ParallelConfig, dtype: torch.dtype | None) -> None:
+        """Check the source and plan the files.
+
+        Args:
+            layout: whose chunks and files are written; any layout can load them.
+            dtype: of the weights in the checkpoint; None: as in the folder.
+
+        Raises:
+            ModelError: an unsupported or damaged model, or weights of several types without `dtype`.
+        """
+        self.shape = model_shape(source)
+        self._source, self._tensors = source, HfTensors(source)
+        self._tensors.check(self.shape)
+        self._dtypes = self._stored_dtypes(dtype)
+        itemsize = max(dtype.itemsize for dtype in self._dtypes.values())
+        self._files = files(chunks_by_rank(self.shape, layout), itemsize)
+        self._job = {"from": _identity(self._tensors.files), "layout": layout.model_dump(), "dtype": str(dtype), **versions()}
+
+    def size(self) -> Size:
+        """What will be written."""
+        chunks = [chunk for group in self._files for chunk in group]
+        largest = max(map(self._nbytes, chunks))
+        mapped = max(path.stat().st_size for path in self._tensors.files)
+        return Size(len(self._files), sum(map(self._nbytes, chunks)), WORKERS * (mapped + 2 * largest))
+
+    def write(self, target: Path, advance: Advance = lambda _: None) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            ModelError: the target exists, or the disk has no room for it.
+        """
+        _check_target(target, self.size().nbytes)
+        with continued_folder(target, self._job) as folder:
+            writer = ChunkWriter(folder, self._files, self._dtypes)
+            _work(partial(self._write_file, writer, advance), range(len(self._files)))
+            writer.finish()
+            copy_side_files(self._source, folder / SIDE_FILES)
+            _record_dtype(folder / SIDE_FILES, self._dtypes)
+            record(folder, {"step": 0, "optimizer": False})
+
+    def _write_file(self, writer: ChunkWriter, advance: Advance, number: int) -> None:
+        def tensor_of(chunk: Chunk) -> Tensor:
+            advance(self._nbytes(chunk))
+            return self._read(chunk)
+
+        if writer.is_written(number):
+            advance(sum(map(self._nbytes, self._files[number])))
+        else:
+            writer.write(number, tensor_of)
+
+    def _read(self, chunk: Chunk) -> Tensor:
+        """The shard of a rank, put together from boxes of the folder's tensors."""
+        item, dtype = chunk.stored, self._dtypes[chunk.stored.key]
+        sizes = item.part.shard_sizes(self.shape, chunk.place.size)
+        views = self._views(chunk, torch.empty(sizes, device="meta"))
+        if len(views) == 1 and views[0].view.shape == sizes:
+            (view,) = views
+            return self._tensors.box(view.name, view.offset, view.extent).to(dtype)
+        shard = torch.zeros(sizes, dtype=dtype)  # rows that only pad the vocabulary
+        for view in self._views(chunk, shard):
+            view.write_box(self._tensors.box(view.name, view.offset, view.extent))
+        return shard
+
+    def _views(self, chunk: Chunk, shard: Tensor) -> list[ShardView]:
+        return list(chunk.stored.part.views(shard, self.shape, chunk.place, chunk.stored.parameter.indices))
+
+    def _nbytes(self, chunk: Chunk) -> int:
+        return chunk.volume * self._dtypes[chunk.stored.key].itemsize
+
+    def _stored_dtypes(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        """Of every tensor of the checkpoint; one of them is made of many in the folder."""
+        found: dict[str, str] = {}
+        for item in stored(self.shape):
+            for name in item.parameter.tensors(self.shape):
+                kind = self._tensors.entries[name].dtype
+                if dtype is None and found.setdefault(item.key, kind) != kind:
+                    raise ModelError(
+                        f"{self._source}: {name} is of type {kind}, other tensors of {item.key} are {found[item.key]}; a "
+                        "checkpoint has one type for all layers: give --dtype"
+                    )
+        return {item.key: dtype or getattr(torch, DTYPES[found[item.key]]) for item in stored(self.shape)}
+
+
+class ToHf:
+    """One Megatron checkpoint on its way to a Hugging Face folder."""
+
+    def __init__(self, checkpoint: Path, shard_size: int | str = "5GB", like: Path | None = None) -> None:
+        """Check the source and plan the files.
+
+        Args:
+            shard_size: of one safetensors file at most, in bytes or as "5GB"; a single larger tensor has its own.
+            like: folder of configuration and tokenizer, for a checkpoint that does not have them with it.
+
+        Raises:
+            CheckpointError: not a checkpoint, a damaged one, or one without configuration.
+            ConfigError: a shard size that is none.
+            ModelError: an unsupported model.
+        """
+        self._side = side_files(checkpoint, like)
+        self.shape = model_shape(self._side)
+        self._reader = ChunkReader(checkpoint, self.shape)
+        self._origin = {
+            name.format(*item.parameter.indices): item for item in stored(self.shape) for name in item.part.tensors(self.shape)
+        }
+        sizes = hf_tensor_shapes(self.shape)
+        self._nbytes = {
+            name: torch.Size(size).numel() * self._reader.dtypes[self._origin[name].key].itemsize
+            for name, size in sizes.items()
+        }
+        try:
+            split = split_state_dict_into_shards_factory(
+                self._nbytes,
+                get_storage_size=lambda nbytes: nbytes,
+                filename_pattern="model{suffix}.safetensors",
+                max_shard_size=shard_size,
+            )
+        except ValueError as error:
+            raise ConfigError(f"shard size: given {shard_size!r}; such as 5GB or 500MB: {error}") from None
+        self._shards = split.filename_to_tensors
+        self._weight_map = split.tensor_to_filename if split.is_sharded else None
+        self._job = {"from": _identity(sorted(checkpoint.iterdir())), "shards": [*self._shards], **versions()}
+
+    def size(self) -> Size:
+        """What will be written."""
+        shards = [sum(map(self._nbytes.__getitem__, names)) for names in self._shards.values()]
+        return Size(len(shards), sum(shards), WORKERS * (max(shards) + 2 * max(self._nbytes.values())))
+
+    def write(self, target: Path, advance: Advance = lambda _: None) -> None:
+        """Write the folder.
+
+        Raises:
+            ModelError: the target exists, or the disk has no room for it.
+        """
+        _check_target(target, self.size().nbytes)
+        with continued_folder(target, self._job) as folder:
+            _work(partial(self._write_shard, folder, advance), self._shards)
+            if self._weight_map is not None:
+                total = {"metadata": {"total_size": sum(self._nbytes.values())}, "weight_map": self._weight_map}
+                (folder / INDEX).write_text(json.dumps(total, indent=2) + "\n")
+            copy_side_files(self._side, folder)
+            _record_dtype(folder, self._reader.dtypes)
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Some of the model's tensors by their Hugging Face names, each read when it is its turn."""
+        wanted = dict.fromkeys(names)
+        for item in dict.fromkeys(self._origin[name] for name in wanted):
+            whole = self._reader.read(item)
+            for view in item.part.views(whole, self.shape, Place(), item.parameter.indices):
+                if view.name in wanted:
+                    yield view.name, view.read().contiguous()
+
+    def _write_shard(self, folder: Path, advance: Advance, file: str) -> None:
+        names = self._shards[file]
+        if (folder / file).is_file():
+            advance(sum(map(self._nbytes.__getitem__, names)))
+            return
+        tensors = {}
+        for name, tensor in self.tensors(names):
+            tensors[name] = tensor
+            advance(tensor.nbytes)
+        temporary = folder / f".{file}"
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        _sync(temporary)
+        temporary.rename(folder / file)
+
+
+def side_files(checkpoint: Path, like: Path | None = None) -> Path:
+    """The folder of a checkpoint's configuration and tokenizer.
+
+    Args:
+        like: a folder of the same model, for checkpoints of other programs.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or has none and `like` is not given.
+    """
+    if (checkpoint / META).is_file():
+        read_meta(checkpoint)
+        if reason := damage(checkpoint):
+            raise CheckpointError(f"{checkpoint}: {reason}")
+    if like is not None:
+        return like
+    if not (checkpoint / SIDE_FILES).is_dir():
+        raise CheckpointError(
+            f"{checkpoint}: has no folder {SIDE_FILES!r} with the model's configuration and tokenizer; give --like with a "
+            "Hugging Face folder of the same model"
+        )
+    return checkpoint / SIDE_FILES
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One tensor in two places."""
+
+    name: str
+    sizes: tuple[int, ...]
+    dtype: str
+    hf: int
+    """Checksum of the folder's tensor, in the checkpoint's type."""
+    megatron: int
+    """Checksum of the checkpoint's."""
+    nbytes: int
+
+
+def compare(hf: Path, checkpoint: Path) -> tuple[Size, Iterator[Compared]]:
+    """Compare a folder with a checkpoint, tensor by tensor.
+
+    Returns:
+        What is going to be compared, and the comparison.
+
+    Raises:
+        ModelError, CheckpointError: one of them is damaged, or they are not of one model.
+    """
+    other, tensors = ToHf(checkpoint, like=hf), HfTensors(hf)
+    tensors.check(other.shape)
+
+    def compared() -> Iterator[Compared]:
+        for name, tensor in other.tensors(hf_tensor_shapes(other.shape)):
+            mine = tensors.get(name).to(tensor.dtype)
+            kind = str(tensor.dtype).removeprefix("torch.")
+            yield Compared(name, tuple(tensor.shape), kind, checksum_of(mine), checksum_of(tensor), tensor.nbytes)
+
+    return other.size(), compared()
+
+
+def _check_target(target: Path, nbytes: int) -> None:
+    if target.exists():
+        raise ModelError(f"{target} exists; give a new folder")
+    place = next(folder for folder in target.resolve().parents if folder.is_dir())
+    there = sum(file.stat().st_size for file in target.with_name(f".{target.name}.partial").rglob("*") if file.is_file())
+    free = shutil.disk_usage(place).free + there
+    if free < nbytes:
+        raise ModelError(f"{target}: {nbytes / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free in {place}")
+
+
+def _identity(paths: Iterable[Path]) -> list[list[Any]]:
+    """What changes when a file does."""
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.is_file()]
+
+
+def _record_dtype(folder: Path, dtypes: dict[str, torch.dtype]) -> None:
+    """config.json says what the weights are, where they are of one type."""
+    if len(found := set(dtypes.values())) == 1:
+        write_config(folder, dtype_change(folder, str(found.pop()).removeprefix("torch.")))
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _work(task: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Do the task for every item with `WORKERS` threads; the first error ends it."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        running = [pool.submit(task, item) for item in items]
+        try:
+            for future in as_completed(running):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
