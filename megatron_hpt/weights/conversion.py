@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from huggingface_hub.serialization import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -161,15 +161,7 @@ class ToHf:
             name: torch.Size(size).numel() * self._reader.dtypes[self._origin[name].key].itemsize
             for name, size in sizes.items()
         }
-        try:
-            split = split_state_dict_into_shards_factory(
-                self._nbytes,
-                get_storage_size=lambda nbytes: nbytes,
-                filename_pattern="model{suffix}.safetensors",
-                max_shard_size=shard_size,
-            )
-        except ValueError as error:
-            raise ConfigError(f"shard size: given {shard_size!r}; such as 5GB or 500MB: {error}") from None
+        split = _split(self._nbytes, shard_size)
         self._shards = split.filename_to_tensors
         self._weight_map = split.tensor_to_filename if split.is_sharded else None
         self._job = {"from": _identity(sorted(checkpoint.iterdir())), "shards": [*self._shards], **versions()}
@@ -216,6 +208,19 @@ class ToHf:
         save_file(tensors, temporary, metadata={"format": "pt"})
         _sync(temporary)
         temporary.rename(folder / file)
+
+
+def _split(nbytes: dict[str, int], shard_size: int | str) -> StateDictSplit:
+    """Which file has which tensor, as transformers would have them."""
+    try:
+        return split_state_dict_into_shards_factory(
+            nbytes,
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=int(shard_size) if str(shard_size).isdigit() else shard_size,
+        )
+    except ValueError as error:
+        raise ConfigError(f"shard size: given {shard_size!r}; bytes, or such as 5GB or 500MB: {error}") from None
 
 
 def side_files(checkpoint: Path, like: Path | None = None) -> Path:
