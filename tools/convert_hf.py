@@ -11,6 +11,7 @@ needs memory for a few tensors and one file, not for the model; when interrupted
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from megatron_hpt.errors import HptError, ModelError
+
+# Large tensors come and go: with large pages the kernel has far less to do for each. torch reads this once.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()

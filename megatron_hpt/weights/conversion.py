@@ -7,8 +7,8 @@ appears whole.
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -18,17 +18,24 @@ from typing import Any
 
 import torch
 from huggingface_hub.serialization import StateDictSplit, split_state_dict_into_shards_factory
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hpt.config import ParallelConfig
 from megatron_hpt.data.checkpoints import META, SIDE_FILES, damage, read_meta, record, versions
 from megatron_hpt.data.files import continued_folder
 from megatron_hpt.errors import CheckpointError, ConfigError, ModelError
-from megatron_hpt.weights.checkpoint_layout import Chunk, chunks_by_rank, files, stored
+from megatron_hpt.weights.checkpoint_layout import Chunk, Stored, chunks_by_rank, files, stored
 from megatron_hpt.weights.checksum import checksum_of
 from megatron_hpt.weights.hf_config import model_shape
-from megatron_hpt.weights.hf_files import DTYPES, INDEX, HfTensors, copy_side_files, dtype_change, write_config
+from megatron_hpt.weights.hf_files import (
+    DTYPES,
+    INDEX,
+    HfTensors,
+    copy_side_files,
+    dtype_change,
+    write_config,
+    write_safetensors,
+)
 from megatron_hpt.weights.mapping import Place, ShardView, hf_tensor_shapes
 from megatron_hpt.weights.megatron_files import ChunkReader, ChunkWriter
 
@@ -169,7 +176,11 @@ class ToHf:
     def size(self) -> Size:
         """What will be written."""
         shards = [sum(map(self._nbytes.__getitem__, names)) for names in self._shards.values()]
-        return Size(len(shards), sum(shards), WORKERS * (max(shards) + 2 * max(self._nbytes.values())))
+        parts: Counter[Stored] = Counter()
+        for name, item in self._origin.items():
+            parts[item] += self._nbytes[name]
+        # A part, the chunk of it that is being read, and one of its tensors.
+        return Size(len(shards), sum(shards), WORKERS * 3 * max(parts.values()))
 
     def write(self, target: Path, advance: Advance = lambda _: None) -> None:
         """Write the folder.
@@ -200,14 +211,21 @@ class ToHf:
         if (folder / file).is_file():
             advance(sum(map(self._nbytes.__getitem__, names)))
             return
-        tensors = {}
-        for name, tensor in self.tensors(names):
-            tensors[name] = tensor
-            advance(tensor.nbytes)
+        sizes, dtype_of = hf_tensor_shapes(self.shape), self._dtype_of
+        # As safetensors' own writer: the widest first, so that every tensor is aligned.
+        ordered = sorted(names, key=lambda name: -dtype_of(name).itemsize)
+
+        def read() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in self.tensors(ordered):
+                advance(tensor.nbytes)
+                yield name, tensor
+
         temporary = folder / f".{file}"
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        _sync(temporary)
+        write_safetensors(temporary, {name: (sizes[name], dtype_of(name)) for name in ordered}, read())
         temporary.rename(folder / file)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return self._reader.dtypes[self._origin[name].key]
 
 
 def _split(nbytes: dict[str, int], shard_size: int | str) -> StateDictSplit:
@@ -300,11 +318,6 @@ def _record_dtype(folder: Path, dtypes: dict[str, torch.dtype]) -> None:
     """config.json says what the weights are, where they are of one type."""
     if len(found := set(dtypes.values())) == 1:
         write_config(folder, dtype_change(folder, str(found.pop()).removeprefix("torch.")))
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _work(task: Callable[[Any], None], items: Iterable[Any]) -> None:

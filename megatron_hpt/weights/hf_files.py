@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
+import struct
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hpt.errors import ModelError
+from megatron_hpt.weights.checksum import as_bytes
 from megatron_hpt.weights.hf_config import ModelShape
 from megatron_hpt.weights.mapping import Sizes, hf_tensor_shapes
 
@@ -20,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Of weights that can be converted: safetensors' name → torch's."""
+_NAMES = {torch_name: name for name, torch_name in DTYPES.items()} | {"float8_e4m3fn": "F8_E4M3", "uint8": "U8"}
 _WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "consolidated*.pth"),
     *("*.gguf", "tf_model*.h5", "flax_model*.msgpack"),
@@ -48,6 +55,47 @@ def weight_files(folder: Path) -> list[Path]:
     others = sorted(path.name for pattern in _WEIGHTS for path in folder.glob(pattern))
     found = f"; there is {', '.join(others[:3])}: save it with transformers' save_pretrained first" if others else ""
     raise ModelError(f"model.path: {folder} has no *.safetensors files ({SINGLE}, or {INDEX} and what it names){found}")
+
+
+def safetensors_header(tensors: Iterable[tuple[str, Sizes, torch.dtype]], metadata: dict[str, str] | None = None) -> bytes:
+    """Beginning of a safetensors file whose tensors follow in this order, without gaps.
+
+    Length, then JSON, padded so that the data is aligned (https://github.com/huggingface/safetensors, "Format").
+
+    Args:
+        tensors: name, shape and dtype of each.
+    """
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, sizes, dtype in tensors:
+        start, end = end, end + math.prod(sizes) * dtype.itemsize
+        kind = _NAMES[str(dtype).removeprefix("torch.")]
+        entries[name] = {"dtype": kind, "shape": list(sizes), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_safetensors(
+    path: Path, described: dict[str, tuple[Sizes, torch.dtype]], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write a file as its tensors come, so that it is never in memory.
+
+    Args:
+        described: name → shape and dtype of what comes, in this order.
+
+    Raises:
+        ValueError: something else came; the file is not whole.
+    """
+    with path.open("wb") as file:
+        entries = ((name, sizes, dtype) for name, (sizes, dtype) in described.items())
+        file.write(safetensors_header(entries, {"format": "pt"}))
+        for expected, (name, tensor) in zip(described, tensors, strict=True):
+            if name != expected:
+                raise ValueError(f"{name} came where {expected} was described")
+            file.write(as_bytes(tensor.contiguous()).numpy())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def copy_side_files(source: Path, target: Path) -> None:

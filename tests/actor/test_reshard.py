@@ -1,11 +1,14 @@
 """Checkpoints through layouts: each saves what the next one loads, optimizer state included."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_hpt.config import ModelConfig
 from megatron_hpt.examples import tiny_llama, tiny_mixtral
+from megatron_hpt.weights.conversion import ToHf
 
 from .test_actor import STEPS, Layouts, Outcome
 
@@ -50,7 +53,10 @@ def test_a_resume_in_bfloat16_is_bitwise(dense: Layouts, parallel: dict) -> None
     options = {"sections": {"model": ModelConfig(path=str(dense.model), dtype="bfloat16")}, **parallel}
     saved = str(dense.folder / f"half_{name}")
     whole = dense.run(f"whole_{name}", **options)
-    dense.run(f"before_{name}", "--save", saved, last=2, **options)
+    before = dense.run(f"before_{name}", "--save", saved, last=2, **options)
+    ToHf(Path(saved)).write(dense.folder / f"exported_{name}")
+    exported = load_file(dense.folder / f"exported_{name}" / "model.safetensors")
+    assert all(torch.equal(exported[key], tensor) for key, tensor in before.weights.items())
     after = dense.run(f"after_{name}", "--load", saved, first=2, **options)
     assert all(torch.equal(after.weights[key], tensor) for key, tensor in whole.weights.items())
     assert after.metrics[-1]["train/loss"] == whole.metrics[-1]["train/loss"]

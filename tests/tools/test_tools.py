@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from megatron_hpt.data.prompts import Limits, load_prompts
 from megatron_hpt.examples import smollm2
@@ -40,29 +38,6 @@ def test_prepared_demonstrations_earn_the_reward_and_sets_do_not_overlap(tmp_pat
         sets[name] = {tuple(prompt.tokens) for prompt in prompts}
     assert not sets["train"] & sets["heldout"]
     assert len(sets["heldout"]) == options[-1]
-
-
-@pytest.mark.slow
-def test_convert_hf_there_and_back_is_bit_exact(tmp_path: Path, tiny_model: Path) -> None:
-    tool("convert_hf.py", "to-megatron", tiny_model, tmp_path / "megatron")
-    tool("convert_hf.py", "to-hf", tmp_path / "megatron", tmp_path / "hf", "--like", tiny_model)
-    before, after = load_file(tiny_model / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    files = {path.name for path in tiny_model.iterdir()}
-    assert {path.name for path in (tmp_path / "hf").iterdir()} == files
-    assert "exists; give a new folder" in tool("convert_hf.py", "to-megatron", tiny_model, tmp_path / "megatron", ok=False)
-
-
-@pytest.mark.slow
-def test_convert_hf_refuses_what_is_no_model(tmp_path: Path, tiny_model: Path) -> None:
-    assert "has no config.json" in tool("convert_hf.py", "to-megatron", tmp_path, tmp_path / "out", ok=False)
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "config.json").write_text((tiny_model / "config.json").read_text())
-    (damaged / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:1000])
-    assert "not a whole safetensors file" in tool("convert_hf.py", "to-megatron", damaged, tmp_path / "out", ok=False)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -28,12 +28,12 @@ from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import TransferError
 from megatron_hpt.weights.boxes import Box
 from megatron_hpt.weights.checksum import copy_and_hash
+from megatron_hpt.weights.hf_files import safetensors_header
 from megatron_hpt.weights.manifest import Contents, Manifest, Piece
 from megatron_hpt.weights.transports.mapped import MappedBytes
 
 KEPT = 3
 """Versions that stay: the newest, and those that a slow engine may still be reading."""
-_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3", "uint8": "U8"}
 _SPARSE = 0.3
 """Share of changed elements up to which their positions and values are smaller than the piece."""
 _HEADER = struct.Struct("<QIII")
@@ -70,7 +70,9 @@ class FileSink:
         self._folder, self._rank, self._full_every = folder, rank, full_every
         self._sizes = [box.volume * dtype.itemsize for (_, box), dtype in zip(boxes, dtypes, strict=True)]
         self._items = [dtype.itemsize for dtype in dtypes]
-        self._header = _safetensors_header(boxes, dtypes, self._sizes)
+        names = (f"{name}@{','.join(map(str, box.offset))}" for name, box in boxes)
+        extents = (box.extent for _, box in boxes)
+        self._header = safetensors_header(zip(names, extents, dtypes, strict=True))
         self.positions, end = [], len(self._header)
         for nbytes in self._sizes:
             self.positions.append(end)
@@ -146,20 +148,6 @@ def _write(path: Path, data: np.ndarray) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _safetensors_header(boxes: Sequence[tuple[str, Box]], dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> bytes:
-    """Header of the safetensors format: length, then JSON, padded so that data is aligned."""
-    entries: dict[str, Any] = {}
-    end = 0
-    for (name, box), dtype, nbytes in zip(boxes, dtypes, sizes, strict=True):
-        start, end = end, end + nbytes
-        kind = _SAFETENSORS[str(dtype).removeprefix("torch.")]
-        key = f"{name}@{','.join(map(str, box.offset))}"
-        entries[key] = {"dtype": kind, "shape": list(box.extent), "data_offsets": [start, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-(len(text) + 8) % 64)
-    return struct.pack("<Q", len(text)) + text
 
 
 def announce(folder: Path, contents: Contents, manifest: Manifest) -> None:
