@@ -81,7 +81,8 @@ def measure(case: Case, folder: Path) -> dict:
     port = free_port()
     log = (folder / "log").open("wb")
     # With weights of its own: vLLM reloads only what it has loaded before.
-    command = ["auto" if word == "dummy" else word for word in kind.command(config, interpreter(config), port, folder)]
+    command = kind.command(config, interpreter(config), config.engine_model, port, folder)
+    command = ["auto" if word == "dummy" else word for word in command]
     engine = subprocess.Popen(command, env=kind.environment(config), stdout=log, stderr=log, start_new_session=True)
     try:
         wait_for(f"http://127.0.0.1:{port}", engine)

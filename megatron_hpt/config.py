@@ -6,16 +6,15 @@ values and checked against the same types, so nothing reaches a process that has
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from megatron_hpt.errors import ConfigError
+from megatron_hpt.errors import ConfigError, did_you_mean
 
 PositiveInt = typing.Annotated[int, Field(gt=0)]
 NonNegativeInt = typing.Annotated[int, Field(ge=0)]
@@ -34,6 +33,9 @@ class ModelConfig(Section):
     """Hugging Face folder: config.json, safetensors weights and the tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the actor's and the engine's weights and arithmetic (master weights are always float32)."""
+    overrides: dict[str, JsonValue] = {}
+    """Keys of config.json with values that replace those of the folder, in the actor, the engines and the export, e.g.
+    {rope_theta: 40000}."""
 
 
 class DataConfig(Section):
@@ -116,7 +118,8 @@ class KlConfig(Section):
     place: Literal["loss", "reward"] = "loss"
     """A term of the loss, or subtracted from the reward of each rollout before advantages are estimated."""
     reference: str | None = None
-    """Hugging Face folder of the reference model, of the actor's shape; default: model.path, where training starts."""
+    """Hugging Face folder of the reference model, of the actor's sizes and with its own config.json (model.overrides are of
+    model.path alone); default: model.path, where training starts."""
 
 
 class MismatchConfig(Section):
@@ -216,11 +219,12 @@ class RolloutConfig(Section):
     """The inference server."""
     model: str = ""
     """Folder that engines are started with; default: model.path. One whose config.json has a quantization_config of method
-    fp8 (blocks of 128, or per tensor) gets weights that are converted on the way."""
+    fp8 (blocks of 128, or per tensor) gets weights that are converted on the way. model.overrides are of this folder too."""
     python: str = ""
     """Interpreter of the engine's own environment; default: this one for vllm, .venv-sglang's beside it for sglang."""
     urls: list[str] = []
-    """Servers that run already, e.g. [http://node7:8000]; default: `servers` of them are started on this machine."""
+    """Servers that run already, e.g. [http://node7:8000]; default: `servers` of them are started on this machine.
+    With model.overrides they must have been started from a folder whose config.json has them."""
     host: str = "127.0.0.1"
     """Address that started servers listen on: loopback, or the cluster's interface."""
     samples_per_prompt: PositiveInt = 8
@@ -449,8 +453,7 @@ def unknown_key(path: list[str]) -> str:
         fields = getattr(section, "model_fields", {})
         if part not in fields:
             where = ".".join(path[:depth]) or "the configuration"
-            close = difflib.get_close_matches(part, fields, n=1)
-            hint = f"; did you mean {'.'.join([*path[:depth], close[0]])}?" if close else ""
+            hint = did_you_mean(part, fields, lambda known, section=path[:depth]: ".".join([*section, known]))
             allowed = ", ".join(fields) if fields else "nothing (it is a plain value)"
             return f"{'.'.join(path)}: unknown key; {where} has: {allowed}{hint}"
         section = _section_type(fields[part].annotation)
@@ -495,19 +498,21 @@ def _parse(key: str, text: str) -> Any:
     return value
 
 
-_FREE_MAPPINGS = (["evaluation", "sets"], ["algorithm", "gate", "by_source"])
-"""Their keys are the user's own names."""
+_NAMED_SECTIONS = (["algorithm", "gate", "by_source"],)
+"""Mappings from the user's own names to sections."""
+_FREE_MAPPINGS = (*_NAMED_SECTIONS, ["evaluation", "sets"], ["model", "overrides"])
+"""Their keys are not this tree's."""
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     node: Any = tree
     for depth, part in enumerate(path[:-1]):
-        if isinstance(node, dict) and path[:depth] in _FREE_MAPPINGS:
+        if isinstance(node, dict) and path[:depth] in _NAMED_SECTIONS:
             node.setdefault(part, {})
         if not isinstance(node, dict) or part not in node:
             raise ConfigError(unknown_key(path))
         node = node[part]
-    own_names = path[:-1] in _FREE_MAPPINGS or path[:-2] in _FREE_MAPPINGS  # checked when all of it is validated
+    own_names = path[:-1] in _FREE_MAPPINGS or path[:-2] in _NAMED_SECTIONS  # checked when all of it is validated
     if not isinstance(node, dict) or (path[-1] not in node and not own_names):
         raise ConfigError(unknown_key(path))
     node[path[-1]] = value

@@ -1,5 +1,18 @@
 """Errors that are part of the product: each says what was given, what is allowed and what to change."""
 
+import difflib
+from collections.abc import Callable, Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> str:
+    """How a message about an unknown name ends: the known one that is nearest, if one is near.
+
+    Args:
+        show: how a known name is written, e.g. a key with its section.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {show(close[0])}?" if close else ""
+
 
 class HptError(Exception):
     """Base of every error this project raises on purpose; the command line prints it without a traceback."""

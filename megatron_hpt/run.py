@@ -65,6 +65,14 @@ class RunDir:
         """The page of curves."""
         return self.path / "report.html"
 
+    def actor_model(self, config: Config) -> str:
+        """Folder that says what the actor computes: with `model.overrides` a copy whose config.json has them."""
+        return str((self.path / "actor_model").resolve()) if config.model.overrides else config.model.path
+
+    def engine_model(self, config: Config) -> str:
+        """As `actor_model`, of the engines' model."""
+        return str((self.path / "engine_model").resolve()) if config.model.overrides else config.engine_model
+
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step_{step:06d}"

@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_hpt import recipe
-from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
+from megatron_hpt.config import Config, DataConfig, ModelConfig, apply_overrides, dump_yaml, load_yaml, validated
 from megatron_hpt.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +47,28 @@ def test_overrides_are_typed(config: Config) -> None:
     assert config.trainer.steps != 20
 
 
+def test_overrides_of_the_model_are_its_own_keys(config: Config) -> None:
+    changed = apply_overrides(config, ["model.overrides.rope_theta=40000", "model.overrides.rope_scaling={factor: 2.0}"])
+    assert changed.model.overrides == {"rope_theta": 40000, "rope_scaling": {"factor": 2.0}}
+    assert apply_overrides(changed, ["model.overrides={sliding_window: null}"]).model.overrides == {"sliding_window": None}
+    assert config.model.overrides == {}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=8), JSON, max_size=4))
+def test_overrides_of_the_model_are_saved_as_given(overrides: dict) -> None:
+    config = Config(name="x", model=ModelConfig(path="m", overrides=overrides), data=DataConfig(train="t"))
+    saved = validated(yaml.safe_load(dump_yaml(config)), "saved")
+    assert saved.model.overrides == overrides
+    assert repr(saved.model.overrides) == repr(overrides)  # 1 stays 1, not 1.0
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -54,6 +79,13 @@ def test_overrides_are_typed(config: Config) -> None:
         ("trainer.steps=0", r"trainer\.steps: given 0; input should be greater than 0"),
         ("model.dtype=float8", r"model\.dtype: given 'float8'; input should be 'float32' or 'bfloat16'"),
         ("trainer.steps", r"override 'trainer\.steps': expected section\.key=value"),
+        (
+            "model.override.rope_theta=1",
+            r"model\.override\.rope_theta: unknown key; model has: .*did you mean model\.overrides\?",
+        ),
+        ("model.overrides.rope_scaling.factor=2", r"rope_scaling has: nothing \(it is a plain value\)"),
+        ("model.overrides.since=2020-01-01", r"model\.overrides\.since.*: given datetime\.date\(2020, 1, 1\); "),
+        ("evaluation.sets.a.b=c", r"evaluation\.sets\.a has: nothing"),
         ("trainer.steps=[", r"trainer\.steps: '\[' is not a YAML value"),
     ],
 )
@@ -88,6 +120,7 @@ def test_no_such_recipe_and_other_files(tmp_path: Path) -> None:
 
 
 def test_configuration_and_pure_parts_import_no_torch() -> None:
-    modules = ", ".join(f"megatron_hpt.{m}" for m in ("config", "recipe", "weights.manifest", "data.rows", "objective.gate"))
+    names = ("config", "recipe", "weights.hf_config", "weights.manifest", "data.rows", "objective.gate")
+    modules = ", ".join(f"megatron_hpt.{name}" for name in names)
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -20,7 +20,7 @@ from megatron_hpt.actor.parallel import Ranks
 from megatron_hpt.actor.platform import Platform
 from megatron_hpt.actor.precision import FP8_RECIPES, prove_fp8
 from megatron_hpt.config import ActorConfig, Config, ParallelConfig
-from megatron_hpt.weights.hf_config import ModelShape, model_shape
+from megatron_hpt.weights.hf_config import ModelShape, run_shape
 from megatron_hpt.weights.hf_files import HfTensors
 from megatron_hpt.weights.mapping import ShardView, shard_views
 
@@ -175,7 +175,7 @@ def _block(shape: ModelShape, layers: int, platform: Platform, dtype: torch.dtyp
 
 def load(folder: str, config: Config, ranks: Ranks, platform: Platform) -> list[PolicyModel]:
     """This rank's chunks of the model in a Hugging Face folder, in the run's layout."""
-    shape = model_shape(folder)
+    shape = run_shape(config, folder)
     chunks = build(shape, transformer_config(shape, config, platform), ranks, platform)
     prove_fp8(config.actor.fp8, (module for chunk in chunks for module in chunk.modules()))
     load_hf(chunks, shape, ranks, folder)

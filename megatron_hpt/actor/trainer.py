@@ -29,7 +29,7 @@ from megatron_hpt.objective import algorithms
 from megatron_hpt.process import die_with_parent, log_to
 from megatron_hpt.rollout import engines
 from megatron_hpt.run import RunDir
-from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.hf_config import run_shape
 from megatron_hpt.weights.sender import Target, WeightSender
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def build_actor(config: Config) -> Actor:
     where = platform.detect(config.actor.threads)
     check_fp8(config.actor.fp8, config.model.dtype, this_machine())
     ranks = parallel.initialize(config.parallel, where, config.trainer.seed, config.deadlines.step_s)
-    shape = model_shape(config.model.path)
+    shape = run_shape(config)
     algorithm = algorithms.of_run(config)
     wrapped = optimizer.wrap(model.load(config.model.path, config, ranks, where), config.actor.fp8_param_gather)
     for chunk in wrapped:
@@ -82,9 +82,10 @@ class Trainer:
     def __init__(self, run: RunDir, board: Blackboard, start: int) -> None:
         self._run, self._board, self._start = run, board, start
         self._config = load_yaml(run.config)
+        self._folder = run.actor_model(self._config)
         self._ledger = Ledger(run.batches)
         self._actor = build_actor(self._config)
-        self._saver = checkpoint.Saver(self._actor.platform, self._config.model.path)
+        self._saver = checkpoint.Saver(self._actor.platform, self._folder)
         if start:
             with self._actor.offload.optimizer():
                 state = checkpoint.load(run.checkpoint(start), self._actor.chunks, self._actor.optimizer, self._actor.platform)
@@ -114,15 +115,15 @@ class Trainer:
             self._publish(step + 1)
         self._finish_saving()
         if config.trainer.export:
-            shape = model_shape(config.model.path)
+            shape = run_shape(config)
             export.export_hf(
-                config.model.path, self._run.export, model.contributed_views(self._actor.chunks, shape, self._actor.ranks)
+                self._folder, self._run.export, model.contributed_views(self._actor.chunks, shape, self._actor.ranks)
             )
         self._wait_for("evaluated")  # an engine may die under the last evaluation too
         self._sender.close()
 
     def _make_sender(self) -> WeightSender:
-        config, shape = self._config, model_shape(self._config.model.path)
+        config, shape = self._config, run_shape(self._config)
         self._tell("status/trainer", "ready")
         urls = self._board.wait("engines", config.deadlines.startup_s, "an engine")
         return WeightSender(

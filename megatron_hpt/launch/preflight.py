@@ -12,8 +12,9 @@ from megatron_hpt.objective.algorithm import Algorithm
 from megatron_hpt.objective.gate import Gate, Phases, Union
 from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.rollout.engines import ENGINES, interpreter
-from megatron_hpt.weights.hf_config import ModelShape, model_shape, read_config, shape_of_any
+from megatron_hpt.weights.hf_config import ModelShape, read_config, run_shape, shape_of_any
 from megatron_hpt.weights.hf_files import HfTensors
+from megatron_hpt.weights.mapping import hf_tensor_shapes
 
 
 def check(config: Config) -> None:
@@ -25,7 +26,7 @@ def check(config: Config) -> None:
     algorithm = algorithms.of_run(config)
     check_algorithm(config, algorithm)
     lookup(config.reward.name)
-    shape = model_shape(config.model.path)
+    shape = run_shape(config)
     HfTensors(config.model.path).check(shape)
     _check_reference_model(config, shape)
     check_layout(config, shape)
@@ -118,7 +119,7 @@ def _check_engine_model(config: Config, shape: ModelShape) -> None:
     from megatron_hpt.weights.wire import fp8_format  # imports torch
 
     fp8_format(read_config(config.rollout.model))
-    if shape_of_any(config.rollout.model) != shape:
+    if shape_of_any(config.rollout.model, config.model.overrides) != shape:
         raise ConfigError(
             f"rollout.model: the model in {config.rollout.model} has another shape than that in {config.model.path}"
         )
@@ -182,12 +183,18 @@ def _divides_ranks(parallel: ParallelConfig, expert_tensor: int) -> None:
 
 
 def _check_reference_model(config: Config, shape: ModelShape) -> None:
-    """The KL's reference model has the actor's shape and its weights are whole."""
+    """The KL's reference model has the actor's sizes and its weights are whole; its constants may be others."""
     path = config.algorithm.kl.reference
     if not config.algorithm.kl.coefficient or path is None:
         return
-    if model_shape(path) != shape:
-        raise ConfigError(f"algorithm.kl.reference: the model in {path} has another shape than that in {config.model.path}")
+    reference = run_shape(config, path)
+    if (reference.heads, hf_tensor_shapes(reference)) != (shape.heads, hf_tensor_shapes(shape)):
+        raise ConfigError(f"algorithm.kl.reference: the model in {path} has other sizes than that in {config.model.path}")
+    if reference.max_positions < config.max_sequence_length:
+        raise ConfigError(
+            f"algorithm.kl.reference: the model in {path} has {reference.max_positions} positions; prompt and response have "
+            f"{config.max_sequence_length} (data.max_prompt_length + data.max_response_length)"
+        )
     HfTensors(path).check(shape)
 
 
@@ -200,7 +207,8 @@ def check_lengths(config: Config, shape: ModelShape) -> None:
     if config.max_sequence_length > shape.max_positions:
         raise ConfigError(
             f"data.max_prompt_length + data.max_response_length: given {config.max_sequence_length}; the model has "
-            f"{shape.max_positions} positions (max_position_embeddings in {config.model.path}/config.json)"
+            f"{shape.max_positions} positions (max_position_embeddings in {config.model.path}/config.json; of a model that was "
+            "trained on more: model.overrides.max_position_embeddings)"
         )
 
 

@@ -95,9 +95,10 @@ class Supervisor:
 
     def _start_engines(self) -> None:
         config, kind = self._config, ENGINES[self._config.rollout.engine]
+        model = self._run.engine_model(config)
         for index in range(config.rollout.servers):
             port = _free_port(config.rollout.host)
-            command = kind.command(config, interpreter(config), port, self._run.path)
+            command = kind.command(config, interpreter(config), model, port, self._run.path)
             child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), kind.environment(config))
             self._engines[f"http://{config.rollout.host}:{port}"] = child
             self._children.append(child)

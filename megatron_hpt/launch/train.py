@@ -11,7 +11,7 @@ from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
 from megatron_hpt.data.checkpoints import damage
 from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import ConfigError
-from megatron_hpt.launch import preflight
+from megatron_hpt.launch import models, preflight
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.run import RunDir, create, newest, open_run
 from megatron_hpt.telemetry import metrics
@@ -96,6 +96,7 @@ def _supervise(config: Config, run: RunDir, start: int) -> None:
 
     with run.lock():
         shutil.rmtree(run.export, ignore_errors=True)
+        models.write(config, run)
         try:
             Supervisor(config, run, start).run()
         finally:

@@ -7,12 +7,11 @@ To add one of your own, write such a function anywhere and name it in the recipe
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from megatron_hpt.config import AlgorithmConfig, Config, Section
-from megatron_hpt.errors import ConfigError
+from megatron_hpt.errors import ConfigError, did_you_mean
 from megatron_hpt.imports import import_function
 from megatron_hpt.objective import advantage as a
 from megatron_hpt.objective import correction as c
@@ -347,8 +346,7 @@ def lookup(name: str) -> Record:
     if ":" in name:
         return import_function(name, "algorithm.name")
     if name not in ALGORITHMS:
-        close = difflib.get_close_matches(name, ALGORITHMS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, ALGORITHMS)
         raise ConfigError(f"algorithm.name: given {name!r}; allowed: {', '.join(ALGORITHMS)}, or module:function{hint}")
     return ALGORITHMS[name]
 

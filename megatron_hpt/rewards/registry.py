@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
-from megatron_hpt.errors import ConfigError
+from megatron_hpt.errors import ConfigError, did_you_mean
 from megatron_hpt.rewards import math
 
 Reward = Callable[[str, str], float]
@@ -20,7 +19,5 @@ def lookup(name: str) -> Reward:
         ConfigError: no such reward.
     """
     if name not in REWARDS:
-        close = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"reward.name: given {name!r}; allowed: {', '.join(REWARDS)}{hint}")
+        raise ConfigError(f"reward.name: given {name!r}; allowed: {', '.join(REWARDS)}{did_you_mean(name, REWARDS)}")
     return REWARDS[name]

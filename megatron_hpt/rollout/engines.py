@@ -15,7 +15,7 @@ from megatron_hpt.process import token
 from megatron_hpt.rollout import sglang, vllm
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 from megatron_hpt.weights.control import CONTROLS, EngineControl, InFlight
-from megatron_hpt.weights.hf_config import model_shape, read_config
+from megatron_hpt.weights.hf_config import read_config, run_shape
 from megatron_hpt.weights.layouts import EngineLayout
 from megatron_hpt.weights.sender import Options
 from megatron_hpt.weights.wire import fp8_format
@@ -30,8 +30,8 @@ class Kind:
 
     python: Callable[[], str]
     """Interpreter of its environment where the recipe names none."""
-    command: Callable[[Config, str, int, Path], list[str]]
-    """(config, interpreter, port, folder for private files) → command line."""
+    command: Callable[[Config, str, str, int, Path], list[str]]
+    """(config, interpreter, model folder, port, folder for private files) → command line."""
     environment: Callable[[Config], dict[str, str]]
     client: Callable[[Config, str], HttpEngine]
     """(config, url) → client."""
@@ -41,13 +41,13 @@ class Kind:
     """Head sizes that its attention has without a GPU; none: any."""
 
 
-def _vllm_command(config: Config, python: str, port: int, _: Path) -> list[str]:
-    return vllm.server_command(config, python, port)
+def _vllm_command(config: Config, python: str, model: str, port: int, _: Path) -> list[str]:
+    return vllm.server_command(config, python, model, port)
 
 
-def _sglang_command(config: Config, python: str, port: int, folder: Path) -> list[str]:
+def _sglang_command(config: Config, python: str, model: str, port: int, folder: Path) -> list[str]:
     """The token goes by a private file: a command line can be read by every user of the machine."""
-    command = sglang.server_command(config, python, port, cache_tokens(config))
+    command = sglang.server_command(config, python, model, port, cache_tokens(config))
     if own := token():
         file = folder / f"sglang_{port}.yaml"
         write_private(file, f"api-key: {own}\n")
@@ -60,7 +60,7 @@ def _vllm_client(config: Config, url: str) -> HttpEngine:
 
 
 def _sglang_client(config: Config, url: str) -> HttpEngine:
-    vocab, deadlines = model_shape(config.model.path).vocab, config.deadlines
+    vocab, deadlines = run_shape(config).vocab, config.deadlines
     return sglang.SglangEngine(url, deadlines.rollout_s, deadlines.health_s, vocab, _connections(config))
 
 
@@ -70,7 +70,7 @@ def _connections(config: Config) -> int:
 
 def cache_tokens(config: Config) -> int:
     """Tokens for which `rollout.kv_cache_gib` has room, and not more than can be in use."""
-    shape = model_shape(config.model.path)
+    shape = run_shape(config)
     element = {"float32": 4, "bfloat16": 2}[config.model.dtype]
     bytes_a_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * element // config.rollout.tensor_parallel
     room = config.rollout.kv_cache_gib * 2**30 // max(1, bytes_a_token)

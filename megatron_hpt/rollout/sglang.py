@@ -18,7 +18,7 @@ from megatron_hpt.rollout.engine import Sample, SamplingRequest
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 
 
-def server_command(config: Config, python: str, port: int, cache_tokens: int) -> list[str]:
+def server_command(config: Config, python: str, model: str, port: int, cache_tokens: int) -> list[str]:
     """Command line of a server that waits for its first weights.
 
     Args:
@@ -26,7 +26,7 @@ def server_command(config: Config, python: str, port: int, cache_tokens: int) ->
     """
     return [
         *(python, "-m", "sglang.launch_server"),
-        *("--model-path", config.engine_model, "--served-model-name", config.name),
+        *("--model-path", model, "--served-model-name", config.name),
         *("--host", config.rollout.host, "--port", str(port)),
         *("--dtype", config.model.dtype, "--tp-size", str(config.rollout.tensor_parallel)),
         *("--context-length", str(config.max_sequence_length), "--max-running-requests", str(config.rollout.max_running)),

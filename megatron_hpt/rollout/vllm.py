@@ -15,11 +15,11 @@ from megatron_hpt.rollout.engine import Sample, SamplingRequest
 from megatron_hpt.rollout.http import HttpEngine
 
 
-def server_command(config: Config, python: str, port: int) -> list[str]:
+def server_command(config: Config, python: str, model: str, port: int) -> list[str]:
     """Command line of a server that waits for its first weights."""
     return [
         *(python, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", config.engine_model, "--served-model-name", config.name),
+        *("--model", model, "--served-model-name", config.name),
         *("--host", config.rollout.host, "--port", str(port)),
         *("--middleware", "megatron_hpt.rollout.guard.TokenGuard"),
         *("--dtype", config.model.dtype, "--tensor-parallel-size", str(config.rollout.tensor_parallel)),

@@ -7,11 +7,14 @@ is built almost right trains and generates garbage without an error.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_hpt.config import Config
 from megatron_hpt.errors import ModelError
+from megatron_hpt.weights.overrides import overridden
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,12 @@ class ModelShape:
         return self.heads // self.kv_heads
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read config.json of a model folder.
+def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read config.json of a model folder, with other values for some keys (`model.overrides`).
 
     Raises:
         ModelError: not a folder, no config.json, not JSON, not a model's configuration.
+        ConfigError: a key that cannot be overridden.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -110,28 +114,40 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ModelError(f"{file}: not JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(f"{file}: has no model_type; it is not a model's configuration")
-    return config
+    return overridden(config, overrides or {}, file)
 
 
-def model_shape(folder: str | Path) -> ModelShape:
+def run_shape(config: Config, folder: str | None = None) -> ModelShape:
+    """The shape of a run's actor, or of the model that its KL refers to: `model.overrides` are of the actor's folder alone.
+
+    Raises:
+        ModelError, ConfigError: as `model_shape`.
+    """
+    own, model = Path(config.model.path), Path(folder or config.model.path)
+    return model_shape(model, config.model.overrides if model.resolve() == own.resolve() else None)
+
+
+def model_shape(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelShape:
     """The shape of the model in `folder`.
 
     Raises:
         ModelError: not a model folder, an unsupported family, or a key that is not understood.
+        ConfigError: a key that cannot be overridden.
     """
-    config = read_config(folder)
+    config = read_config(folder, overrides)
     file = Path(folder) / "config.json"
     _refuse_unsupported(config, _family(config, file), file)
     return _shape(config, file)
 
 
-def shape_of_any(folder: str | Path) -> ModelShape:
+def shape_of_any(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelShape:
     """The shape of a model that need not be trainable here: its tensors and how they are cut are known all the same.
 
     Raises:
         ModelError: not a model folder, an unsupported family, or a missing size.
+        ConfigError: a key that cannot be overridden.
     """
-    return _shape(read_config(folder), Path(folder) / "config.json")
+    return _shape(read_config(folder, overrides), Path(folder) / "config.json")
 
 
 def _shape(config: dict[str, Any], file: Path) -> ModelShape:

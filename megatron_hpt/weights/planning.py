@@ -55,7 +55,7 @@ def of_source(source: str, actor: str, engine: str, engines: int, dtype: str) ->
         raise ConfigError("--actor and --engine belong to a model folder; a recipe has layouts of its own")
     count = engines or len(config.rollout.urls) or config.rollout.servers
     layout = EngineLayout(config.rollout.tensor_parallel)
-    return Case(shape_of_any(config.model.path), config.parallel, layout, count, config.model.dtype)
+    return Case(shape_of_any(config.model.path, config.model.overrides), config.parallel, layout, count, config.model.dtype)
 
 
 def _numbers(option: str, text: str, allowed: set[str]) -> dict[str, int | bool]:

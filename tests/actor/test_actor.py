@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -175,6 +176,24 @@ def test_one_rank_equals_transformers_and_torch(one_rank: Outcome, tiny_model: P
     assert one_rank.metrics[0]["mismatch/k3_kl"] < 1e-10  # the first batch carries transformers' own log-probabilities
     assert one_rank.metrics[0]["mismatch/logprob_gap"] < 1e-5
     assert one_rank.metrics[1]["mismatch/k3_kl"] > 1e-3  # the others were disturbed
+
+
+def test_overrides_compute_what_an_edited_folder_computes(tmp_path: Path, tiny_model: Path) -> None:
+    """`model.overrides` against transformers on a copy whose config.json was edited by hand, as the seed does it."""
+    edited = tmp_path / "edited"
+    shutil.copytree(tiny_model, edited)
+    config = json.loads((edited / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 40.0
+    (edited / "config.json").write_text(json.dumps(config))
+    layouts = Layouts(tmp_path, edited)  # whose batches have the log-probabilities of the edited folder
+    overridden = ModelConfig(path=str(tiny_model), overrides={"rope_theta": 40.0})
+    first = {
+        name: layouts.run(name, "--gradients", last=1, sections={"model": model}, tensor=2)
+        for name, model in (("overridden", overridden), ("original", ModelConfig(path=str(tiny_model))))
+    }
+    gaps = {name: run.metrics[0]["logprob_gap"] / run.metrics[0]["measured"] for name, run in first.items()}
+    assert gaps["overridden"] < 1e-6
+    assert gaps["original"] > 100 * gaps["overridden"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from megatron_hpt.actor.train_step import Actor, accumulate, train_step
 from megatron_hpt.actor.trainer import build_actor
 from megatron_hpt.config import load_yaml
 from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.hf_config import run_shape
 
 
 def write_gradients(actor: Actor, rows, out: Path) -> dict[str, float]:
@@ -25,7 +25,7 @@ def write_gradients(actor: Actor, rows, out: Path) -> dict[str, float]:
         for bucket in buffer.buckets:  # every data parallel rank holds the sum of its own shard
             shards = bucket.grad_data.chunk(group.size())
             dist.all_gather([shard for shard in shards], shards[group.rank()].clone(), group=group)
-    shape = model_shape(actor.config.model.path)
+    shape = run_shape(actor.config)
     gradients = model.contributed_views(actor.chunks, shape, actor.ranks, of=lambda parameter: parameter.main_grad)
     export.export_hf(actor.config.model.path, out, gradients)
     return sums
@@ -80,7 +80,7 @@ def main() -> None:
     if arguments.save:
         with actor.offload.optimizer():
             checkpoint.save_now(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform, config.model.path)
-    shape = model_shape(config.model.path)
+    shape = run_shape(config)
     export.export_hf(config.model.path, arguments.out / "hf", model.contributed_views(gpt, shape, actor.ranks))
     finish(actor, metrics, arguments.out)
 

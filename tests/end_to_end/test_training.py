@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Source
@@ -143,6 +146,45 @@ def test_tied_embeddings_arrive_from_two_pipeline_stages(tmp_path: Path) -> None
     code, text = run.finish()
     assert code == 0, text
     assert all(line["mismatch/k3_kl"] < 1e-9 for line in metrics(run.path))
+
+
+def assert_overridden_run(run: Path, model: Path, overrides: dict[str, float]) -> None:
+    """Engine, actor, reference, checkpoint and export of a run computed with `overrides`."""
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["overrides"] == overrides
+    for line in metrics(run):
+        assert line["mismatch/tokens"] > 0
+        assert line["mismatch/k3_kl"] < 1e-9
+    assert metrics(run)[0]["train/kl"] == pytest.approx(0, abs=1e-9)  # the reference computes as the actor does
+    last = max((run / "checkpoints").iterdir())
+    for folder in (run / "export", last / "hf", run / "engine_model"):
+        config = AutoConfig.from_pretrained(folder)
+        assert config.rope_parameters["rope_theta"] == overrides["rope_theta"]
+        assert config.max_position_embeddings == overrides["max_position_embeddings"]
+    # The numbers above can tell: with the original base the same weights have other probabilities.
+    tokens = torch.tensor([list(Ledger(run / "batches").read(0).rows[0].tokens)])
+    own, other = (
+        AutoModelForCausalLM.from_pretrained(run / "export", config=AutoConfig.from_pretrained(folder))(tokens).logits
+        for folder in (run / "export", model)
+    )
+    ratio = other.log_softmax(-1) - own.log_softmax(-1)
+    assert (ratio.expm1() - ratio).mean() > 1e-6
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_overrides_of_the_model_reach_both_sides_and_the_export(tmp_path: Path, engine: str) -> None:
+    skip_without(engine)
+    tiny_llama.write(tmp_path / "model", hidden=64, layers=2, heads=2, kv_heads=1, positions=16)
+    arithmetic.write(tmp_path / "data", held_out=8)
+    overrides = {"rope_theta": 40, "max_position_embeddings": 128}
+    before = (tmp_path / "model" / "config.json").read_bytes()
+    inputs = ["model.path=../model", "data.train=../data/train.parquet", "evaluation.sets={}", f"rollout.engine={engine}"]
+    settings = ["algorithm.kl.coefficient=0.01", "trainer.steps=2", "optimizer.lr=0.01", "parallel.tensor=1"]
+    keys = [f"model.overrides.{key}={value}" for key, value in overrides.items()]
+    run = Run.start(tmp_path / "work", str(RECIPE), *SMALL, *inputs, *settings, *keys)
+    code, text = run.finish()
+    assert code == 0, text
+    assert_overridden_run(run.path, tmp_path / "model", overrides)
+    assert (tmp_path / "model" / "config.json").read_bytes() == before
 
 
 def test_sglang_trains_as_vllm_does(tmp_path: Path) -> None:

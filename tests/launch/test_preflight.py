@@ -1,5 +1,6 @@
 """What is refused before a process starts, through the command line."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_hpt.errors import ConfigError, HptError
 from megatron_hpt.examples import tiny_llama, tiny_mixtral
 from megatron_hpt.launch import preflight
 from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.hf_files import write_config
 
 
 @pytest.fixture
@@ -52,6 +54,9 @@ def test_a_good_configuration_passes(config: Config) -> None:
         ("data", {"max_response_length": 5}, r"row 0, target: \d+ tokens .* data\.max_response_length allows 5"),
         ("data", {"train": "none.parquet"}, r"none\.parquet: no such file"),
         ("evaluation", {"sets": {"a": "none.parquet"}}, r"none\.parquet: no such file"),
+        ("model", {"overrides": {"rope_tetha": 1}}, r"overrides\.rope_tetha: .*; did you mean model\.overrides\.rope_theta"),
+        ("model", {"overrides": {"vocab_size": 99}}, r"has shape .*, config\.json implies \(99, 64\)"),
+        ("model", {"overrides": {"max_position_embeddings": 31}}, r"given 32; the model has 31 positions"),
         ("model", {"path": "nowhere"}, r"model\.path: nowhere is not a folder"),
         ("algorithm", {"name": "ppo"}, r"ppo estimates advantages from a critic's values, and there is no critic model yet"),
         ("algorithm", {"name": "sft_grpo"}, r"algorithm\.sft_steps: given 0; the first phase takes 1 to 99 steps"),
@@ -84,6 +89,49 @@ def test_a_bad_layout_of_experts_names_what_would_divide(config: Config, tmp_pat
     with pytest.raises(ConfigError, match=message):
         preflight.check_layout(config.model_copy(update={"parallel": ParallelConfig(**parallel)}), shape)
     preflight.check_layout(config.model_copy(update={"parallel": ParallelConfig(data=2, expert=2)}), shape)
+
+
+def test_more_positions_by_an_override_let_longer_sequences_pass(config: Config) -> None:
+    config.data.max_response_length = 100
+    with pytest.raises(
+        ConfigError, match=r"given 108; the model has 64 positions .* model\.overrides\.max_position_embeddings"
+    ):
+        preflight.check(config)
+    config.model.overrides = {"max_position_embeddings": 108}
+    preflight.check(config)
+
+
+def other_model(config: Config, folder: Path, **change: object) -> str:
+    """A copy of the configuration's model whose config.json has other values."""
+    shutil.copytree(config.model.path, folder)
+    write_config(folder, change)
+    return str(folder)
+
+
+def test_the_engines_own_folder_has_the_overrides_too(config: Config, tmp_path: Path) -> None:
+    config.rollout.model = other_model(config, tmp_path / "engine", rms_norm_eps=1e-3)
+    config.model.overrides = {"max_position_embeddings": 128}
+    with pytest.raises(ConfigError, match=r"rollout\.model: the model in .*engine has another shape"):
+        preflight.check(config)
+    config.model.overrides = {"max_position_embeddings": 128, "rms_norm_eps": 1e-3}
+    preflight.check(config)
+
+
+def test_a_reference_model_may_have_other_constants_but_no_other_sizes(config: Config, tmp_path: Path) -> None:
+    config.model.overrides = {"rope_theta": 40000, "max_position_embeddings": 128}
+    config.algorithm.kl = KlConfig(coefficient=0.1, reference=other_model(config, tmp_path / "other", rms_norm_eps=1e-3))
+    preflight.check(config)
+    config.data.max_response_length = 100  # the override is not the reference's
+    with pytest.raises(
+        ConfigError, match=r"kl\.reference: the model in .*other has 64 positions; prompt and response have 108"
+    ):
+        preflight.check(config)
+    config.algorithm.kl.reference = config.model.path
+    preflight.check(config)
+    tiny_llama.write(tmp_path / "wide", hidden=96, layers=2, heads=4, kv_heads=2, head_dim=32)
+    config.algorithm.kl.reference = str(tmp_path / "wide")
+    with pytest.raises(ConfigError, match=r"kl\.reference: the model in .*wide has other sizes"):
+        preflight.check(config)
 
 
 def copied(config: Config, folder: Path, *names: str) -> Config:

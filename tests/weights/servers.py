@@ -63,7 +63,7 @@ class Server:
         """Start it; `weights`: its load format, ``auto`` for the folder's own, ``dummy`` for none."""
         skip_without(kind)
         config, port = engine_config(kind, model, tensor, **change), free_port()
-        command = ENGINES[kind].command(config, interpreter(config), port, folder)
+        command = ENGINES[kind].command(config, interpreter(config), config.engine_model, port, folder)
         command = [weights if word == "dummy" else word for word in command]
         log = folder / f"{kind}_{port}.log"
         with log.open("wb") as out:

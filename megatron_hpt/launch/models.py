@@ -1,0 +1,33 @@
+"""Folders of a run's models with `model.overrides` in config.json: engines start with one, checkpoints and export copy one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_hpt.config import Config
+from megatron_hpt.data.files import whole_folder
+from megatron_hpt.run import RunDir
+from megatron_hpt.weights.hf_config import read_config
+
+
+def write(config: Config, run: RunDir) -> None:
+    """Write the folders that `RunDir.actor_model` and `RunDir.engine_model` name, anew; none without overrides."""
+    folders = {run.actor_model(config): config.model.path, run.engine_model(config): config.engine_model}
+    for target, source in folders.items():
+        if target != source:
+            _write(Path(source), Path(target), config.model.overrides)
+
+
+def _write(source: Path, target: Path, overrides: Mapping[str, Any]) -> None:
+    """Every file is a link into `source`, but config.json."""
+    contents = read_config(source, overrides)
+    shutil.rmtree(target, ignore_errors=True)  # of the run before it was resumed
+    with whole_folder(target) as temporary:
+        for path in source.resolve().iterdir():
+            if path.name != "config.json":
+                (temporary / path.name).symlink_to(path)
+        (temporary / "config.json").write_text(json.dumps(contents, indent=2) + "\n")
