@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,35 @@ from megatron_hpt.weights.overrides import overridden
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """Rotary embedding of positions divided by `factor` (Position Interpolation, arXiv:2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Rotary embedding of Llama 3.1 and later: only long waves are stretched (transformers, modeling_rope_utils.py)."""
+
+    factor: float
+    low_freq_factor: float
+    """Waves longer than the original positions divided by it are stretched by `factor`."""
+    high_freq_factor: float
+    """Waves shorter than the original positions divided by it stay; between the two it fades."""
+    original_max_position_embeddings: int
+
+
+RopeScaling = LinearScaling | Llama3Scaling
+_SCALINGS: dict[str, type[RopeScaling] | None] = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}
+"""rope_type → what it is; None: as trained."""
+
+
+@dataclass(frozen=True)
 class _Family:
     """What a model_type is, and where its config.json differs from Llama's."""
 
+    architecture: str
+    qkv_bias: bool = False
     qk_norm: bool = False
     ffn: str = "intermediate_size"
     """Key of the inner size of a feed-forward network, of one expert's where there are experts."""
@@ -30,21 +56,44 @@ class _Family:
     """config.json says norm_topk_prob; elsewhere it is true of every mixture of experts."""
     required: tuple[str, ...] = ()
     """Keys whose default in transformers is a number of its own, not one that follows from the other sizes."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """What transformers takes for an absent key, where that is not Llama's."""
+    window_switch: str | None = None
+    """Key without which sliding_window says nothing; None: there is no such key."""
     accepted: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Keys that change the computation, with the values that do not (beside null and absence)."""
 
 
 _QWEN3 = _Family(
+    "Qwen3ForCausalLM",
     qk_norm=True,
     required=("head_dim", "num_key_value_heads"),
-    accepted={"use_sliding_window": (False,), "layer_types": ()},  # sliding_window alone says nothing here
+    window_switch="use_sliding_window",
+    defaults={"sliding_window": 4096},
+    accepted={"attention_bias": (False,)},
+)
+_MIXTRAL = _Family(
+    "MixtralForCausalLM",
+    experts=("num_local_experts",),
+    required=("num_key_value_heads",),
+    defaults={"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    accepted={"router_jitter_noise": (0.0,)},
 )
 _FAMILIES = {
-    "llama": _Family(accepted={"sliding_window": ()}),
-    "mixtral": _Family(experts=("num_local_experts",), accepted={"sliding_window": ()}),
+    "llama": _Family("LlamaForCausalLM", accepted={"attention_bias": (False,), "mlp_bias": (False,)}),
+    "mistral": _Family("MistralForCausalLM", required=("num_key_value_heads",), defaults={"sliding_window": 4096}),
+    "qwen2": _Family(
+        "Qwen2ForCausalLM",
+        qkv_bias=True,
+        required=("num_key_value_heads",),
+        window_switch="use_sliding_window",
+        defaults={"sliding_window": 4096},
+    ),
     "qwen3": _QWEN3,
+    "mixtral": _MIXTRAL,
     "qwen3_moe": replace(
         _QWEN3,
+        architecture="Qwen3MoeForCausalLM",
         ffn="moe_intermediate_size",
         experts=("num_experts", "num_local_experts"),  # published models have the first, transformers 5.19 writes the second
         has_norm_topk_prob=True,
@@ -52,13 +101,21 @@ _FAMILIES = {
     ),
 }
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "rope scaling": ("default",),
+    "hidden_act": ("silu",),
+    "partial_rotary_factor": (1.0,),
     "quantization_config": (),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "hidden_act": ("silu",),
+    "use_mrope": (False,),
+    "layer_types": (),
+    "auto_map": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "logit_scale": (1.0,),
+    "rope_interleaved": (False,),
+    "clip_qkv": (),
 }
-"""As `_Family.accepted`, of every family."""
+"""As `_Family.accepted`, of every family: also keys of other families, which other readers of the file heed."""
 SUPPORTED = tuple(_FAMILIES)
 
 
@@ -86,6 +143,9 @@ class ModelShape:
     """The probabilities of a token's experts are divided by their sum."""
     qk_norm: bool = False
     """Queries and keys of every head are normalised (RMS) before the rotation, by weights that the heads share."""
+    qkv_bias: bool = False
+    """The projections to queries, keys and values have a bias; no other layer has."""
+    rope_scaling: RopeScaling | None = None
 
     @property
     def heads_per_group(self) -> int:
@@ -136,7 +196,9 @@ def model_shape(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     """
     config = read_config(folder, overrides)
     file = Path(folder) / "config.json"
-    _refuse_unsupported(config, _family(config, file), file)
+    family = _family(config, file)
+    _refuse_unsupported(config, family, file)
+    _refuse_window(config, family, file)
     return _shape(config, file)
 
 
@@ -166,10 +228,12 @@ def _shape(config: dict[str, Any], file: Path) -> ModelShape:
         ffn=_need(config, family.ffn, file),
         vocab=_need(config, "vocab_size", file),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        rope_theta=float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(_rope(config).get("rope_theta") or _value(config, "rope_theta", family, 10000.0)),
+        rope_scaling=_scaling(_rope(config), file),
+        norm_eps=float(_value(config, "rms_norm_eps", family, 1e-6)),
         max_positions=_need(config, "max_position_embeddings", file),
         qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias,
         **(_experts(config, family, file) if family.experts else {}),
     )
 
@@ -177,7 +241,19 @@ def _shape(config: dict[str, Any], file: Path) -> ModelShape:
 def _family(config: dict[str, Any], file: Path) -> _Family:
     if config["model_type"] not in SUPPORTED:
         raise ModelError(f"{file}: model_type {config['model_type']!r} is not supported; supported: {', '.join(SUPPORTED)}")
-    return _FAMILIES[config["model_type"]]
+    family = _FAMILIES[config["model_type"]]
+    named = config.get("architectures") or [family.architecture]
+    if named != [family.architecture]:
+        raise ModelError(
+            f"{file}: architectures = {named!r}; only {family.architecture} of {config['model_type']} is supported"
+        )
+    return family
+
+
+def _value(config: dict[str, Any], key: str, family: _Family, default: Any) -> Any:
+    """Of a key, or what transformers takes where it is absent."""
+    value = config.get(key)
+    return family.defaults.get(key, default) if value is None else value
 
 
 def _experts(config: dict[str, Any], family: _Family, file: Path) -> dict[str, Any]:
@@ -202,16 +278,48 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
+def _scaling(rope: dict[str, Any], file: Path) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _SCALINGS:
+        raise ModelError(
+            f"{file}: rope_type = {kind!r} changes the computation and is not supported; supported: {', '.join(_SCALINGS)}"
+        )
+    scaling = _SCALINGS[kind]
+    if scaling is None:
+        return None
+    for name in (known := [part.name for part in fields(scaling)]):
+        value = rope.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ModelError(f"{file}: {name} of rope_type {kind!r} is {value!r}; expected a positive number")
+    return scaling(**{name: rope[name] for name in known})
+
+
 def _refuse_unsupported(config: dict[str, Any], family: _Family, file: Path) -> None:
     values = {
         **config,
-        "rope scaling": _rope(config).get("rope_type", _rope(config).get("type", "default")),
+        "partial_rotary_factor": _rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor")),
         "layer_types": sorted(set(config.get("layer_types") or ()) - {"full_attention"}) or None,
+        # Remote code: only what is loaded for a causal language model would compute something else.
+        "auto_map": {k: v for k, v in (config.get("auto_map") or {}).items() if k.startswith("AutoModel")} or None,
     }
     for key, accepted in (_ACCEPTED | family.accepted).items():
         value = values.get(key)
         if value is not None and value not in accepted:
             raise ModelError(f"{file}: {key} = {value!r} changes the computation and is not supported yet")
+
+
+def _refuse_window(config: dict[str, Any], family: _Family, file: Path) -> None:
+    """A sliding window of attention, unless no sequence is longer than it."""
+    switched_off = family.window_switch is not None and not config.get(family.window_switch)
+    # An explicit null is no window; an absent key is what transformers makes of it.
+    window = config["sliding_window"] if "sliding_window" in config else family.defaults.get("sliding_window")
+    positions = config.get("max_position_embeddings")
+    if switched_off or window is None or (isinstance(positions, int) and window >= positions):
+        return
+    raise ModelError(
+        f"{file}: sliding_window = {window!r} is below max_position_embeddings = {positions!r}: it changes the computation and "
+        f"is not supported; with model.overrides.max_position_embeddings={window} or less it changes nothing"
+    )
 
 
 def _need(config: dict[str, Any], key: str, file: Path) -> int:

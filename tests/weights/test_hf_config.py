@@ -1,15 +1,26 @@
 """Reading a model folder: what is refused before any weight is read."""
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_hpt.errors import ModelError
 from megatron_hpt.examples import tiny_llama, tiny_mixtral, tiny_qwen3
-from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights import hf_config
+from megatron_hpt.weights.hf_config import SUPPORTED, LinearScaling, Llama3Scaling, model_shape
 from megatron_hpt.weights.mapping import hf_tensor_shapes
 
 LLAMA = {
@@ -22,7 +33,9 @@ LLAMA = {
     "vocab_size": 99,
     "max_position_embeddings": 64,
 }
-MIXTRAL = {**LLAMA, "model_type": "mixtral"}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+MISTRAL = {**LLAMA, "model_type": "mistral"}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "sliding_window": 32, "use_sliding_window": False}
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 32, "sliding_window": None, "use_sliding_window": False}
 QWEN3_MOE = {
     **QWEN3,
@@ -82,8 +95,13 @@ def test_experts_are_counted_under_the_published_key_and_that_of_transformers_5(
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling = 'yarn'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope scaling = 'llama3'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn' .* supported: default, linear, llama3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type = 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor of rope_type 'llama3' is None; expected"),
+        ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM of llama is supported"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map = .* changes the computation"),
+        ({"sliding_window": 32}, "sliding_window = 32 is below max_position_embeddings = 64"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
@@ -98,24 +116,104 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, change: dict, message
 @pytest.mark.parametrize(
     ("base", "change", "message"),
     [
-        (QWEN3, {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window = True changes the computation"),
+        (
+            QWEN3,
+            {"use_sliding_window": True, "sliding_window": 48},
+            "sliding_window = 48 is below max_position_embeddings = 64",
+        ),
         (QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types = \['sliding_attention'\] changes"),
         (QWEN3, {"attention_bias": True}, "attention_bias = True changes"),
         (QWEN3, {"head_dim": None}, "head_dim is None; expected a positive integer"),
         (QWEN3, {"num_key_value_heads": None}, "num_key_value_heads is None; expected a positive integer"),
-        (QWEN3_MOE, {"use_sliding_window": True}, "use_sliding_window = True changes"),
+        (QWEN3_MOE, {"use_sliding_window": True, "sliding_window": 1}, "sliding_window = 1 is below"),
+        (QWEN2, {"attention_bias": True}, "attention_bias = True changes"),
+        (QWEN2, {"use_mrope": True}, "use_mrope = True changes"),
+        (
+            MISTRAL,
+            {"max_position_embeddings": 32768},
+            "sliding_window = 4096 is below .*model.overrides.max_position_embeddings=4096",
+        ),
+        (MISTRAL, {"num_key_value_heads": None}, "num_key_value_heads is None"),
         (QWEN3_MOE, {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] changes"),
         (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 changes"),
         (QWEN3_MOE, {"num_experts": 0}, "num_experts is 0; expected a positive integer"),
         (QWEN3_MOE, {"num_experts_per_tok": 5}, "num_experts_per_tok is 5; there are only 4 experts"),
         (QWEN3_MOE, {"num_experts_per_tok": 1}, "num_experts_per_tok = 1 with normalised probabilities"),
         (QWEN3_MOE, {"moe_intermediate_size": None}, "moe_intermediate_size is None; expected a positive integer"),
-        (MIXTRAL, {"sliding_window": 64, "use_sliding_window": False}, "sliding_window = 64 changes"),
+        (MIXTRAL, {"sliding_window": 16, "use_sliding_window": False}, "sliding_window = 16 is below"),
+        (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 changes"),
     ],
 )
 def test_what_other_families_do_not_support_is_refused(tmp_path: Path, base: dict, change: dict, message: str) -> None:
     with pytest.raises(ModelError, match=r"config\.json: " + message):
         model_shape(folder(tmp_path, base, **change))
+
+
+LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("config", "theta", "scaling"),
+    [
+        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA_3}}, 5e5, Llama3Scaling(**LLAMA_3)),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA_3}}, 5e5, Llama3Scaling(**LLAMA_3)),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e4, LinearScaling(2)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6, None),
+        ({"rope_scaling": None}, 1e4, None),
+    ],
+)
+def test_rotary_embeddings_in_both_spellings(tmp_path: Path, config: dict, theta: float, scaling: object) -> None:
+    shape = model_shape(folder(tmp_path, **config))
+    assert (shape.rope_theta, shape.rope_scaling) == (theta, scaling)
+
+
+def test_a_window_that_no_sequence_reaches_changes_nothing(tmp_path: Path) -> None:
+    plain = model_shape(folder(tmp_path, MISTRAL, sliding_window=None))
+    assert model_shape(folder(tmp_path, MISTRAL)) == plain  # 4096, above the 64 positions
+    assert model_shape(folder(tmp_path, MISTRAL, sliding_window=64)) == plain
+    long = folder(tmp_path, MISTRAL, max_position_embeddings=32768)
+    assert model_shape(long, {"max_position_embeddings": 4096}).max_positions == 4096
+
+
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mixtral": MixtralConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+READ = {
+    *SIZES,
+    *("moe_intermediate_size", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+    *("num_local_experts", "num_experts", "num_experts_per_tok", "norm_topk_prob", "sliding_window", "use_sliding_window"),
+}
+HARMLESS = {
+    *("initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
+    "pretraining_tp",  # how a projection was cut once
+    "attention_dropout",  # no dropout here, as when the model is evaluated
+    "max_window_layers",  # which layers a window is of
+    *("output_router_logits", "router_aux_loss_coef"),  # an auxiliary loss, which there is none of
+}
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_every_key_of_transformers_is_known(family: str) -> None:
+    """A release of transformers that gives a family a new key fails here, before anybody trains without it."""
+    base = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    keys = {field.name for field in dataclasses.fields(CONFIGS[family])} - base
+    assert not keys - READ - HARMLESS - set(hf_config._ACCEPTED) - set(hf_config._FAMILIES[family].accepted)
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_absent_keys_mean_what_they_mean_to_transformers(tmp_path: Path, family: str) -> None:
+    base = {key: value for key, value in QWEN3_MOE.items() if key not in ("sliding_window", "use_sliding_window")}
+    shape = model_shape(folder(tmp_path, {**base, "model_type": family, "num_local_experts": 4}))
+    theirs = CONFIGS[family].from_pretrained(tmp_path)
+    assert shape.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (shape.norm_eps, shape.tied_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert (shape.head_dim, shape.kv_heads) == (theirs.head_dim, theirs.num_key_value_heads)
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
