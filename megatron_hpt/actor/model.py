@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from megatron_hpt.actor import rope
 from megatron_hpt.actor.attention import PackedAttention
 from megatron_hpt.actor.norm import RMSNorm
 from megatron_hpt.actor.parallel import Ranks
@@ -61,6 +62,7 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -147,6 +149,7 @@ def _build_chunk(
             rotary_base=shape.rope_theta,
             vp_stage=piece,
         )
+        rope.place(model, shape)
     return model.to(platform.device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hpt.config import Config, GateConfig, ParallelConfig, SourceGateConfig
@@ -132,9 +133,8 @@ def check_layout(config: Config, shape: ModelShape) -> None:
         ConfigError: naming the key and the values that would do.
     """
     parallel = config.parallel
-    heads = {"attention heads": shape.heads, "key/value heads": shape.kv_heads}
     expert_tensor = parallel.expert_tensor or parallel.tensor
-    _divides("parallel.tensor", parallel.tensor, heads if shape.experts else {**heads, "ffn size": shape.ffn})
+    _check_tensor(parallel.tensor, shape)
     _divides("parallel.pipeline", parallel.pipeline, {"layers": shape.layers})
     _divides("parallel.virtual_pipeline", parallel.virtual_pipeline, {"layers a stage": shape.layers // parallel.pipeline})
     _divides("rollout.tensor_parallel", config.rollout.tensor_parallel, {"attention heads": shape.heads})
@@ -161,10 +161,24 @@ def check_layout(config: Config, shape: ModelShape) -> None:
     _divides_ranks(parallel, expert_tensor)
 
 
-def _divides(key: str, given: int, sizes: dict[str, int]) -> None:
+def _check_tensor(given: int, shape: ModelShape) -> None:
+    """Ranks share the attention heads evenly, and the key/value heads evenly or, if there are more ranks, a head each."""
+    sizes = {"attention heads": shape.heads, "query, key and value rows": (shape.heads + 2 * shape.kv_heads) * shape.head_dim}
+    sizes |= {} if shape.experts else {"ffn size": shape.ffn}
+    shared = [n for n in range(1, max(shape.heads, given) + 1) if shape.kv_heads % n == 0 or n % shape.kv_heads == 0]
+    if given not in shared:
+        allowed = [n for n in shared if all(size % n == 0 for size in sizes.values())]
+        raise ConfigError(
+            f"parallel.tensor: given {given}, which neither divides the model's {shape.kv_heads} key/value heads nor is a "
+            f"multiple of them; allowed: {', '.join(map(str, allowed))}"
+        )
+    _divides("parallel.tensor", given, sizes, among=shared)
+
+
+def _divides(key: str, given: int, sizes: dict[str, int], among: Sequence[int] | None = None) -> None:
     for what, size in sizes.items():
         if size % given:
-            allowed = [n for n in range(1, size + 1) if all(s % n == 0 for s in sizes.values())]
+            allowed = [n for n in among or range(1, size + 1) if all(s % n == 0 for s in sizes.values())]
             raise ConfigError(
                 f"{key}: given {given}, which does not divide the model's {size} {what}; "
                 f"allowed: {', '.join(map(str, allowed))}"

@@ -194,4 +194,12 @@ def _entries(path: Path) -> dict[str, Entry]:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a whole safetensors file: {error}") from None
-    return {name: Entry(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    return {
+        name: Entry(path, tuple(part.get_shape()), part.get_dtype())
+        for name, part in slices.items()
+        if not name.endswith(_FREQUENCIES)
+    }
+
+
+_FREQUENCIES = ".rotary_emb.inv_freq"
+"""Old Llama folders have them for every layer; they follow from config.json, and transformers ignores them too."""

@@ -17,6 +17,7 @@ from megatron_hpt.config import ParallelConfig
 from megatron_hpt.errors import ConfigError, ModelError
 from megatron_hpt.weights.boxes import Box, part, whole
 from megatron_hpt.weights.hf_config import ModelShape
+from megatron_hpt.weights.mapping import qkv_rows
 
 VOCABULARY_MULTIPLE = 64
 """Engines pad the vocabulary to a multiple of it before they cut it (DEFAULT_VOCAB_PADDING_SIZE)."""
@@ -41,6 +42,7 @@ _CUTS: tuple[tuple[str, Cut], ...] = (
     (r".*\.(o_proj|down_proj|w2)\.weight(_scale_inv)?", Cut.COLUMNS),
     (r".*\.(mlp|block_sparse_moe)\.gate\.weight", Cut.WHOLE),
 )
+_QKV = re.compile(r"\.self_attn\.([qkv])_proj\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -117,6 +119,8 @@ def actor_holdings(tensors: dict[str, tuple[int, ...]], shape: ModelShape, layou
     def held(name: str, tensor: tuple[int, ...]) -> Held:
         kind = kind_of(name)
         first = stage * stage_of(kind.layer, name)
+        if layout.tensor > shape.kv_heads and (which := _QKV.search(name)):
+            return _through_groups(tensor, "qkv".index(which[1]), first)
         key = (tensor, kind.cut, first, None if kind.expert is None else kind.expert * layout.expert // shape.experts)
         if key not in cache:
             cache[key] = _dense(tensor, kind.cut, first) if kind.expert is None else _expert(tensor, kind.cut, *key[2:])
@@ -127,6 +131,15 @@ def actor_holdings(tensors: dict[str, tuple[int, ...]], shape: ModelShape, layou
         vocabulary = cut is Cut.VOCABULARY
         boxes = _vocabulary(tensor, layout.tensor, 1) if vocabulary else _slabs(tensor, cut, layout.tensor)
         return _gathered(boxes, lambda t: tuple(first + t + layout.tensor * r for r in range(replicas)))
+
+    def _through_groups(tensor: tuple[int, ...], which: int, first: int) -> Held:
+        # More ranks than query groups: Megatron cuts the interleaved rows wherever the ranks' shares end.
+        rows = (shape.heads + 2 * shape.kv_heads) * shape.head_dim // layout.tensor
+        return [
+            (part(tensor, 0, start, count), tuple(first + t + layout.tensor * r for r in range(replicas)))
+            for t in range(layout.tensor)
+            for start, _, count in qkv_rows(shape, which, t * rows, rows)
+        ]
 
     def _expert(tensor: tuple[int, ...], cut: Cut, first: int, owner: int) -> Held:
         width = expert_tensor * layout.expert

@@ -35,8 +35,12 @@ def test_a_good_configuration_passes(config: Config) -> None:
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("parallel", {"tensor": 3}, r"parallel\.tensor: given 3, .* 4 attention heads; allowed: 1, 2"),
-        ("parallel", {"tensor": 4}, r"parallel\.tensor: given 4, .* 2 key/value heads; allowed: 1, 2"),
+        (
+            "parallel",
+            {"tensor": 3},
+            r"parallel\.tensor: given 3, .* 2 key/value heads nor is a multiple of them; allowed: 1, 2, 4",
+        ),
+        ("parallel", {"tensor": 8}, r"parallel\.tensor: given 8, .* 4 attention heads; allowed: 1, 2, 4"),
         ("parallel", {"pipeline": 3}, r"parallel\.pipeline: given 3, .* 2 layers; allowed: 1, 2"),
         ("parallel", {"pipeline": 2, "virtual_pipeline": 2}, r"virtual_pipeline: given 2, .* 1 layers a stage; allowed: 1"),
         ("parallel", {"virtual_pipeline": 2}, r"parallel\.virtual_pipeline: given 2; .* parallel\.pipeline must be above 1"),

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from megatron_hpt.errors import ConfigError, ModelError, TransferError
 from megatron_hpt.weights.boxes import Box, tiles, whole
 from megatron_hpt.weights.hf_config import ModelShape
 from megatron_hpt.weights.layouts import EngineLayout, actor_holdings, engine_holdings, held_by, kind_of
-from megatron_hpt.weights.mapping import hf_tensor_shapes
+from megatron_hpt.weights.mapping import Place, hf_tensor_shapes, parameters
 from megatron_hpt.weights.plan import Plan, make_plan
 
 
@@ -21,7 +22,7 @@ def model(family: str = "llama", **change) -> ModelShape:
     experts = {"experts": 8, "experts_per_token": 2} if family == "mixtral" else {}
     sizes = {"layers": 8, "hidden": 16, "heads": 8, "kv_heads": 8, "head_dim": 2, "ffn": 32, "vocab": 99}
     constants = {"tied_embeddings": False, "rope_theta": 1e4, "norm_eps": 1e-6, "max_positions": 8}
-    return ModelShape(family=family, **{**sizes, **experts, **constants, **change})
+    return ModelShape(family=family, qkv_bias=family == "qwen2", **{**sizes, **experts, **constants, **change})
 
 
 @st.composite
@@ -33,7 +34,7 @@ def actors(draw: st.DrawFn, family: str) -> ParallelConfig:
     data = draw(st.sampled_from([d for d in (1, 2, 4, 8) if tensor * pipeline * context * d <= 8]))
     virtual = draw(st.sampled_from([v for v in (1, 2, 4) if pipeline > 1 and pipeline * v <= 8] or [1]))
     layout = {"tensor": tensor, "pipeline": pipeline, "context": context, "data": data, "virtual_pipeline": virtual}
-    if family == "llama":
+    if family != "mixtral":
         return ParallelConfig(**layout)
     stage = tensor * context * data
     expert_tensor = draw(st.sampled_from([t for t in (1, 2, 4, 8) if stage % t == 0]))
@@ -57,13 +58,10 @@ def fleets(draw: st.DrawFn) -> list[EngineLayout]:
 
 @st.composite
 def transfers(draw: st.DrawFn):
-    family = draw(st.sampled_from(["llama", "mixtral"]))
-    kv_heads = draw(st.sampled_from([2, 8])) if family == "llama" else 8
-    shape = model(family, vocab=draw(st.integers(2, 200)), tied_embeddings=draw(st.booleans()))
-    actor, engines = draw(actors(family)), draw(fleets())
-    if kv_heads % actor.tensor == 0:
-        shape = model(family, vocab=shape.vocab, tied_embeddings=shape.tied_embeddings, kv_heads=kv_heads)
-    return shape, actor, engines, draw(st.booleans())
+    family = draw(st.sampled_from(["llama", "qwen2", "mixtral"]))
+    kv_heads = draw(st.sampled_from([1, 2, 8]))  # also fewer than tensor parallel ranks
+    shape = model(family, vocab=draw(st.integers(2, 200)), tied_embeddings=draw(st.booleans()), kv_heads=kv_heads, head_dim=4)
+    return shape, draw(actors(family)), draw(fleets()), draw(st.booleans())
 
 
 def planned(shape: ModelShape, actor: ParallelConfig, engines: list[EngineLayout], multicast: bool):
@@ -96,6 +94,24 @@ def test_every_receiver_gets_every_byte_once_from_a_rank_that_has_it(transfer) -
     assert not arrived
     assert sum(plan.received) == total
     assert multicast or sum(plan.sent) == total
+
+
+@given(transfers())
+def test_what_ranks_hold_is_what_the_rules_give_them(transfer) -> None:
+    """The layouts' formulae beside the rules applied to every shard."""
+    shape, actor, *_ = transfer
+    held = actor_holdings(hf_tensor_shapes(shape), shape, actor)
+    expert_tensor = actor.expert_tensor or actor.tensor
+    for parameter in parameters(shape):
+        size = actor.tensor if len(parameter.indices) < 2 else expert_tensor
+        found: dict[str, set[Box]] = defaultdict(set)
+        for rank in range(size):
+            shard = torch.empty(parameter.rule.shard_sizes(shape, size), device="meta")
+            for view in parameter.rule.views(shard, shape, Place(rank, size), parameter.indices):
+                assert tuple(view.read().shape) == view.extent
+                found[view.name].add(Box(view.offset, view.extent))
+        for name in parameter.tensors(shape):
+            assert {box for box, _ in held[name]} == found[name], name
 
 
 def possible_share(plan: Plan, held) -> float:
