@@ -1,0 +1,84 @@
+"""Logits of every family in every kind of layout equal those of transformers on the same weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_hpt.actor.rope import inverse_frequencies
+from megatron_hpt.config import ParallelConfig
+from megatron_hpt.examples import smollm2
+from megatron_hpt.examples.tiny_families import MODELS
+from megatron_hpt.weights.hf_config import model_shape
+
+from .logits import LENGTHS, rows
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 2e-4
+"""Of the largest logit."""
+LAYOUTS = {
+    "TP1": ParallelConfig(),
+    "TP2": ParallelConfig(tensor=2, sequence=True),
+    "PP2": ParallelConfig(pipeline=2),
+    "EP2": ParallelConfig(data=2, expert=2),
+    "TP4, more than key/value heads": ParallelConfig(tensor=4, sequence=True),
+}
+
+
+def run(layout: ParallelConfig, folders: list[Path]) -> None:
+    description = folders[0].with_name("layout.json")
+    description.write_text(json.dumps(layout.model_dump()))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.ranks}"]
+    command = [*torchrun, Path(__file__).with_name("logits.py"), description, *folders]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def error(folder: Path) -> float:
+    """Largest difference from transformers, relative to the largest logit."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = [network(torch.tensor([row.tokens[:-1]])).logits[0] for row in rows(network.config.vocab_size)]
+    found = torch.load(folder.with_name(f"{folder.name}.logits.pt")).split(LENGTHS)
+    differences = [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)]
+    return max(differences) / max(float(logits.abs().max()) for logits in expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_equal_those_of_transformers(tmp_path: Path, layout: str) -> None:
+    chosen = LAYOUTS[layout]
+    names = [name for name in MODELS if chosen.expert == 1 or name.startswith(("mixtral", "qwen3_moe"))]
+    folders = [tmp_path / f"model_{i}" for i in range(len(names))]
+    for name, folder in zip(names, folders, strict=True):
+        MODELS[name](folder)
+    run(chosen, folders)
+    errors = {name: error(folder) for name, folder in zip(names, folders, strict=True)}
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [ParallelConfig(), ParallelConfig(pipeline=2), ParallelConfig(tensor=3, sequence=True)],
+    ids=["TP1", "PP2", "TP3"],
+)
+def test_logits_of_smollm2(tmp_path: Path, layout: ParallelConfig) -> None:
+    """Real weights, 9 heads."""
+    smollm2.write(tmp_path / "smollm2", smollm2.shipped_file())
+    run(layout, [tmp_path / "smollm2"])
+    assert error(tmp_path / "smollm2") < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "llama 3", "llama, positions interpolated"])
+def test_rotary_frequencies_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    MODELS[name](tmp_path / "model")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "model").config
+    kind = config.rope_parameters["rope_type"]
+    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** exponents
+    expected = plain if kind == "default" else ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
+    torch.testing.assert_close(inverse_frequencies(model_shape(tmp_path / "model")), expected, rtol=1e-6, atol=0)
