@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_hpt.data.ledger import Ledger
@@ -148,7 +149,7 @@ def test_tied_embeddings_arrive_from_two_pipeline_stages(tmp_path: Path) -> None
     assert all(line["mismatch/k3_kl"] < 1e-9 for line in metrics(run.path))
 
 
-def assert_overridden_run(run: Path, model: Path, overrides: dict[str, float]) -> None:
+def assert_overridden_run(run: Path, overrides: dict[str, float]) -> None:
     """Engine, actor, reference, checkpoint and export of a run computed with `overrides`."""
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["overrides"] == overrides
     for line in metrics(run):
@@ -160,20 +161,34 @@ def assert_overridden_run(run: Path, model: Path, overrides: dict[str, float]) -
         config = AutoConfig.from_pretrained(folder)
         assert config.rope_parameters["rope_theta"] == overrides["rope_theta"]
         assert config.max_position_embeddings == overrides["max_position_embeddings"]
-    # The numbers above can tell: with the original base the same weights have other probabilities.
-    tokens = torch.tensor([list(Ledger(run / "batches").read(0).rows[0].tokens)])
-    own, other = (
-        AutoModelForCausalLM.from_pretrained(run / "export", config=AutoConfig.from_pretrained(folder))(tokens).logits
-        for folder in (run / "export", model)
-    )
-    ratio = other.log_softmax(-1) - own.log_softmax(-1)
-    assert (ratio.expm1() - ratio).mean() > 1e-6
+
+
+def k3_between(model: Path, one: Path, other: Path, tokens: list[int]) -> float:
+    """k3 estimate of the KL between what the weights of `model` compute under two folders' configurations."""
+    with torch.no_grad():
+        first, second = (
+            AutoModelForCausalLM.from_pretrained(model, config=AutoConfig.from_pretrained(folder))(
+                torch.tensor([tokens])
+            ).logits
+            for folder in (one, other)
+        )
+    ratio = second.log_softmax(-1) - first.log_softmax(-1)
+    return float((ratio.expm1() - ratio).mean())
+
+
+def attentive_model(folder: Path) -> None:
+    """A tiny model whose attention is far from uniform, so that positions matter."""
+    tiny_llama.write(folder, hidden=64, layers=2, heads=2, kv_heads=1, positions=16)
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        weights[name] *= 8.0 if "q_proj" in name or "k_proj" in name else 1.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_overrides_of_the_model_reach_both_sides_and_the_export(tmp_path: Path, engine: str) -> None:
     skip_without(engine)
-    tiny_llama.write(tmp_path / "model", hidden=64, layers=2, heads=2, kv_heads=1, positions=16)
+    attentive_model(tmp_path / "model")
     arithmetic.write(tmp_path / "data", held_out=8)
     overrides = {"rope_theta": 40, "max_position_embeddings": 128}
     before = (tmp_path / "model" / "config.json").read_bytes()
@@ -183,7 +198,9 @@ def test_overrides_of_the_model_reach_both_sides_and_the_export(tmp_path: Path, 
     run = Run.start(tmp_path / "work", str(RECIPE), *SMALL, *inputs, *settings, *keys)
     code, text = run.finish()
     assert code == 0, text
-    assert_overridden_run(run.path, tmp_path / "model", overrides)
+    assert_overridden_run(run.path, overrides)
+    tokens = list(Ledger(run.path / "batches").read(0).rows[0].tokens)
+    assert k3_between(tmp_path / "model", tmp_path / "model", run.path / "export", tokens) > 1e-6  # k3_kl could have told
     assert (tmp_path / "model" / "config.json").read_bytes() == before
 
 
