@@ -9,12 +9,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_hpt.examples import tiny_mixtral, tiny_qwen3
+from megatron_hpt.examples.tiny_families import MODELS
 
 from .test_actor import Layouts, Outcome, make_rows, reference_loss
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 WRITERS = {
+    **{name: MODELS[name] for name in ("llama 3", "mistral", "qwen2", "qwen2, tied")},
     "mixtral": tiny_mixtral.write,
     "qwen3": partial(tiny_qwen3.write, head_dim=32),
     "qwen3_moe": partial(tiny_qwen3.write, experts=4, head_dim=32),

@@ -40,6 +40,7 @@ CUTS = {
     "2 data ranks": {"budget": 40, "data": 2},
     "4 data ranks": {"data": 4},
     "2 tensor ranks": {"tensor": 2},
+    "4 tensor ranks, 2 groups": {"tensor": 4},
     "2 stages": {"budget": 40, "pipeline": 2},
     "2 tensor ranks x 2 data ranks": {"budget": 40, "tensor": 2, "data": 2},
 }

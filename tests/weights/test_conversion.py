@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_hpt.config import ParallelConfig
 from megatron_hpt.errors import CheckpointError, ModelError
-from megatron_hpt.examples import tiny_llama, tiny_mixtral, tiny_qwen3
+from megatron_hpt.examples.tiny_families import MODELS
 from megatron_hpt.weights.checkpoint_layout import chunks_by_rank
 from megatron_hpt.weights.conversion import ToHf, ToMegatron, compare
 from megatron_hpt.weights.hf_config import SUPPORTED, model_shape
@@ -431,17 +429,11 @@ def test_the_tool_says_what_it_does_and_refuses_layouts(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "m"}
 
 
-TINY: dict[str, Callable[[Path], None]] = {
-    "llama": partial(tiny_llama.write, hidden=64, heads=4, kv_heads=2, layers=4),
-    "llama_tied": partial(tiny_llama.write, hidden=64, heads=4, kv_heads=4, layers=4, tied=True),
-    "mixtral": partial(tiny_mixtral.write, layers=4),
-    "qwen3": partial(tiny_qwen3.write, layers=4),
-    "qwen3_moe": partial(tiny_qwen3.write, layers=4, experts=4),
-}
 LAYOUTS = {
     "one rank": ParallelConfig(),
     "tensor 2": ParallelConfig(tensor=2, sequence=True),
     "stages 2 x pieces 2": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "tensor 4, more than key/value heads": ParallelConfig(tensor=4, sequence=True),
     "tensor 2 x expert 2": ParallelConfig(tensor=2, data=2, expert=2, sequence=True),
 }
 
@@ -451,11 +443,11 @@ LAYOUTS = {
 def test_megatron_reads_what_is_converted_and_writes_what_can_be(tmp_path: Path, layout: str) -> None:
     """Converted for another layout than it is loaded in; Megatron's own file has the chunks that are planned here."""
     chosen, models = LAYOUTS[layout], []
-    for name, write in TINY.items():
-        if chosen.expert == 1 or "mo" in name or "mix" in name:
-            write(tmp_path / name)
-            models.append(tmp_path / name)
-            ToMegatron(models[-1], ParallelConfig(tensor=2, pipeline=2), None).write(tmp_path / f"{name}.megatron")
+    for number, (name, write) in enumerate(MODELS.items()):
+        if chosen.expert == 1 or name.startswith(("mixtral", "qwen3_moe")):
+            models.append(tmp_path / f"model_{number}")
+            write(models[-1])
+            ToMegatron(models[-1], ParallelConfig(tensor=2, pipeline=2), None).write(models[-1].with_suffix(".megatron"))
     (tmp_path / "layout.json").write_text(json.dumps(chosen.model_dump()))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={chosen.ranks}"]
     worker = Path(__file__).with_name("converted.py")
@@ -482,9 +474,9 @@ def written_chunks(checkpoint: Path) -> set[tuple]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", MODELS)
 def test_transformers_loads_what_comes_back(tmp_path: Path, name: str) -> None:
-    TINY[name](tmp_path / "hf")
+    MODELS[name](tmp_path / "hf")
     ToMegatron(tmp_path / "hf", ParallelConfig(pipeline=2), None).write(tmp_path / "megatron")
     ToHf(tmp_path / "megatron", "100KB").write(tmp_path / "back")
     ours, problems = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)

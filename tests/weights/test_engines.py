@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_hpt.examples import tiny_llama, tiny_qwen3
+from megatron_hpt.examples import tiny_families, tiny_llama, tiny_qwen3
 
 from .servers import Server, free_port
 
@@ -22,6 +22,7 @@ LAYOUTS = {
     "PP2 of DP2": {"pipeline": 2, "data": 2},
     "TP2 x PP2": {"tensor": 2, "pipeline": 2},
 }
+GROUPED = {**LAYOUTS, "TP4, 2 groups": {"tensor": 4}}
 SPARSE = {
     **{name: {**layout, "sequence": "tensor" in layout} for name, layout in LAYOUTS.items()},
     "PP2, EP2": {"pipeline": 2, "data": 2, "expert": 2},
@@ -30,9 +31,11 @@ SMALL = {"hidden": 64, "layers": 2, "positions": 64}
 MODELS = {
     "untied": lambda folder: tiny_llama.write(folder, **SMALL, heads=2, kv_heads=2),
     "tied": lambda folder: tiny_llama.write(folder, **SMALL, heads=2, kv_heads=2, tied=True),
+    "biases": lambda folder: tiny_families.write(folder, "qwen2", num_hidden_layers=2, hidden_size=128, head_dim=None),
     "experts": lambda folder: tiny_qwen3.write(folder, experts=4, head_dim=32),
 }
-QUICK = {("vllm", 2, "tied"), ("sglang", 1, "experts")}
+OF_MODEL = {"experts": SPARSE, "biases": GROUPED}
+QUICK = {("vllm", 2, "tied"), ("vllm", 1, "biases"), ("sglang", 1, "experts")}
 """Always run; all of them with HPT_MATRIX=1."""
 MATRIX = [(kind, tensor, name) for kind in ("vllm", "sglang") for tensor in (1, 2) for name in MODELS]
 
@@ -46,7 +49,7 @@ def test_a_pushed_engine_is_a_fresh_engine(tmp_path: Path, kind: str, tensor: in
     server = Server.start(kind, model, tmp_path, tensor)
     try:
         fresh = server.ready().greedy()
-        layouts = {n: {**layout, "engine_tensor": tensor} for n, layout in (SPARSE if name == "experts" else LAYOUTS).items()}
+        layouts = {n: {**layout, "engine_tensor": tensor} for n, layout in OF_MODEL.get(name, LAYOUTS).items()}
         outcome = publish(tmp_path, model, layouts, kind, server.url)
         for layout, found in outcome.items():
             (own,), (doubled,) = found["own"], found["doubled"]
