@@ -30,7 +30,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str
-    """Hugging Face folder: config.json, safetensors weights and the tokenizer."""
+    """Hugging Face folder (config.json, safetensors weights, tokenizer), or a checkpoint: of tools/convert_hf.py or a run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the actor's and the engine's weights and arithmetic (master weights are always float32)."""
     overrides: dict[str, JsonValue] = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_hpt.config import Config, dump_yaml, load_yaml
+from megatron_hpt.data.checkpoints import hf_side
 from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import ConfigError
 
@@ -67,11 +68,11 @@ class RunDir:
 
     def actor_model(self, config: Config) -> str:
         """Folder that says what the actor computes: with `model.overrides` a copy whose config.json has them."""
-        return str((self.path / "actor_model").resolve()) if config.model.overrides else config.model.path
+        return str((self.path / "actor_model").resolve()) if config.model.overrides else str(hf_side(config.model.path))
 
     def engine_model(self, config: Config) -> str:
         """As `actor_model`, of the engines' model."""
-        return str((self.path / "engine_model").resolve()) if config.model.overrides else config.engine_model
+        return str((self.path / "engine_model").resolve()) if config.model.overrides else str(hf_side(config.engine_model))
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""

@@ -14,13 +14,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_hpt.actor import rope
+from megatron_hpt.actor import checkpoint, rope
 from megatron_hpt.actor.attention import PackedAttention
 from megatron_hpt.actor.norm import RMSNorm
 from megatron_hpt.actor.parallel import Ranks
 from megatron_hpt.actor.platform import Platform
 from megatron_hpt.actor.precision import FP8_RECIPES, prove_fp8
 from megatron_hpt.config import ActorConfig, Config, ParallelConfig
+from megatron_hpt.data.checkpoints import is_checkpoint
 from megatron_hpt.weights.hf_config import ModelShape, run_shape
 from megatron_hpt.weights.hf_files import HfTensors
 from megatron_hpt.weights.mapping import ShardView, shard_views
@@ -177,11 +178,14 @@ def _block(shape: ModelShape, layers: int, platform: Platform, dtype: torch.dtyp
 
 
 def load(folder: str, config: Config, ranks: Ranks, platform: Platform) -> list[PolicyModel]:
-    """This rank's chunks of the model in a Hugging Face folder, in the run's layout."""
+    """This rank's chunks of the model in a Hugging Face folder or a checkpoint, in the run's layout."""
     shape = run_shape(config, folder)
     chunks = build(shape, transformer_config(shape, config, platform), ranks, platform)
     prove_fp8(config.actor.fp8, (module for chunk in chunks for module in chunk.modules()))
-    load_hf(chunks, shape, ranks, folder)
+    if is_checkpoint(folder):
+        checkpoint.load(Path(folder), chunks, None, platform)
+    else:
+        load_hf(chunks, shape, ranks, folder)
     return chunks
 
 

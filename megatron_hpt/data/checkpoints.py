@@ -23,6 +23,17 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
+def hf_side(model: str | Path) -> Path:
+    """Where a model's configuration and tokenizer lie: in the folder itself or, of a checkpoint, in its `SIDE_FILES`."""
+    model = Path(model)
+    return model / SIDE_FILES if is_checkpoint(model) else model
+
+
+def is_checkpoint(model: str | Path) -> bool:
+    """A model's folder is a checkpoint in Megatron's format, not a Hugging Face folder."""
+    return (Path(model) / META).is_file()
+
+
 def record(folder: Path, meta: dict[str, Any]) -> None:
     """Write what a complete folder holds beside its files, with the size of each.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hpt.config import Config
+from megatron_hpt.data.checkpoints import hf_side
 from megatron_hpt.data.files import whole_folder
 from megatron_hpt.run import RunDir
 from megatron_hpt.weights.hf_config import read_config
@@ -16,10 +17,9 @@ from megatron_hpt.weights.hf_config import read_config
 
 def write(config: Config, run: RunDir) -> None:
     """Write the folders that `RunDir.actor_model` and `RunDir.engine_model` name, anew; none without overrides."""
-    folders = {run.actor_model(config): config.model.path, run.engine_model(config): config.engine_model}
-    for target, source in folders.items():
-        if target != source:
-            _write(Path(source), Path(target), config.model.overrides)
+    if config.model.overrides:
+        for target, source in ((run.actor_model(config), config.model.path), (run.engine_model(config), config.engine_model)):
+            _write(hf_side(source), Path(target), config.model.overrides)
 
 
 def _write(source: Path, target: Path, overrides: Mapping[str, Any]) -> None:

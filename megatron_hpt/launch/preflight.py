@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hpt.config import Config, GateConfig, ParallelConfig, SourceGateConfig
+from megatron_hpt.data.checkpoints import hf_side
 from megatron_hpt.data.prompts import Limits, load_prompts
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.objective import algorithms
@@ -14,8 +15,8 @@ from megatron_hpt.objective.gate import Gate, Phases, Union
 from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.weights.hf_config import ModelShape, read_config, run_shape, shape_of_any
-from megatron_hpt.weights.hf_files import HfTensors
 from megatron_hpt.weights.mapping import hf_tensor_shapes
+from megatron_hpt.weights.megatron_files import check_weights
 
 
 def check(config: Config) -> None:
@@ -28,7 +29,7 @@ def check(config: Config) -> None:
     check_algorithm(config, algorithm)
     lookup(config.reward.name)
     shape = run_shape(config)
-    HfTensors(config.model.path).check(shape)
+    check_weights(config.model.path, shape)
     _check_reference_model(config, shape)
     check_layout(config, shape)
     check_precision(config)
@@ -209,7 +210,7 @@ def _check_reference_model(config: Config, shape: ModelShape) -> None:
             f"algorithm.kl.reference: the model in {path} has {reference.max_positions} positions; prompt and response have "
             f"{config.max_sequence_length} (data.max_prompt_length + data.max_response_length)"
         )
-    HfTensors(path).check(shape)
+    check_weights(path, shape)
 
 
 def check_lengths(config: Config, shape: ModelShape) -> None:
@@ -228,7 +229,7 @@ def check_lengths(config: Config, shape: ModelShape) -> None:
 
 def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
     """Every row of every file loads."""
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(hf_side(config.model.path))
     if len(tokenizer) > shape.vocab:
         raise ModelError(
             f"model.path: the tokenizer has {len(tokenizer)} tokens, the model in {config.model.path} only {shape.vocab}"

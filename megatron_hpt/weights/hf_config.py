@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hpt.config import Config
+from megatron_hpt.data.checkpoints import hf_side
 from megatron_hpt.errors import ModelError
 from megatron_hpt.weights.overrides import overridden
 
@@ -160,10 +161,11 @@ def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
         ModelError: not a folder, no config.json, not JSON, not a model's configuration.
         ConfigError: a key that cannot be overridden.
     """
-    folder = Path(folder)
+    folder = hf_side(folder)
     if not folder.is_dir():
         raise ModelError(
-            f"model.path: {folder} is not a folder; give a Hugging Face model folder (config.json, *.safetensors, tokenizer)"
+            f"model.path: {folder} is not a folder; give a Hugging Face model folder (config.json, *.safetensors, tokenizer) "
+            "or a checkpoint (tools/convert_hf.py to-megatron)"
         )
     file = folder / "config.json"
     if not file.is_file():
@@ -195,7 +197,7 @@ def model_shape(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
         ConfigError: a key that cannot be overridden.
     """
     config = read_config(folder, overrides)
-    file = Path(folder) / "config.json"
+    file = hf_side(folder) / "config.json"
     family = _family(config, file)
     _refuse_unsupported(config, family, file)
     _refuse_window(config, family, file)
@@ -209,7 +211,7 @@ def shape_of_any(folder: str | Path, overrides: Mapping[str, Any] | None = None)
         ModelError: not a model folder, an unsupported family, or a missing size.
         ConfigError: a key that cannot be overridden.
     """
-    return _shape(read_config(folder, overrides), Path(folder) / "config.json")
+    return _shape(read_config(folder, overrides), hf_side(folder) / "config.json")
 
 
 def _shape(config: dict[str, Any], file: Path) -> ModelShape:

@@ -26,9 +26,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_hpt.data.checkpoints import damage, is_checkpoint, read_meta
 from megatron_hpt.errors import CheckpointError
 from megatron_hpt.weights.checkpoint_layout import Chunk, Stored, stored
 from megatron_hpt.weights.hf_config import ModelShape
+from megatron_hpt.weights.hf_files import HfTensors
 from megatron_hpt.weights.mapping import Sizes
 
 _PROGRESS = ".written"
@@ -170,6 +172,20 @@ class ChunkReader:
             if len(sizes) != len(wanted) or any(a < b if padded else a != b for a, b in zip(sizes, wanted, strict=True)):
                 raise CheckpointError(f"{self._folder}: {key} has shape {sizes}, config.json implies {wanted}")
         return {key: found[key].properties.dtype for key in expected}
+
+
+def check_weights(model: str | Path, shape: ModelShape) -> None:
+    """Every tensor of the model is there with its shape, and no other; in a Hugging Face folder or in a checkpoint.
+
+    Raises:
+        ModelError, CheckpointError: names the tensors.
+    """
+    if not is_checkpoint(model):
+        return HfTensors(model).check(shape)
+    read_meta(Path(model))
+    if reason := damage(Path(model)):
+        raise CheckpointError(f"model.path: {model}: {reason}")
+    ChunkReader(Path(model), shape)
 
 
 _MODEL = ("embedding.", "decoder.", "output_layer.")

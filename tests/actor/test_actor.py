@@ -28,6 +28,7 @@ from megatron_hpt.config import (
 )
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Batch, Row, Source
+from megatron_hpt.weights.conversion import ToMegatron
 
 pytestmark = pytest.mark.slow
 
@@ -202,6 +203,16 @@ def test_overrides_compute_what_an_edited_folder_computes(tmp_path: Path, tiny_m
 )
 def test_two_ranks_give_the_same_curve(layouts: Layouts, one_rank: Outcome, name: str, parallel: dict) -> None:
     assert_same(layouts.run(name, budget=40, **parallel), one_rank)
+
+
+def test_training_starts_from_a_checkpoint_as_from_the_folder(layouts: Layouts) -> None:
+    """Converted for one layout, trained in another; bit for bit."""
+    converted = layouts.folder / "converted"
+    ToMegatron(layouts.model, ParallelConfig(pipeline=2), None).write(converted)
+    start = {"model": ModelConfig(path=str(converted))}
+    found, expected = layouts.run("from_checkpoint", sections=start, tensor=2), layouts.run("from_folder", tensor=2)
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in expected.weights.items())
+    assert [step["train/loss"] for step in found.metrics] == [step["train/loss"] for step in expected.metrics]
 
 
 def test_micro_batches_do_not_change_the_curve(layouts: Layouts, one_rank: Outcome) -> None:

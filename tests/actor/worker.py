@@ -13,6 +13,7 @@ from megatron_hpt.actor import checkpoint, export, model, parallel
 from megatron_hpt.actor.train_step import Actor, accumulate, train_step
 from megatron_hpt.actor.trainer import build_actor
 from megatron_hpt.config import load_yaml
+from megatron_hpt.data.checkpoints import hf_side
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.weights.hf_config import run_shape
 
@@ -27,7 +28,7 @@ def write_gradients(actor: Actor, rows, out: Path) -> dict[str, float]:
             dist.all_gather([shard for shard in shards], shards[group.rank()].clone(), group=group)
     shape = run_shape(actor.config)
     gradients = model.contributed_views(actor.chunks, shape, actor.ranks, of=lambda parameter: parameter.main_grad)
-    export.export_hf(actor.config.model.path, out, gradients)
+    export.export_hf(hf_side(actor.config.model.path), out, gradients)
     return sums
 
 
@@ -79,9 +80,11 @@ def main() -> None:
         actor.offload.wake()
     if arguments.save:
         with actor.offload.optimizer():
-            checkpoint.save_now(arguments.save, arguments.last, gpt, actor.optimizer, actor.platform, config.model.path)
+            checkpoint.save_now(
+                arguments.save, arguments.last, gpt, actor.optimizer, actor.platform, hf_side(config.model.path)
+            )
     shape = run_shape(config)
-    export.export_hf(config.model.path, arguments.out / "hf", model.contributed_views(gpt, shape, actor.ranks))
+    export.export_hf(hf_side(config.model.path), arguments.out / "hf", model.contributed_views(gpt, shape, actor.ranks))
     finish(actor, metrics, arguments.out)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_hpt.config import Config, DataConfig, GateConfig, KlConfig, ModelConfig, OverlongConfig, ParallelConfig, dump_yaml
-from megatron_hpt.errors import ConfigError, HptError
+from megatron_hpt.errors import CheckpointError, ConfigError, HptError
 from megatron_hpt.examples import tiny_llama, tiny_mixtral
 from megatron_hpt.launch import preflight
+from megatron_hpt.run import RunDir
+from megatron_hpt.weights.conversion import ToMegatron
 from megatron_hpt.weights.hf_config import model_shape
 from megatron_hpt.weights.hf_files import write_config
 
@@ -30,6 +32,17 @@ def test_a_head_that_the_engine_cannot_compute_is_found_before_it_starts(config:
 
 def test_a_good_configuration_passes(config: Config) -> None:
     preflight.check(config)
+
+
+def test_a_run_starts_from_a_checkpoint_that_is_whole(config: Config, tmp_path: Path) -> None:
+    ToMegatron(Path(config.model.path), ParallelConfig(tensor=2), None).write(tmp_path / "checkpoint")
+    config.model.path = str(tmp_path / "checkpoint")
+    preflight.check(config)
+    assert RunDir(tmp_path).engine_model(config) == str(tmp_path / "checkpoint" / "hf")
+    part = next((tmp_path / "checkpoint").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"model\.path: .*checkpoint: {part.name} has \d+ bytes, \d+ were written"):
+        preflight.check(config)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ SMALL = {"hidden": 64, "layers": 2, "positions": 64}
 MODELS = {
     "untied": lambda folder: tiny_llama.write(folder, **SMALL, heads=2, kv_heads=2),
     "tied": lambda folder: tiny_llama.write(folder, **SMALL, heads=2, kv_heads=2, tied=True),
-    "biases": lambda folder: tiny_families.write(folder, "qwen2", num_hidden_layers=2, hidden_size=128, head_dim=None),
+    "biases": lambda folder: tiny_families.write(
+        folder, "qwen2", num_hidden_layers=2, hidden_size=128, intermediate_size=128, head_dim=None
+    ),
     "experts": lambda folder: tiny_qwen3.write(folder, experts=4, head_dim=32),
 }
 OF_MODEL = {"experts": SPARSE, "biases": GROUPED}
