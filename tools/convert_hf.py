@@ -133,7 +133,7 @@ def _convert(conversion: Conversion, target: Path, dry_run: bool) -> None:
     size = conversion.size()
     what = f"{size.files} file{'s' * (size.files > 1)}, {decimal(size.nbytes)}"
     if dry_run:
-        print(f"{target} would be written: {what}; it takes up to {decimal(size.memory)} of memory")
+        print(f"{target} would be written: {what}; it takes about {decimal(size.memory)} of memory beside Python's own")
         return
     started = time.monotonic()
     with _progress("converting", size.nbytes) as advance:

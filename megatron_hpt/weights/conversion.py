@@ -41,6 +41,8 @@ from megatron_hpt.weights.megatron_files import ChunkReader, ChunkWriter
 
 WORKERS = 2
 """Threads: one reads while the other writes; more would only hold more memory."""
+_COPIES = 4
+"""Of a tensor at the same time, at most: as read, as it is put together, as it is written, and what is not yet given back."""
 Advance = Callable[[int], None]
 """Told the bytes that have been written since the last call."""
 
@@ -53,7 +55,7 @@ class Size:
     nbytes: int
     """Of all weights."""
     memory: int
-    """Bytes that the conversion holds at a time, at most, beside the program itself."""
+    """Bytes that the conversion holds at a time beside the program itself, about."""
 
 
 class ToMegatron:
@@ -80,9 +82,8 @@ class ToMegatron:
     def size(self) -> Size:
         """What will be written."""
         chunks = [chunk for group in self._files for chunk in group]
-        largest = max(map(self._nbytes, chunks))
-        mapped = max(path.stat().st_size for path in self._tensors.files)
-        return Size(len(self._files), sum(map(self._nbytes, chunks)), WORKERS * (mapped + 2 * largest))
+        sizes = list(map(self._nbytes, chunks))
+        return Size(len(self._files), sum(sizes), WORKERS * _COPIES * max(sizes))
 
     def write(self, target: Path, advance: Advance = lambda _: None) -> None:
         """Write the checkpoint.
@@ -179,8 +180,7 @@ class ToHf:
         parts: Counter[Stored] = Counter()
         for name, item in self._origin.items():
             parts[item] += self._nbytes[name]
-        # A part, the chunk of it that is being read, and one of its tensors.
-        return Size(len(shards), sum(shards), WORKERS * 3 * max(parts.values()))
+        return Size(len(shards), sum(shards), WORKERS * _COPIES * max(parts.values()))
 
     def write(self, target: Path, advance: Advance = lambda _: None) -> None:
         """Write the folder.

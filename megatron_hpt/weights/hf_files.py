@@ -104,14 +104,16 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def write_config(folder: Path, changes: dict[str, Any]) -> None:
-    """Change keys of a folder's config.json."""
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}, indent=2) + "\n")
+    """Change keys of a folder's config.json; without changes the file stays as it is."""
+    if changes:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}, indent=2) + "\n")
 
 
 def dtype_change(folder: Path, dtype: str) -> dict[str, str]:
-    """What config.json must say of the weights' precision: transformers 5 renamed the key."""
-    return {"dtype" if "dtype" in json.loads((folder / "config.json").read_text()) else "torch_dtype": dtype}
+    """What must change in a config.json that speaks of the weights' precision (transformers 5 renamed the key)."""
+    there = json.loads((folder / "config.json").read_text())
+    return {key: dtype for key in ("dtype", "torch_dtype") if there.get(key) not in (None, dtype)}
 
 
 @dataclass(frozen=True)
