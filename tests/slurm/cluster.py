@@ -327,9 +327,7 @@ class Cluster:
                 *("--innodb-buffer-pool-size=64M", "--innodb-log-file-size=32M", f"--pid-file={self.folder}/mariadbd.pid"),
             ],
         )
-        user = (
-            "create user 'slurm'@'%' identified by 'slurm'; grant all on slurm_acct.* to 'slurm'@'%';"  # on the bridge alone
-        )
+        user = "create user 'slurm'@'%' identified by 'slurm'; grant all on slurm_acct.* to 'slurm'@'%';"  # on the bridge alone
         self._until(lambda: _run("mariadb", "--no-defaults", "-S", sock, "-uroot", "-e", user) or True, 20, "mariadbd")
         self._daemon("slurmdbd", self._among_names("slurmdbd -D"))
         self._until(lambda: self.call("sacctmgr", "-i", "add", "cluster", "hpt"), 20, "slurmdbd")
