@@ -172,7 +172,7 @@ def describe(config: Config, job: Job) -> str:
     arguments = [f"runs/{config.name}-<time>", "--store", f"{job.host}:<port>", "--from-step", "<step>"]
     nodes = [job.nodes[index] for index in topology.trainer_nodes]
     lines = [
-        f"trainer: {len(topology.trainer)} ranks on {len(nodes)} nodes, MASTER_ADDR={nodes[0]} MASTER_PORT={job.port(0)}",
+        f"trainer: {len(topology.trainer)} ranks on {', '.join(nodes)}; MASTER_ADDR={nodes[0]} MASTER_PORT={job.port(0)}",
         shlex.join(trainer_command(job, topology, arguments)),
         f"coordinator: on {nodes[0]}",
         shlex.join(coordinator_command(job, topology, arguments)),
