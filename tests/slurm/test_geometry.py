@@ -35,7 +35,7 @@ def recipe(size: str, method: str):
 def test_96_ranks_and_four_engines_of_eight_beside_a_sick_node(cluster: Cluster, tmp_path: Path) -> None:
     stand_in, records = str(Path(__file__).parent / "stand_in.sh"), tmp_path / "records"
     records.mkdir()
-    tiny_llama.write(tmp_path / "model", layers=4, heads=8, kv_heads=8)
+    tiny_llama.write(tmp_path / "model", layers=4, heads=8, kv_heads=8, head_dim=32)
     arithmetic.write(tmp_path, held_out=8)
     (tmp_path / "recipe.py").write_text(RECIPE.replace("@STAND_IN@", repr(stand_in)))
     (tmp_path / "slurm").mkdir()
