@@ -201,6 +201,7 @@ def hopeless(tries: Sequence[Try]) -> str | None:
 
 def _start_again(error: HptError, job: Job, checkpoint: int, folder: Path) -> NoReturn:
     """Requeue the job, unless Slurm is ending it or it is hopeless."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if _ask("squeue", "-h", "-j", str(job.number), "-o", "%T") != "RUNNING":
         raise error
     file = folder / "tries.json"

@@ -4,6 +4,7 @@
 #
 #   HPT_STAND_IN   folder that takes one file a task
 #   HPT_REAL       the interpreter
+#   HPT_DIES       trainer rank that dies (exit code 9) once the engines answer; default: none
 set -euo pipefail
 role=$(printf '%s\n' "$@" | grep -oE 'actor.trainer|rollout.coordinator|vllm.entrypoints' | head -n 1)
 task=$SLURM_PROCID/$SLURM_NTASKS
@@ -14,6 +15,7 @@ option() { printf '%s\n' "$@" | grep -A1 -xF -- "$name" | tail -n 1; }
 case $role in
     actor.trainer)
         until [[ -e $HPT_STAND_IN/ended ]]; do sleep 1; done
+        [[ $SLURM_PROCID != "${HPT_DIES:-}" ]] || exit 9
         ;;
     rollout.coordinator)
         name=--store

@@ -2,13 +2,14 @@
 
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_hpt.examples import arithmetic, tiny_llama
 
-from .cluster import Cluster
+from .cluster import Cluster, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -32,27 +33,32 @@ def recipe(size: str, method: str):
 """The layout of recipes/llama_3_1.py size=70B with a model that is there."""
 
 
-def test_96_ranks_and_four_engines_of_eight_beside_a_sick_node(cluster: Cluster, tmp_path: Path) -> None:
-    stand_in, records = str(Path(__file__).parent / "stand_in.sh"), tmp_path / "records"
-    records.mkdir()
-    tiny_llama.write(tmp_path / "model", layers=4, heads=8, kv_heads=8, head_dim=32)
-    arithmetic.write(tmp_path, held_out=8)
-    (tmp_path / "recipe.py").write_text(RECIPE.replace("@STAND_IN@", repr(stand_in)))
-    (tmp_path / "slurm").mkdir()
+def submit(cluster: Cluster, folder: Path, health: str, **environment: str) -> Job:
+    """The script as it is, from a folder with a model, data and the site's settings."""
+    stand_in = str(Path(__file__).parent / "stand_in.sh")
+    (folder / "records").mkdir()
+    tiny_llama.write(folder / "model", layers=4, heads=8, kv_heads=8, head_dim=32)
+    arithmetic.write(folder, held_out=8)
+    (folder / "recipe.py").write_text(RECIPE.replace("@STAND_IN@", repr(stand_in)))
+    (folder / "slurm").mkdir()
     site = {
         "HPT_BIN": Path(sys.executable).parent / "megatron-hpt",
-        "HPT_RECIPE": tmp_path / "recipe.py",
+        "HPT_RECIPE": folder / "recipe.py",
         "HPT_PYTHON": stand_in,
-        "HPT_HEALTH": "'test $(hostname) != n5'",
-        "HPT_STAND_IN": records,
+        "HPT_HEALTH": f"'{health}'",
+        "HPT_STAND_IN": folder / "records",
         "HPT_REAL": sys.executable,
         "PYTHONPATH": ROOT,
     }
-    (tmp_path / "slurm" / "site.env").write_text("".join(f"{name}={value}\n" for name, value in site.items()))
-    job = cluster.submit(tmp_path, "--nodes=17", str(ROOT / "slurm" / "hpt_70b.sbatch"))
+    (folder / "slurm" / "site.env").write_text("".join(f"{name}={value}\n" for name, value in site.items()))
+    return cluster.submit(folder, "--nodes=17", str(ROOT / "slurm" / "hpt_70b.sbatch"), **environment)
+
+
+def test_96_ranks_and_four_engines_of_eight_beside_a_sick_node(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, "test $(hostname) != n5")
     assert job.end(500) == "COMPLETED", job.output
     assert "left out: n5" in job.output
-    found = [path.read_text().split() for path in records.glob("*-n*")]
+    found = [path.read_text().split() for path in (tmp_path / "records").glob("*-n*")]
     trainer = sorted((int(line[2].split("/")[0]), line[1], line[3]) for line in found if line[0] == "actor.trainer")
     nodes = [f"n{index}" for index in (1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13)]
     assert trainer == [(rank, nodes[rank // 8], f"local={rank % 8}") for rank in range(96)]
@@ -63,5 +69,16 @@ def test_96_ranks_and_four_engines_of_eight_beside_a_sick_node(cluster: Cluster,
         ("gpus=0,1,2,3,4,5,6,7", "of=0,1,2,3,4,5,6,7")
     }
     assert [line[1] for line in found if line[0] == "rollout.coordinator"] == ["n1"]
-    assert len(re.findall(r"http://", (records / "engines").read_text())) == 4
+    assert len(re.findall(r"http://", (tmp_path / "records" / "engines").read_text())) == 4
     assert "gres/gpu=136" in cluster.call("sacct", "-n", "-P", "-j", job.number, "-o", "alloctres")
+
+
+def test_a_rank_that_always_dies_is_named_and_given_up_after_three_tries(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, "true", HPT_DIES="42")
+    deadline = time.monotonic() + 300
+    while "the job is not started again" not in job.output:
+        assert time.monotonic() < deadline, job.output
+        time.sleep(1)
+    assert job.end(60) == "FAILED"
+    assert job.output.count("trainer rank 42 died (exit code 9)") == 3
+    assert (job.show("ExitCode"), job.show("Restarts")) == ("70:0", "2")
