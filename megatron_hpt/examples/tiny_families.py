@@ -34,7 +34,7 @@ def write(folder: Path, model_type: str, *, seed: int = 0, **config: Any) -> Non
 
     words = tokenizer()
     usual = {
-        "vocab_size": len(words),
+        "vocab_size": len(words) // 2 * 2 + 1,  # odd, so that tensor parallel ranks pad it
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 4,

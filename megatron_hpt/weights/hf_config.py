@@ -219,9 +219,10 @@ def model_shape(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     file = hf_side(folder) / "config.json"
     family = _family(config, file)
     _refuse_unsupported(config, family, file)
+    shape = _shape(config, file)
     _refuse_rotary(config, file)
-    _refuse_window(config, family, file)
-    return _shape(config, file)
+    _refuse_window(config, family, shape.max_positions, file)
+    return shape
 
 
 def shape_of_any(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelShape:
@@ -381,17 +382,16 @@ def _spelled_out(rope: dict[str, Any], theta: Any) -> dict[str, Any]:
     return {"rope_theta": theta, **said, "rope_type": _rope_type(rope)}
 
 
-def _refuse_window(config: dict[str, Any], family: _Family, file: Path) -> None:
+def _refuse_window(config: dict[str, Any], family: _Family, positions: int, file: Path) -> None:
     """A sliding window of attention, unless no sequence is longer than it."""
     switched_off = family.window_switch is not None and not config.get(family.window_switch)
     # An explicit null is no window; an absent key is what transformers makes of it.
     window = config["sliding_window"] if "sliding_window" in config else family.defaults.get("sliding_window")
-    positions = config.get("max_position_embeddings")
     kinds = set(config.get("layer_types") or ()) - {"full_attention"}
     if not switched_off and window is not None:
-        if not isinstance(positions, int) or window < positions:
+        if window < positions:
             raise ModelError(
-                f"{file}: sliding_window = {window!r} is below max_position_embeddings = {positions!r}: it changes the "
+                f"{file}: sliding_window = {window!r} is below max_position_embeddings = {positions}: it changes the "
                 f"computation and is not supported; with model.overrides.max_position_embeddings={window} or less it changes "
                 "nothing"
             )

@@ -100,7 +100,10 @@ def test_experts_are_counted_under_the_published_key_and_that_of_transformers_5(
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn' .* supported: default, linear, llama3"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32}},
+            "rope_type = 'yarn' .* supported: default, linear, llama3",
+        ),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type = 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor of rope_type 'llama3' is None; expected"),
         ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
