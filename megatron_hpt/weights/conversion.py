@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_hpt.config import ParallelConfig
 from megatron_hpt.data.checkpoints import META, SIDE_FILES, damage, read_meta, record, versions
-from megatron_hpt.data.files import continued_folder
+from megatron_hpt.data.files import continued_folder, synced
 from megatron_hpt.errors import CheckpointError, ConfigError, ModelError
 from megatron_hpt.weights.checkpoint_layout import Chunk, Stored, chunks_by_rank, files, stored
 from megatron_hpt.weights.checksum import checksum_of
@@ -43,6 +43,8 @@ WORKERS = 2
 """Threads: one reads while the other writes; more would only hold more memory."""
 _COPIES = 4
 """Of a tensor at the same time, at most: as read, as it is put together, as it is written, and what is not yet given back."""
+Finish = Callable[[], None]
+"""Waits until the disk has a file, and makes it count."""
 Advance = Callable[[int], None]
 """Told the bytes that have been written since the last call."""
 
@@ -100,15 +102,15 @@ class ToMegatron:
             _record_dtype(folder / SIDE_FILES, self._dtypes)
             record(folder, {"step": 0, "optimizer": False})
 
-    def _write_file(self, writer: ChunkWriter, advance: Advance, number: int) -> None:
+    def _write_file(self, writer: ChunkWriter, advance: Advance, number: int) -> Finish:
         def tensor_of(chunk: Chunk) -> Tensor:
             advance(self._nbytes(chunk))
             return self._read(chunk)
 
         if writer.is_written(number):
             advance(sum(map(self._nbytes, self._files[number])))
-        else:
-            writer.write(number, tensor_of)
+            return _nothing
+        return writer.write(number, tensor_of)
 
     def _read(self, chunk: Chunk) -> Tensor:
         """The shard of a rank, put together from boxes of the folder's tensors."""
@@ -206,11 +208,11 @@ class ToHf:
                 if view.name in wanted:
                     yield view.name, view.read().contiguous()
 
-    def _write_shard(self, folder: Path, advance: Advance, file: str) -> None:
+    def _write_shard(self, folder: Path, advance: Advance, file: str) -> Finish:
         names = self._shards[file]
         if (folder / file).is_file():
             advance(sum(map(self._nbytes.__getitem__, names)))
-            return
+            return _nothing
         sizes, dtype_of = hf_tensor_shapes(self.shape), self._dtype_of
         # As safetensors' own writer: the widest first, so that every tensor is aligned.
         ordered = sorted(names, key=lambda name: -dtype_of(name).itemsize)
@@ -222,7 +224,12 @@ class ToHf:
 
         temporary = folder / f".{file}"
         write_safetensors(temporary, {name: (sizes[name], dtype_of(name)) for name in ordered}, read())
-        temporary.rename(folder / file)
+
+        def finish() -> None:
+            synced(temporary)
+            temporary.rename(folder / file)
+
+        return finish
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return self._reader.dtypes[self._origin[name].key]
@@ -320,13 +327,18 @@ def _record_dtype(folder: Path, dtypes: dict[str, torch.dtype]) -> None:
         write_config(folder, dtype_change(folder, str(found.pop()).removeprefix("torch.")))
 
 
-def _work(task: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """Do the task for every item with `WORKERS` threads; the first error ends it."""
-    with ThreadPoolExecutor(WORKERS) as pool:
+def _work(task: Callable[[Any], Finish], items: Iterable[Any]) -> None:
+    """Write the file of every item with `WORKERS` threads, while another waits for the disk; the first error ends it."""
+    with ThreadPoolExecutor(WORKERS) as pool, ThreadPoolExecutor(1) as disk:
         running = [pool.submit(task, item) for item in items]
         try:
-            for future in as_completed(running):
+            finishing = [disk.submit(future.result()) for future in as_completed(running)]
+            for future in as_completed(finishing):
                 future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _nothing() -> None:
+    """What is left to do for a file that was there."""

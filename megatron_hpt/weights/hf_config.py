@@ -218,6 +218,7 @@ def model_shape(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     config = read_config(folder, overrides)
     file = hf_side(folder) / "config.json"
     family = _family(config, file)
+    _refuse_two_rotary(config, file)
     _refuse_unsupported(config, family, file)
     shape = _shape(config, file)
     _refuse_rotary(config, file)
@@ -342,6 +343,17 @@ def _scaling(rope: dict[str, Any], file: Path) -> RopeScaling | None:
             f"{found.high_freq_factor}"
         )
     return found
+
+
+def _refuse_two_rotary(config: dict[str, Any], file: Path) -> None:
+    """Readers differ in which of the two keys they prefer."""
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    if not new or not old:
+        return
+    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in (new, old)]
+    shared = (new.keys() & old.keys()) - {"rope_type", "type"}
+    if kinds[0] != kinds[1] or any(new[key] != old[key] for key in shared):
+        raise ModelError(f"{file}: rope_parameters = {new!r} and rope_scaling = {old!r} contradict each other")
 
 
 def _refuse_unsupported(config: dict[str, Any], family: _Family, file: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import struct
 import threading
@@ -94,8 +93,6 @@ def write_safetensors(
             if name != expected:
                 raise ValueError(f"{name} came where {expected} was described")
             file.write(as_bytes(tensor.contiguous()).numpy())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def copy_side_files(source: Path, target: Path) -> None:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_hpt.data.checkpoints import damage, is_checkpoint, read_meta
+from megatron_hpt.data.files import synced, whole
 from megatron_hpt.errors import CheckpointError
 from megatron_hpt.weights.checkpoint_layout import Chunk, Stored, stored
 from megatron_hpt.weights.hf_config import ModelShape
@@ -52,7 +53,7 @@ class ChunkWriter:
             dtypes: checkpoint key → dtype.
         """
         self._folder, self._files = folder, files
-        self._storage = FileSystemWriter(folder, single_file_per_rank=True)
+        self._storage = FileSystemWriter(folder, single_file_per_rank=True, sync_files=False)
         plans = [SavePlan([_write_item(chunk, dtypes[chunk.stored.key]) for chunk in chunks]) for chunks in files]
         plans, self._metadata = create_default_global_save_plan(plans)
         self._plans = self._storage.prepare_global_plan(plans)
@@ -62,17 +63,25 @@ class ChunkWriter:
         """A file is there, whole."""
         return self._note(number).is_file()
 
-    def write(self, number: int, tensor_of: Callable[[Chunk], Tensor]) -> None:
+    def write(self, number: int, tensor_of: Callable[[Chunk], Tensor]) -> Callable[[], None]:
         """Write one file.
 
         Args:
             tensor_of: gives a chunk's tensor, of the chunk's extent without the leading ones, when it is its turn.
+
+        Returns:
+            What waits until the disk has it, and notes that it is written.
         """
         chunks = {_index(chunk): chunk for chunk in self._files[number]}
         written = self._storage.write_data(self._plans[number], _SaveStream(chunks, tensor_of)).value()
-        temporary = self._note(number).with_suffix(".new")
-        temporary.write_bytes(pickle.dumps(written))
-        temporary.rename(self._note(number))
+
+        def finish() -> None:
+            for name in {result.storage_data.relative_path for result in written}:
+                synced(self._folder / name)
+            with whole(self._note(number)) as temporary:
+                temporary.write_bytes(pickle.dumps(written))
+
+        return finish
 
     def finish(self) -> None:
         """Write what makes the files a checkpoint."""

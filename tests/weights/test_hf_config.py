@@ -107,6 +107,10 @@ def test_experts_are_counted_under_the_published_key_and_that_of_transformers_5(
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type = 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor of rope_type 'llama3' is None; expected"),
         ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            "rope_parameters = .* and rope_scaling = .* contradict each other",
+        ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM of llama is supported"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map = .* changes the computation"),
         ({"rope_scaling": {"type": "default", "mrope_section": [1, 2]}}, r"mrope_section = \[1, 2\] of the rotary embedding"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config
 
 from megatron_hpt.config import Config, DataConfig, ModelConfig
 from megatron_hpt.errors import ConfigError, ModelError
@@ -143,6 +143,34 @@ def test_readers_of_a_folder_take_them(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "hidden_act": "silu"}))
     with pytest.raises(ModelError, match="hidden_act = 'gelu' changes the computation"):  # checked as if it were in the file
         model_shape(tmp_path, {"hidden_act": "gelu"})
+
+
+def test_what_the_seed_edits_by_hand_in_qwen2_5_math(tmp_path: Path) -> None:
+    """Its published config.json as far as it is read here; sizes of the 1.5B model."""
+    published = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "max_position_embeddings": 4096,
+        "max_window_layers": 21,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    overrides = {"rope_theta": 40000, "max_position_embeddings": 16384}
+    shape = model_shape(tmp_path, overrides)
+    assert (shape.rope_theta, shape.max_positions, shape.rope_scaling) == (40000.0, 16384, None)
+    read = Qwen2Config(**read_config(tmp_path, overrides))
+    assert (read.rope_parameters["rope_theta"], read.max_position_embeddings) == (40000, 16384)
+    assert set(read.layer_types) == {"full_attention"}
 
 
 def test_they_are_the_actors_and_no_other_models(tmp_path: Path) -> None:
