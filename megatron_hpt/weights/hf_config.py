@@ -218,7 +218,6 @@ def model_shape(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     config = read_config(folder, overrides)
     file = hf_side(folder) / "config.json"
     family = _family(config, file)
-    _refuse_two_rotary(config, file)
     _refuse_unsupported(config, family, file)
     shape = _shape(config, file)
     _refuse_rotary(config, file)
@@ -345,17 +344,6 @@ def _scaling(rope: dict[str, Any], file: Path) -> RopeScaling | None:
     return found
 
 
-def _refuse_two_rotary(config: dict[str, Any], file: Path) -> None:
-    """Readers differ in which of the two keys they prefer."""
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    if not new or not old:
-        return
-    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in (new, old)]
-    shared = (new.keys() & old.keys()) - {"rope_type", "type"}
-    if kinds[0] != kinds[1] or any(new[key] != old[key] for key in shared):
-        raise ModelError(f"{file}: rope_parameters = {new!r} and rope_scaling = {old!r} contradict each other")
-
-
 def _refuse_unsupported(config: dict[str, Any], family: _Family, file: Path) -> None:
     values = {
         **config,
@@ -378,7 +366,7 @@ def _refuse_rotary(config: dict[str, Any], file: Path) -> None:
                 f"{file}: {key} = {rope[key]!r} of the rotary embedding changes the computation and is not supported; "
                 f"understood: {', '.join(sorted(_ROTARY))}"
             )
-    places = ("rope_scaling", "rope_parameters")
+    places = ("rope_parameters", "rope_scaling")
     said = [_spelled_out(config[key], config.get("rope_theta")) for key in places if config.get(key)]
     if said[1:] and said[0] != said[1]:
         raise ModelError(f"{file}: {' and '.join(f'{key} = {config[key]!r}' for key in places)} contradict each other")

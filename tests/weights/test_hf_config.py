@@ -124,8 +124,11 @@ def test_experts_are_counted_under_the_published_key_and_that_of_transformers_5(
             "low_freq_factor = 4.0 of rope_type 'llama3' must be below high_freq_factor = 4.0",
         ),
         (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"type": "linear", "factor": 4.0}},
-            "rope_scaling = .* and rope_parameters = .* contradict each other",
+            {
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            "rope_parameters = .* and rope_scaling = .* contradict each other",  # transformers takes the base of Llama
         ),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta = 10000.0 contradicts .* 1000000.0"),
         (
