@@ -161,8 +161,7 @@ class ChunkReader:
         except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             files = {self._metadata.storage_data[read.storage_index].relative_path for read in items}
             raise CheckpointError(
-                f"{self._folder}: {item.parameter.name} cannot be read from {', '.join(sorted(files))}: the file is damaged "
-                f"({str(error).splitlines()[0]})"
+                f"{self._folder}: {item.parameter.name} cannot be read from {', '.join(sorted(files))}: damaged"
             ) from error
         return target.view(extent[len(item.parameter.indices) :])
 

@@ -275,7 +275,7 @@ def test_damage_inside_a_checkpoint_is_told(tmp_path: Path, megatron: Path) -> N
     part = next(megatron.glob("*.distcp"))
     whole = part.read_bytes()
     part.write_bytes(bytes(1000) + whole[1000:])
-    with pytest.raises(CheckpointError, match=rf"cannot be read from {part.name}: the file is damaged"):
+    with pytest.raises(CheckpointError, match=rf"cannot be read from .*{part.name}.*: damaged"):
         ToHf(megatron).write(tmp_path / "back")
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron"}
 
