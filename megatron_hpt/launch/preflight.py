@@ -189,11 +189,18 @@ def _divides(key: str, given: int, sizes: dict[str, int], among: Sequence[int] |
 def _divides_ranks(parallel: ParallelConfig, expert_tensor: int) -> None:
     """Expert ranks are taken from those of one pipeline stage."""
     stage = parallel.tensor * parallel.context * parallel.data
+    ranks = f"the {stage} ranks of a stage (tensor × context × data)"
+    if stage % expert_tensor:
+        allowed = [n for n in range(1, stage + 1) if stage % n == 0]
+        raise ConfigError(
+            f"parallel.expert_tensor: given {expert_tensor}, which does not divide {ranks}; "
+            f"allowed: {', '.join(map(str, allowed))}"
+        )
     if stage % (parallel.expert * expert_tensor):
         allowed = [n for n in range(1, stage + 1) if stage % (n * expert_tensor) == 0]
         raise ConfigError(
-            f"parallel.expert: given {parallel.expert} × expert_tensor {expert_tensor}, which does not divide the {stage} "
-            f"ranks of a stage (tensor × context × data); allowed with this expert_tensor: {', '.join(map(str, allowed))}"
+            f"parallel.expert: given {parallel.expert} × expert_tensor {expert_tensor}, which does not divide {ranks}; allowed "
+            f"with this expert_tensor: {', '.join(map(str, allowed))}"
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_hpt.config import Config, DataConfig, GateConfig, KlConfig, ModelConfig, OverlongConfig, ParallelConfig, dump_yaml
 from megatron_hpt.errors import CheckpointError, ConfigError, HptError
-from megatron_hpt.examples import tiny_llama, tiny_mixtral
+from megatron_hpt.examples import tiny_families, tiny_llama
 from megatron_hpt.launch import preflight
 from megatron_hpt.run import RunDir
 from megatron_hpt.weights.conversion import ToMegatron
@@ -96,12 +96,13 @@ def test_a_bad_setting_names_key_given_and_allowed(config: Config, section: str,
     [
         ({"expert": 3, "data": 3}, r"parallel\.expert: given 3, .* 4 experts; allowed: 1, 2, 4"),
         ({"expert": 4, "data": 2}, r"expert: given 4 × expert_tensor 1, .* the 2 ranks of a stage .* allowed .*: 1, 2$"),
+        ({"expert_tensor": 3, "data": 4}, r"expert_tensor: given 3, .* the 4 ranks of a stage .*; allowed: 1, 2, 4$"),
         ({"tensor": 2}, r"only under sequence parallelism; set parallel\.sequence=true"),
-        ({"expert_tensor": 3}, r"parallel\.expert_tensor: given 3, .* 64 expert ffn size; allowed: 1, 2, 4"),
+        ({"expert_tensor": 5}, r"parallel\.expert_tensor: given 5, .* 96 expert ffn size; allowed: 1, 2, 3, 4"),
     ],
 )
 def test_a_bad_layout_of_experts_names_what_would_divide(config: Config, tmp_path: Path, parallel: dict, message: str) -> None:
-    tiny_mixtral.write(tmp_path / "moe")
+    tiny_families.MODELS["mixtral"](tmp_path / "moe")
     shape = model_shape(tmp_path / "moe")
     with pytest.raises(ConfigError, match=message):
         preflight.check_layout(config.model_copy(update={"parallel": ParallelConfig(**parallel)}), shape)

@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from megatron_hpt.errors import ModelError
-from megatron_hpt.examples import tiny_llama, tiny_mixtral, tiny_qwen3
+from megatron_hpt.examples.tiny_families import MODELS
 from megatron_hpt.rollout.engines import SGLANG_ENVIRONMENT
 from megatron_hpt.weights import hf_config
 from megatron_hpt.weights.hf_config import SUPPORTED, LinearScaling, Llama3Scaling, model_shape
@@ -52,14 +51,6 @@ QWEN3_MOE = {
     "decoder_sparse_step": 1,
 }
 LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-WRITERS = {
-    "llama": tiny_llama.write,
-    "llama, tied": partial(tiny_llama.write, tied=True),
-    "mixtral": tiny_mixtral.write,
-    "qwen3": partial(tiny_qwen3.write, head_dim=32),
-    "qwen3, tied": partial(tiny_qwen3.write, tied=True),
-    "qwen3_moe": partial(tiny_qwen3.write, experts=4),
-}
 
 
 def folder(tmp_path: Path, base: dict = LLAMA, **change) -> Path:
@@ -67,9 +58,9 @@ def folder(tmp_path: Path, base: dict = LLAMA, **change) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("model", WRITERS)
+@pytest.mark.parametrize("model", MODELS)
 def test_tensors_are_those_that_transformers_writes(tmp_path: Path, model: str) -> None:
-    WRITERS[model](tmp_path / "model")
+    MODELS[model](tmp_path / "model")
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         real = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert hf_tensor_shapes(model_shape(tmp_path / "model")) == real
