@@ -13,12 +13,15 @@ from megatron_hpt.errors import HptError, RequeueRequested
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 RUNS = Path("runs")
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings, e.g. trainer.steps=20, and the recipe's arguments, e.g. method=grpo")
+]
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
 def train(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="settings, e.g. trainer.steps=20")] = None,
+    overrides: Overrides = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="continue the newest run of this recipe, or the given run directory")
     ] = False,
@@ -43,7 +46,7 @@ def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
 @app.command()
 def config(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="settings, e.g. trainer.steps=20")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Print the resolved configuration of a recipe, every default written out."""
     from megatron_hpt.config import dump_yaml

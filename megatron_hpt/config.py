@@ -41,6 +41,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     train: str
     """Parquet file of prompts and demonstrations (columns: docs/data.md)."""
+    chat_template: str | None = None
+    """Jinja template that renders a prompt's `messages`, for a base model without one; default: the tokenizer's own."""
     max_prompt_length: PositiveInt = 1024
     """Longest prompt in tokens; a longer one is refused at load."""
     max_response_length: PositiveInt = 1024

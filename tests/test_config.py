@@ -108,6 +108,45 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message:
         recipe.load(str(tmp_path / "r.py"), [])
 
 
+ARGUMENTS = """
+from typing import Literal
+from megatron_hpt.config import Config, DataConfig, ModelConfig, TrainerConfig
+
+def recipe(size: Literal["7B", "1.5B"] = "7B", steps: int = 3) -> Config:
+    trainer = TrainerConfig(steps=steps)
+    return Config(name=f"m-{size}", model=ModelConfig(path=size), data=DataConfig(train="t"), trainer=trainer)
+"""
+
+
+def test_arguments_of_a_recipe_stand_among_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text(ARGUMENTS)
+    loaded = recipe.load(str(tmp_path / "r.py"), ["size=1.5B", "trainer.seed=7", "steps=4"])
+    assert (loaded.config.name, loaded.config.trainer.steps, loaded.config.trainer.seed) == ("m-1.5B", 4, 7)
+    assert loaded.overrides == ["trainer.seed=7"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("size=8B", r"r\.py: recipe: not valid\n  size: given '8B'; input should be '7B' or '1\.5B'"),
+        ("steps=many", r"steps: given 'many'; input should be a valid integer"),
+        ("steps=0", r"TrainerConfig: not valid\n  steps: given 0; input should be greater than 0"),
+        ("sice=7B", r"'sice=7B': .*r\.py has the arguments size, steps; .*; did you mean 'size'"),
+        ("trainr.steps=3", r"trainr\.steps: unknown key"),
+    ],
+)
+def test_a_wrong_argument_names_those_there_are(tmp_path: Path, given: str, message: str) -> None:
+    (tmp_path / "r.py").write_text(ARGUMENTS)
+    with pytest.raises(ConfigError, match=message):
+        recipe.load(str(tmp_path / "r.py"), [given])
+
+
+def test_an_argument_cannot_hide_a_section(tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text("def recipe(model: str = ''): pass")
+    with pytest.raises(ConfigError, match=r"recipe\(model\): a section has that name"):
+        recipe.load(str(tmp_path / "r.py"), [])
+
+
 def test_no_such_recipe_and_other_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such recipe"):
         recipe.load(str(tmp_path / "none.py"), [])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_hpt.config import Config, GateConfig, ParallelConfig, SourceGateConfig
-from megatron_hpt.data.checkpoints import hf_side
 from megatron_hpt.data.prompts import Limits, load_prompts
+from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
@@ -236,7 +235,7 @@ def check_lengths(config: Config, shape: ModelShape) -> None:
 
 def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
     """Every row of every file loads."""
-    tokenizer = load_tokenizer(hf_side(config.model.path))
+    tokenizer = load_tokenizer(config)
     if len(tokenizer) > shape.vocab:
         raise ModelError(
             f"model.path: the tokenizer has {len(tokenizer)} tokens, the model in {config.model.path} only {shape.vocab}"
@@ -256,21 +255,3 @@ def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
             f"{config.data.train}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "
             "add targets, or choose an algorithm that learns from rollouts alone (grpo, dr_grpo)"
         )
-
-
-def load_tokenizer(folder: str):
-    """The tokenizer of a model folder.
-
-    Raises:
-        ModelError: none there, or without an end-of-sequence token or a chat template.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise ModelError(f"model.path: {folder} has no tokenizer (tokenizer.json)")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model.path: the tokenizer in {folder} has no end-of-sequence token; responses could not end")
-    if tokenizer.chat_template is None:
-        raise ModelError(f"model.path: the tokenizer in {folder} has no chat template to render prompts with")
-    return tokenizer

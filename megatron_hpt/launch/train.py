@@ -42,7 +42,11 @@ def resume_run(source: str, overrides: list[str], root: Path) -> RunDir:
     Raises:
         ConfigError: nothing to continue, or the run is complete.
     """
-    run = open_run(Path(source)) if Path(source).is_dir() else newest(recipes.load(source, overrides).config.name, root)
+    if Path(source).is_dir():
+        run = open_run(Path(source))
+    else:
+        recipe = recipes.load(source, overrides)
+        run, overrides = newest(recipe.config.name, root), list(recipe.overrides)
     saved = load_yaml(run.config)
     config = apply_overrides(saved, overrides)
     _check_same_batches(saved, config)

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from megatron_hpt.blackboard import Blackboard
 from megatron_hpt.config import Config, load_yaml
-from megatron_hpt.data.checkpoints import hf_side
 from megatron_hpt.data.history import History
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.prompts import Limits, Prompt, PromptSource, load_prompts
+from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.evaluation.metrics import average_at_k, solved_share
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.gate import Choice
@@ -61,7 +59,7 @@ class Coordinator:
         self._ledger, self._metrics = Ledger(run.batches), MetricsLog(run, start)
         self._algorithm = algorithms.of_run(config)
         self._history = History(self._ledger, start)
-        self._tokenizer = AutoTokenizer.from_pretrained(hf_side(config.model.path))
+        self._tokenizer = load_tokenizer(config)
         self._grader = Grader(pool, self._tokenizer)
         self._source = PromptSource(self._load(config.data.train), config.trainer.seed)
         self._held_out = {name: self._load(path) for name, path in config.evaluation.sets.items()}

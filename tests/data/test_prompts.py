@@ -1,15 +1,19 @@
 """Loading prompts: what is good, and what is refused with file, row and field."""
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_hpt.config import Config, DataConfig, ModelConfig
 from megatron_hpt.data.parquet import Problem, write_problems
 from megatron_hpt.data.prompts import Limits, PromptSource, load_prompts
-from megatron_hpt.errors import DataError
+from megatron_hpt.data.tokenizer import load_tokenizer
+from megatron_hpt.errors import ConfigError, DataError, ModelError
 
 LIMITS = Limits(prompt=16, response=32)
 GOOD = {
@@ -92,3 +96,42 @@ def test_the_order_is_a_function_of_seed_and_position(tmp_path: Path, tokenizer)
     random.Random(0).shuffle(steps)  # in any order of asking
     again = PromptSource(prompts, seed=1)
     assert {s: [p.prompt_id for p in again.take(4 * s, 4)] for s in steps} == {s: taken[4 * s : 4 * s + 4] for s in range(5)}
+
+
+@pytest.fixture
+def config(tiny_model: Path) -> Config:
+    return Config(name="x", model=ModelConfig(path=str(tiny_model)), data=DataConfig(train="t"))
+
+
+def test_a_recipes_template_renders_prompts_and_nothing_is_added(tmp_path: Path, config: Config) -> None:
+    config.data.chat_template = "1+{{ messages[-1]['content'] }}\n1="
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.decode(load_prompts(write(tmp_path, GOOD), tokenizer, LIMITS)[0].tokens) == "1+1+2+3\n1="
+    config.data.chat_template = None
+    assert tokenizer.chat_template != load_tokenizer(config).chat_template
+
+
+def test_a_base_model_without_a_template_needs_one_from_the_recipe(tmp_path: Path, config: Config) -> None:
+    shutil.copytree(config.model.path, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": None}))
+    config.model.path = str(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"no chat template .*; set data\.chat_template"):
+        load_tokenizer(config)
+    config.data.chat_template = "{{ messages[0]['content'] }}="
+    assert load_tokenizer(config).chat_template == config.data.chat_template
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages", r"data\.chat_template: not a template that renders a question"),
+        ("Question: {prompt}", r"data\.chat_template: given 'Question: \{prompt\}'; .* lacks its question"),
+        ("", r"data\.chat_template: given ''; .* lacks its question"),
+    ],
+)
+def test_a_template_without_the_question_is_refused(config: Config, template: str, message: str) -> None:
+    config.data.chat_template = template
+    with pytest.raises(ConfigError, match=message):
+        load_tokenizer(config)

@@ -106,3 +106,14 @@ def test_newest_takes_no_run_of_a_longer_name(tmp_path: Path) -> None:
     run, config = make(tmp_path, [], 0)
     create(config.model_copy(update={"name": "x-large"}), tmp_path)
     assert newest("x", tmp_path).path == run.path
+
+
+def test_the_recipes_arguments_name_the_run_and_are_no_overrides_of_it(tmp_path: Path) -> None:
+    make(tmp_path, [4], 4)
+    sections = "model=ModelConfig(path='m'), data=DataConfig(train='t')"
+    imports = "from megatron_hpt.config import Config, DataConfig, ModelConfig"
+    (tmp_path / "r.py").write_text(f"{imports}\ndef recipe(run: str = 'y'): return Config(name=run, {sections})")
+    with pytest.raises(ConfigError, match="no run of 'y'"):
+        resume_run(str(tmp_path / "r.py"), [], tmp_path)
+    with pytest.raises(ConfigError, match=r"--resume: trainer\.seed cannot change"):
+        resume_run(str(tmp_path / "r.py"), ["run=x", "trainer.seed=5"], tmp_path)

@@ -1,0 +1,54 @@
+"""The tokenizer of a run, with the template that its prompts are rendered with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_hpt.config import Config
+from megatron_hpt.data.checkpoints import hf_side
+from megatron_hpt.errors import ConfigError, ModelError
+
+_QUESTION = "How many primes are below 100?"
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The tokenizer of `model.path`, with `data.chat_template` in place of its own template.
+
+    Raises:
+        ModelError: none there, or without an end-of-sequence token or any template.
+        ConfigError: the recipe's template is not one.
+    """
+    from transformers import AutoTokenizer
+
+    folder = hf_side(config.model.path)
+    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise ModelError(f"model.path: {folder} has no tokenizer (tokenizer.json)")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.path: the tokenizer in {folder} has no end-of-sequence token; responses could not end")
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = config.data.chat_template
+        _check_template(tokenizer)
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"model.path: the tokenizer in {folder} has no chat template to render prompts with (a base model has none); set "
+            "data.chat_template"
+        )
+    return tokenizer
+
+
+def _check_template(tokenizer: Any) -> None:
+    """It renders, and what it renders holds the question: a prompt without it would train and sample without an error."""
+    from jinja2 import TemplateError
+
+    chat = [{"role": "user", "content": _QUESTION}]
+    try:
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ConfigError(f"data.chat_template: not a template that renders a question: {error}") from None
+    if _QUESTION not in text:
+        raise ConfigError(
+            f"data.chat_template: given {tokenizer.chat_template!r}; a prompt rendered with it lacks its question, e.g. "
+            "{{ messages[-1]['content'] }}"
+        )

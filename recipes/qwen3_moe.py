@@ -1,0 +1,29 @@
+"""Qwen3-30B-A3B, a mixture of 128 experts, with the settings of Qwen2.5-Math-7B, a start: a run that nobody has published.
+
+megatron-hpt train recipes/qwen3_moe.py method=hpt                          # 2 nodes of trainers, 1 of engines
+megatron-hpt train recipes/qwen3_moe.py layout=one_node                     # eight GPUs of 141 GB: 80 GB are too tight
+"""
+
+from megatron_hpt.config import Config, ParallelConfig
+from megatron_hpt.examples.paper import Layout, LayoutName, Method, Model, config
+
+
+def experts(data: int) -> ParallelConfig:
+    """Eight ranks share the experts whole, four cut attention; Megatron-Core wants sequence parallelism with that."""
+    return ParallelConfig(tensor=4, sequence=True, data=data, expert=8, expert_tensor=1)
+
+
+MODEL = Model(
+    "Qwen3-30B-A3B",
+    {
+        "cluster": Layout(experts(data=4), servers=2, engine_tensor=4, shared=False),
+        "one_node": Layout(experts(data=2), servers=2, engine_tensor=4),
+    },
+    threshold=0,
+    skip_above=80.0,
+)
+
+
+def recipe(method: Method = "hpt", layout: LayoutName | None = None) -> Config:
+    """One run; its 40,960 positions need no override."""
+    return config(MODEL, method, layout)

@@ -1,0 +1,146 @@
+"""The paper's recipes in full size, every method in every layout: what can be checked without weights and hardware."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from megatron_hpt import recipe
+from megatron_hpt.config import Config, dump_yaml, load_yaml
+from megatron_hpt.data.tokenizer import load_tokenizer
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.examples.paper import LayoutName, Method
+from megatron_hpt.launch import preflight
+from megatron_hpt.objective.algorithms import of_run, without_effect
+from megatron_hpt.rewards.registry import lookup
+from megatron_hpt.weights.hf_config import ModelShape, model_shape
+from megatron_hpt.weights.mapping import hf_tensor_shapes
+
+ROOT = Path(__file__).parents[2]
+LAYOUTS = {
+    "qwen2_5_math.py": {"size=7B": ("one_node", "cluster"), "size=1.5B": ("one_node", "one_gpu", "cluster")},
+    "llama_3_1.py": {"size=8B": ("one_node", "cluster"), "size=70B": ("cluster",)},
+    "qwen2_5.py": {"": ("cluster",)},
+    "qwen3_moe.py": {"": ("cluster", "one_node")},
+}
+"""Recipe → size → layouts, the default first."""
+PARAMETERS = {
+    "Qwen2.5-Math-1.5B": 1_543_714_304,
+    "Qwen2.5-Math-7B": 7_615_616_512,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Llama-3.1-70B": 70_553_706_496,
+    "Qwen2.5-72B": 72_706_203_648,
+    "Qwen3-235B-A22B": 235_093_634_560,
+}
+"""As published with the weights."""
+RUNS = [
+    (file, size, method, layout)
+    for file, sizes in LAYOUTS.items()
+    for size, layouts in sizes.items()
+    for method, layout in itertools.product(get_args(Method), layouts)
+]
+
+
+def load(file: str, *given: str) -> Config:
+    return recipe.load(str(ROOT / "recipes" / file), [text for text in given if text]).config
+
+
+def published(config: Config) -> ModelShape:
+    return model_shape(ROOT / "docs" / config.model.path, config.model.overrides)
+
+
+@pytest.fixture(autouse=True)
+def models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "docs")  # where models/<name>/config.json is
+
+
+@pytest.mark.parametrize(("file", "size", "method", "layout"), RUNS)
+def test_every_run_is_valid_in_full_size(file: str, size: str, method: str, layout: str, tmp_path: Path) -> None:
+    config = load(file, size, f"method={method}", f"layout={layout}")
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    assert load_yaml(tmp_path / "config.yaml") == config
+    algorithm, shape = of_run(config), published(config)
+    assert config.algorithm.name == method
+    preflight.check_algorithm(config, algorithm)
+    preflight.check_layout(config, shape)
+    preflight.check_lengths(config, shape)
+    lookup(config.reward.name)
+    assert without_effect(config) == []
+
+
+@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
+def test_the_published_sizes_give_the_published_parameters(name: str, parameters: int) -> None:
+    assert sum(math.prod(shape) for shape in hf_tensor_shapes(model_shape(ROOT / "docs/models" / name)).values()) == parameters
+
+
+@pytest.mark.parametrize(("file", "size"), [(file, size) for file, sizes in LAYOUTS.items() for size in sizes])
+def test_the_first_layout_is_the_default_and_what_does_not_fit_is_refused(file: str, size: str) -> None:
+    layouts = LAYOUTS[file][size]
+    assert load(file, size) == load(file, size, "method=hpt", f"layout={layouts[0]}")
+    for layout in set(get_args(LayoutName)) - set(layouts):
+        with pytest.raises(ConfigError, match=f"layout: given '{layout}'; .* has {', '.join(layouts)}"):
+            load(file, size, f"layout={layout}")
+
+
+def numbers(config: Config) -> dict[str, Any]:
+    optimizer, algorithm, trainer = config.optimizer, config.algorithm, config.trainer
+    return {
+        "lr": optimizer.lr,
+        "skip": optimizer.skip_above,
+        "threshold": algorithm.gate.threshold,
+        "sft": algorithm.demonstration_coefficient,
+        "entropy": algorithm.entropy.coefficient,
+        "steps": trainer.steps,
+        "prompts": trainer.prompts_per_step,
+    }
+
+
+HPT = {"lr": 5e-6, "skip": 80, "threshold": 0, "sft": 1, "entropy": 1e-3, "steps": 500, "prompts": 128}
+
+
+@pytest.mark.parametrize(
+    ("file", "given", "expected"),
+    [
+        ("qwen2_5_math.py", ("size=7B",), HPT),
+        ("qwen2_5_math.py", ("size=7B", "method=hpt_reference"), HPT),
+        ("qwen2_5_math.py", ("size=1.5B",), {**HPT, "sft": 0.3}),
+        ("llama_3_1.py", ("size=8B",), {**HPT, "threshold": 2, "skip": None}),
+        ("qwen2_5_math.py", ("method=luffy",), {**HPT, "lr": 1e-6, "skip": None}),
+        ("qwen2_5_math.py", ("method=srft",), {**HPT, "lr": 1e-6, "skip": None}),
+        ("qwen2_5_math.py", ("method=sft",), {**HPT, "lr": 5e-5, "skip": None, "entropy": 0, "steps": 2156, "prompts": 64}),
+    ],
+)
+def test_the_numbers_are_those_of_the_scripts(file: str, given: tuple[str, ...], expected: dict) -> None:
+    config = load(file, *given)
+    assert numbers(config) == expected
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (1024, 8192)
+    assert (config.rollout.samples_per_prompt, config.rollout.temperature) == (8, 1.0)
+    assert (config.optimizer.betas, config.optimizer.weight_decay, config.optimizer.clip_grad) == ((0.9, 0.999), 0.01, 1.0)
+    assert (config.evaluation.temperature, config.evaluation.top_p, config.evaluation.every) == (0.6, 0.95, 10)
+
+
+def test_qwen_has_the_papers_positions_and_is_too_short_without_them() -> None:
+    config = load("qwen2_5_math.py")
+    assert (published(config).rope_theta, published(config).max_positions) == (40000, 16384)
+    config.model.overrides = {}
+    with pytest.raises(ConfigError, match=r"given 9216; the model has 4096 positions"):
+        preflight.check_lengths(config, published(config))
+
+
+def test_llama_is_asked_in_the_papers_words(tiny_model: Path) -> None:
+    config = load("llama_3_1.py", f"model.path={tiny_model}")
+    chat = [{"role": "user", "content": "What is $1+1$?"}]
+    text = load_tokenizer(config).apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert text == (
+        "Question:\nWhat is $1+1$?\nPlease reason step by step, and put your final answer within \\boxed{}.\nAnswer:\n"
+        "Let's think step by step."
+    )
+
+
+def test_the_70b_has_the_ranks_of_twelve_nodes_and_engines_of_four() -> None:
+    config = load("llama_3_1.py", "size=70B")
+    assert config.parallel.ranks == 12 * 8
+    assert config.rollout.servers * config.rollout.tensor_parallel == 4 * 8
