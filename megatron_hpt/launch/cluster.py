@@ -25,6 +25,8 @@ class GpuConfig(Section):
     """Peak of dense matrix products, 10^12 FLOP/s, by precision; one that is missing cannot be computed in."""
     link_gbs: PositiveFloat
     """To the other GPUs of the node (NVLink, else PCIe), one direction, 10^9 bytes/s."""
+    host_gbs: PositiveFloat
+    """To the host's memory (PCIe), one direction, 10^9 bytes/s."""
 
 
 class ClusterConfig(Section):
