@@ -38,6 +38,8 @@ class ClusterConfig(Section):
     """GPUs of a node; on a cluster without any, the ranks that a node runs."""
     gpu: GpuConfig
     """Every GPU."""
+    host_memory_gib: PositiveFloat
+    """Memory of a node's host, in GiB."""
     network_gbs: PositiveFloat
     """From one GPU to another node, one direction, 10^9 bytes/s (a port of 400 Gb/s: 50)."""
     storage_gbs: PositiveFloat

@@ -6,7 +6,7 @@ tensor by tensor for Transformer Engine's layers; what CUDA, NCCL and the alloca
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from megatron_hpt.config import Config, ParallelConfig
 from megatron_hpt.weights.hf_config import ModelShape
@@ -89,11 +89,12 @@ def active_parameters(shape: ModelShape) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """Bytes on the GPU of one trainer rank while it trains."""
+    """Bytes on the GPU of one trainer rank."""
 
     weights: float
     gradients: float
     optimizer: float
+    """There in every optimizer step; under actor.offload in host memory otherwise."""
     activations: float
     logprob: float
     """The chunks of logits and the gradient of the output layer; on the last stage."""
@@ -102,15 +103,19 @@ class TrainerMemory:
     transfer: float
     """Weights that wait for engines to read them."""
     allowance: float
+    rests: bool
+    """Whether actor.offload keeps the optimizer state away from forward and backward passes."""
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return sum(astuple(self))
+        """The peak: passes and optimizer step need what they need at different times."""
+        always = self.weights + self.gradients + self.reference + self.transfer + self.allowance
+        passes = self.activations + self.logprob
+        return always + (max(passes, self.optimizer) if self.rests else passes + self.optimizer)
 
 
 def trainer_memory(shape: ModelShape, config: Config, stage: int, micro_batches: int) -> TrainerMemory:
-    """The peak of a rank of one pipeline stage: the optimizer state is there too, unless it rests on the host.
+    """The peak of a rank of one pipeline stage.
 
     Args:
         micro_batches: of a step, a rank; fewer than the pipeline is deep keep fewer activations.
@@ -121,12 +126,13 @@ def trainer_memory(shape: ModelShape, config: Config, stage: int, micro_batches:
     return TrainerMemory(
         weights=weights,
         gradients=held.total * GRADIENT_BYTES,
-        optimizer=optimizer_bytes(shape, config, stage) if config.actor.offload == "none" else 0,
+        optimizer=optimizer_bytes(shape, config, stage),
         activations=_activations(shape, config, stage, micro_batches),
         logprob=_logprob(shape, config) if stage == parallel.pipeline - 1 else 0,
         reference=weights if config.algorithm.kl.coefficient else 0,
         transfer=_staged(held, config),
         allowance=ALLOWANCE_BYTES,
+        rests=config.actor.offload != "none",
     )
 
 
@@ -247,6 +253,14 @@ def engine_memory(shape: ModelShape, config: Config, item: float, gpu_bytes: flo
     token = 2 * shape.layers * groups * shape.head_dim * ITEM_BYTES[config.model.dtype]
     cache = ENGINE_SHARE * gpu_bytes - weights - ENGINE_ALLOWANCE_BYTES - neighbour
     return EngineMemory(weights, ENGINE_ALLOWANCE_BYTES, cache, token, max(0, int(cache / token)))
+
+
+def host_bytes(shape: ModelShape, config: Config, stage: int) -> float:
+    """In host memory of one rank: what rests there, and the copy that the background writer of a checkpoint has."""
+    state = optimizer_bytes(shape, config, stage)
+    resting = state if config.actor.offload != "none" else 0.0
+    weights, _ = checkpoint_bytes(shape, config)
+    return resting + state + weights / config.parallel.ranks
 
 
 def checkpoint_bytes(shape: ModelShape, config: Config) -> tuple[float, float]:

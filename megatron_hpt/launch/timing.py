@@ -24,11 +24,11 @@ from megatron_hpt.launch.memory import (
 from megatron_hpt.weights.hf_config import ModelShape
 
 MATMUL = {"float32": 0.75, "bfloat16": 0.75, "fp8": 0.55}
-"""Of the peak in matrix products: cuBLAS reaches 0.81 of 989 · 10^12 at 8192³ in bfloat16, and 0.61 to 0.76 in FP8 forward
-(docs/gpu.md); a model's are smaller, and gradients in FP8 are added up in more steps."""
+"""Of the peak in matrix products. Large ones reach 0.80 in bfloat16 (gpucheck/hardware.py), a model's somewhat less. FP8's
+accumulate their gradients in more steps (Transformer Engine's split accumulator) and reach a smaller share."""
 ATTENTION = 0.5
-"""Of the bfloat16 peak in flash attention, forward and backward, of the FLOPs under the causal mask (FlashAttention-3,
-arXiv 2407.08608, figures 5 and 6: 0.45 to 0.65 causal)."""
+"""Of the peak in flash attention, of the FLOPs under the causal mask. FlashAttention-3 (arXiv 2407.08608) reports up to 0.75
+forward without a mask; causal masks and backward passes are slower."""
 MEMORY = 0.8
 """Of the bandwidth of GPU memory in elementwise operations and decoding."""
 LINK = 0.75
