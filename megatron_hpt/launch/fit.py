@@ -47,7 +47,7 @@ def fit(config: Config, shape: ModelShape, cluster: ClusterConfig, topology: Top
     host = host_bytes(shape, config, stage) * min(config.parallel.ranks, cluster.gpus_per_node)
     if host > cluster.host_memory_gib * GIB:
         problems.append(
-            f"a node's host holds {host / GIB:.0f} GiB of resting optimizer state and of a checkpoint that is being written; it "
+            f"a node's host holds {host / GIB:.0f} GiB of resting optimizer state and a checkpoint that is being written; it "
             f"has {cluster.host_memory_gib:g}"
         )
     if trainer.total > room:
