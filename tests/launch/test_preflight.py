@@ -11,6 +11,7 @@ from megatron_hpt.config import Config, DataConfig, GateConfig, KlConfig, ModelC
 from megatron_hpt.errors import CheckpointError, ConfigError, HptError
 from megatron_hpt.examples import tiny_families, tiny_llama
 from megatron_hpt.launch import preflight
+from megatron_hpt.launch.layout import check_layout
 from megatron_hpt.run import RunDir
 from megatron_hpt.weights.conversion import ToMegatron
 from megatron_hpt.weights.hf_config import model_shape
@@ -105,8 +106,8 @@ def test_a_bad_layout_of_experts_names_what_would_divide(config: Config, tmp_pat
     tiny_families.MODELS["mixtral"](tmp_path / "moe")
     shape = model_shape(tmp_path / "moe")
     with pytest.raises(ConfigError, match=message):
-        preflight.check_layout(config.model_copy(update={"parallel": ParallelConfig(**parallel)}), shape)
-    preflight.check_layout(config.model_copy(update={"parallel": ParallelConfig(data=2, expert=2)}), shape)
+        check_layout(config.model_copy(update={"parallel": ParallelConfig(**parallel)}), shape)
+    check_layout(config.model_copy(update={"parallel": ParallelConfig(data=2, expert=2)}), shape)
 
 
 def test_more_positions_by_an_override_let_longer_sequences_pass(config: Config) -> None:
