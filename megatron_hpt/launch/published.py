@@ -15,14 +15,14 @@ FP8_BYTES = 1.0
 
 
 def folder_of(model: str) -> Path:
-    """Where a model's config.json is: in its own folder, else in that of docs/models/ with its name in small letters.
+    """Where a model's config.json is: in its own folder, else in that of docs/models/ with its name, in any case.
 
     Raises:
         ModelError: in neither; names the published ones.
     """
     if (hf_side(model) / "config.json").is_file():
         return hf_side(model)
-    shipped = {folder.name: folder for folder in sorted(PUBLISHED.iterdir())}
+    shipped = {folder.name.lower(): folder for folder in sorted(PUBLISHED.iterdir())}
     name = Path(model).name.lower()
     if name not in shipped:
         raise ModelError(
