@@ -23,6 +23,8 @@ _CHOICES = {
 """Settings that buy memory, each value with its distance from the one before."""
 _MORE_RANKS = 3.0
 """A layout of twice as many ranks is as far away as three doublings of anything else."""
+_ANY_CHANGE = 0.25
+_DATA = ("parallel", "data")
 
 Values = dict[tuple[str, str], Any]
 """(section, key) → value."""
@@ -73,12 +75,12 @@ def _candidates(config: Config, shape: ModelShape, cluster: ClusterConfig, given
             ("parallel", "expert"): expert,
             ("parallel", "expert_tensor"): parallel.expert_tensor if shape.experts else None,
         }
-        for data in sorted({max(1, ranks // model) for ranks in _ranks(parallel.ranks, size, cluster.gpus)}):
-            if model * data > cluster.gpus:
-                continue
+        beside = cluster.gpus - rollout.servers * rollout.tensor_parallel
+        datas = {parallel.data, *(ranks // model for ranks in (*_ranks(parallel.ranks, size, cluster.gpus), beside))}
+        for data in sorted(n for n in datas if 0 < n * model <= cluster.gpus):
             for (recompute, offload), width, servers in itertools.product(memory, engines, totals):
                 yield layout | {
-                    ("parallel", "data"): data,
+                    _DATA: data,
                     ("actor", "recompute"): recompute,
                     ("actor", "offload"): offload,
                     ("rollout", "tensor_parallel"): width,
@@ -99,19 +101,20 @@ def _from(values: tuple[tuple[str, float], ...], given: str) -> list[str]:
 
 
 def _distance(given: Values, values: Values) -> tuple[float, list[str]]:
-    total = 0.0
-    for key, value in values.items():
-        if value == given[key]:
-            continue
-        if key in _CHOICES:
-            names = [name for name, _ in _CHOICES[key]]
-            total += sum(cost for _, cost in _CHOICES[key][names.index(given[key]) + 1 : names.index(value) + 1])
-        elif isinstance(value, bool) or value is None or given[key] is None:
-            total += 0.25
-        else:
-            total += abs(math.log2(value / given[key]))
-    ranks = [math.prod(v[("parallel", key)] for key in ("tensor", "pipeline", "context", "data")) for v in (given, values)]
-    return total + _MORE_RANKS * abs(math.log2(ranks[1] / ranks[0])), [str(value) for value in values.values()]
+    """Doublings from one to the other, a little for every changed key; the values themselves make the order total."""
+    changed = [key for key, value in values.items() if value != given[key]]
+    ranks = [math.prod(v["parallel", key] for key in ("tensor", "pipeline", "context", "data")) for v in (given, values)]
+    total = _MORE_RANKS * abs(math.log2(ranks[1] / ranks[0])) + _ANY_CHANGE * len(changed)
+    return total + sum(_change(key, given[key], values[key]) for key in changed), [str(value) for value in values.values()]
+
+
+def _change(key: tuple[str, str], old: Any, new: Any) -> float:
+    if key in _CHOICES:
+        names = [name for name, _ in _CHOICES[key]]
+        return sum(cost for _, cost in _CHOICES[key][names.index(old) + 1 : names.index(new) + 1])
+    if key == _DATA or isinstance(new, bool) or None in (old, new):  # data parallel ranks are counted with all ranks
+        return 0.0
+    return abs(math.log2(new / old))
 
 
 def _applied(config: Config, values: Values) -> Config:
