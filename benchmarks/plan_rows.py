@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hpt.config import ActorConfig, Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_hpt.gpucheck.sizes import flops_per_token
 from megatron_hpt.launch.cluster import ClusterConfig, load_cluster
 from megatron_hpt.launch.timing import Batch, micro_batch_s, train_s
 from megatron_hpt.weights.hf_config import ModelShape, model_shape
@@ -100,13 +101,15 @@ def rows() -> list[Row]:
 
 
 def main() -> None:
-    table = Table("run", "published tokens/s/GPU", "predicted", "off by", f"within {TOLERANCE:.0%}")
+    columns = ("run", "published tokens/s/GPU", "predicted", "off by", f"within {TOLERANCE:.0%}", "predicted model TFLOP/s/GPU")
+    table = Table(*columns)
     for row in rows():
         low, high = row.published
         published = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
         hit = "yes" if abs(row.error) <= TOLERANCE else "missed"
-        table.add_row(row.name, published, f"{row.predicted():.0f}", f"{row.error:+.1%}", hit)
-    Console(width=140).print(table)
+        tflops = row.predicted() * flops_per_token(row.shape, row.row_tokens) / 1e12
+        table.add_row(row.name, published, f"{row.predicted():.0f}", f"{row.error:+.1%}", hit, f"{tflops:.0f}")
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":
