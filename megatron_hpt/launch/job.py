@@ -162,7 +162,7 @@ def _without_sick(config: Config, job: Job, health: str, folder: Path, overrides
 
 def check_nodes(job: Job, command: str, logs: Path) -> list[str]:
     """Run the health check on every node at once, and return those where it succeeded."""
-    check = f"timeout {HEALTH_S} {command} && echo {_HEALTHY}"
+    check = f"timeout {HEALTH_S} bash -c {shlex.quote(command)} && echo {_HEALTHY}"
     on_each = [*step(job, "health", job.nodes, 1), "--kill-on-bad-exit=0", f"--output={logs}/%N.log", "bash", "-c", check]
     try:
         subprocess.run(on_each, timeout=HEALTH_S + 60, check=False)
@@ -201,6 +201,7 @@ def hopeless(tries: Sequence[Try]) -> str | None:
 
 def _start_again(error: HptError, job: Job, checkpoint: int, folder: Path) -> NoReturn:
     """Requeue the job, unless Slurm is ending it or it is hopeless."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if _ask("squeue", "-h", "-j", str(job.number), "-o", "%T") != "RUNNING":
         raise error
     file = folder / "tries.json"

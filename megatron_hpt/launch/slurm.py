@@ -26,6 +26,8 @@ from megatron_hpt.run import RunDir
 
 ONE_HOST = ("shared_memory", "cuda_ipc")
 """Transports that leave no host."""
+BETWEEN_GPUS = ("nccl", "cuda_ipc")
+"""Transports that need GPUs."""
 PORTS, BLOCKS = 64, 350
 """Ports of one job, and how many jobs have ports of their own below those that the kernel gives to outgoing connections."""
 
@@ -163,7 +165,7 @@ def imagined(config: Config, ranks_per_node: int, python: str, srun: Sequence[st
     """A job with just the nodes that a run takes, to look at before there is one."""
     nodes = place(config, Slots("any cluster", config.parallel.ranks + config.rollout.servers, ranks_per_node)).nodes
     names = tuple(f"node{index}" for index in range(1, nodes + 1))
-    return Job(0, 0, names[0], names, ranks_per_node, ranks_per_node > 1, tuple(srun), python)
+    return Job(0, 0, names[0], names, ranks_per_node, config.transfer.transport in BETWEEN_GPUS, tuple(srun), python)
 
 
 def describe(config: Config, job: Job) -> str:
@@ -172,7 +174,7 @@ def describe(config: Config, job: Job) -> str:
     arguments = [f"runs/{config.name}-<time>", "--store", f"{job.host}:<port>", "--from-step", "<step>"]
     nodes = [job.nodes[index] for index in topology.trainer_nodes]
     lines = [
-        f"trainer: {len(topology.trainer)} ranks on {len(nodes)} nodes, MASTER_ADDR={nodes[0]} MASTER_PORT={job.port(0)}",
+        f"trainer: {len(topology.trainer)} ranks on {', '.join(nodes)}; MASTER_ADDR={nodes[0]} MASTER_PORT={job.port(0)}",
         shlex.join(trainer_command(job, topology, arguments)),
         f"coordinator: on {nodes[0]}",
         shlex.join(coordinator_command(job, topology, arguments)),

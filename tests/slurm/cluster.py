@@ -211,7 +211,9 @@ class Cluster:
         _run("ip", "-n", f"{self._tag}-{node}", "link", "set", "eth0", "up")
         for process in self.processes(node):
             process.kill()
-        self._until(lambda: self.call("sinfo", "-h", "-n", node, "-o", "%T").strip() == "idle", 60, f"{node} did not return")
+        daemon = f"slurmd.{node}"
+        self._daemons[daemon] = self._daemons[daemon].again()  # reports at once; the controller would ask minutes later
+        self._until(lambda: self.call("sinfo", "-h", "-n", node, "-o", "%T").strip() == "idle", 60, node)
 
     # Coming and going.
 
