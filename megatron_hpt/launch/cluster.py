@@ -25,6 +25,8 @@ class GpuConfig(Section):
     """Peak of dense matrix products, 10^12 FLOP/s, by precision; one that is missing cannot be computed in."""
     link_gbs: PositiveFloat
     """To the other GPUs of the node (NVLink, else PCIe), one direction, 10^9 bytes/s."""
+    host_gbs: PositiveFloat
+    """To the host's memory (PCIe), one direction, 10^9 bytes/s."""
 
 
 class ClusterConfig(Section):
@@ -36,6 +38,8 @@ class ClusterConfig(Section):
     """GPUs of a node; on a cluster without any, the ranks that a node runs."""
     gpu: GpuConfig
     """Every GPU."""
+    host_memory_gib: PositiveFloat
+    """Memory of a node's host, in GiB."""
     network_gbs: PositiveFloat
     """From one GPU to another node, one direction, 10^9 bytes/s (a port of 400 Gb/s: 50)."""
     storage_gbs: PositiveFloat

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -87,9 +88,7 @@ class ChunkWriter:
         """Write what makes the files a checkpoint."""
         results: list[list[WriteResult]] = [pickle.loads(self._note(i).read_bytes()) for i in range(len(self._files))]
         self._storage.finish(self._metadata, results)
-        for number in range(len(self._files)):
-            self._note(number).unlink()
-        (self._folder / _PROGRESS).rmdir()
+        shutil.rmtree(self._folder / _PROGRESS)
         torch.save({}, self._folder / "common.pt")
         (self._folder / "metadata.json").write_text(json.dumps(_BACKENDS))
 
@@ -132,8 +131,9 @@ class ChunkReader:
         reader = FileSystemReader(folder)
         try:
             self._metadata = reader.read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise CheckpointError(f"{folder}: not a checkpoint in Megatron's distributed format: {error!r}") from None
+        except Exception as error:  # a damaged pickle may raise anything
+            hint = "; it is a Hugging Face folder" if (folder / "config.json").is_file() else ""
+            raise CheckpointError(f"{folder}: not a checkpoint in Megatron's distributed format{hint}: {error!r}") from error
         self._check_files()
         self.dtypes = self._check_tensors()
         self._chunks: dict[tuple[str, Sizes], list[ChunkStorageMetadata]] = {}
@@ -142,7 +142,11 @@ class ChunkReader:
                 self._chunks.setdefault((key, tuple(chunk.offsets[: _leading(key)])), []).append(chunk)
 
     def read(self, item: Stored) -> Tensor:
-        """One part of a parameter as a single tensor parallel rank would hold it, without padding."""
+        """One part of a parameter as a single tensor parallel rank would hold it, without padding.
+
+        Raises:
+            CheckpointError: its chunks do not hold all of it, or cannot be read.
+        """
         offset, extent = (torch.Size(sizes) for sizes in item.box(self._shape))
         target = torch.empty(extent, dtype=self.dtypes[item.key])
         stored = self._metadata.state_dict_metadata[item.key]
@@ -152,7 +156,13 @@ class ChunkReader:
             raise CheckpointError(f"{self._folder}: the chunks of {item.key} do not hold all of {item.parameter.name}")
         reader = FileSystemReader(self._folder)
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        reader.read_data(LoadPlan(items), _LoadInto(target)).wait()
+        try:
+            reader.read_data(LoadPlan(items), _LoadInto(target)).wait()
+        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            files = {self._metadata.storage_data[read.storage_index].relative_path for read in items}
+            raise CheckpointError(
+                f"{self._folder}: {item.parameter.name} cannot be read from {', '.join(sorted(files))}: damaged"
+            ) from error
         return target.view(extent[len(item.parameter.indices) :])
 
     def _check_files(self) -> None:
