@@ -19,7 +19,7 @@ from megatron_hpt.config import Config
 from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import ConfigError, DeadlineError, HptError, RequeueRequested
 from megatron_hpt.launch.slurm import Job, SlurmLauncher, describe, imagined, job_of, settings_on, step, topology_on
-from megatron_hpt.launch.supervisor import RunFailed
+from megatron_hpt.launch.supervisor import Interrupted, RunFailed
 from megatron_hpt.launch.train import resume_point, resume_run, start_run
 from megatron_hpt.run import RunDir, newest
 
@@ -80,7 +80,7 @@ def run_job(source: str, overrides: list[str], root: Path, site: Site) -> RunDir
         HandedOver: another job was submitted that leaves sick nodes out.
         RequeueRequested: this job was requeued.
         Hopeless: several tries in a row came no further.
-        RunFailed, DeadlineError, RequeueRequested: as of the supervisor, and Slurm is ending the job already.
+        Interrupted: Slurm is ending the job.
     """
     signal.signal(signal.SIGUSR1, _noticed_early)
     config = recipes.load(source, overrides).config
@@ -202,8 +202,9 @@ def hopeless(tries: Sequence[Try]) -> str | None:
 def _start_again(error: HptError, job: Job, checkpoint: int, folder: Path) -> NoReturn:
     """Requeue the job, unless Slurm is ending it or it is hopeless."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if _ask("squeue", "-h", "-j", str(job.number), "-o", "%T") != "RUNNING":
-        raise error
+    state = _ask("squeue", "-h", "-j", str(job.number), "-o", "%T")
+    if state != "RUNNING":  # scancel and lost nodes end parts before this process hears of it
+        raise Interrupted(f"Slurm is ending job {job.number} ({state}); what was seen of it: {str(error).splitlines()[0]}")
     file = folder / "tries.json"
     tries = [Try(**each) for each in json.loads(file.read_text())] if file.is_file() else []
     tries.append(Try(job.number, job.attempt, job.nodes, str(error).splitlines()[0], checkpoint))
