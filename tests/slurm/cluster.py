@@ -155,7 +155,7 @@ class Cluster:
 
     @property
     def _network(self) -> str:
-        """A /24 by process id, so that two test runs of one machine do not meet."""
+        """A /24 by process id, so that two test runs of one machine hardly ever meet."""
         return f"10.213.{os.getpid() % 250}"
 
     @property
@@ -212,7 +212,8 @@ class Cluster:
         """Plug it in again, and end what a lost job has left there."""
         _run("ip", "-n", f"{self._tag}-{node}", "link", "set", "eth0", "up")
         for process in self.processes(node):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         daemon = f"slurmd.{node}"
         self._daemons[daemon] = self._daemons[daemon].again()  # reports at once; the controller would ask minutes later
         self._until(lambda: self.call("sinfo", "-h", "-n", node, "-o", "%T").strip() == "idle", 60, node)
