@@ -32,13 +32,14 @@ def show(plan: Plan, console: Console) -> None:
         f"{plan.cluster.storage_gbs:g} GB/s, written while training goes on; {plan.config.trainer.keep_checkpoints} are kept",
         highlight=False,
     )
-    console.print(
-        f"[green]fits[/green]: {_spare(plan):.1f} GiB to spare on the fullest trainer GPU" if not plan.problems else ""
-    )
+    if not plan.problems:
+        console.print(f"[green]fits[/green]: {_spare(plan):.1f} GiB to spare on the fullest trainer GPU", highlight=False)
 
 
 def _spare(plan: Plan) -> float:
-    return plan.cluster.gpu.memory_gib - plan.trainer.total / GIB
+    """GiB that the trainer, and an engine on the same GPU, leave."""
+    beside = plan.engine.total if plan.engine is not None and plan.topology.is_colocated else 0.0
+    return plan.cluster.gpu.memory_gib - (plan.trainer.total + beside) / GIB
 
 
 def _places(plan: Plan) -> Table:
