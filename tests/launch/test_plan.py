@@ -41,7 +41,7 @@ def test_a_recipe_that_fits_is_shown_within_two_seconds(recipe: str) -> None:
     done = run(recipe, "--cluster", str(DEFAULT_CLUSTER))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    for text in ("16 nodes of 8", "0 to 11", "12 to 15", "70.55 · 10^9", "docs/models/Llama-3.1-70B/config.json", "fits"):
+    for text in ("16 × 8", "0 to 11", "12 to 15", "70.55 · 10^9", "docs/models/Llama-3.1-70B/config.json", "fits"):
         assert text in done.stdout
     # Of the processor: the clock on the wall counts what else runs here.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
@@ -64,6 +64,7 @@ def test_what_does_not_fit_is_shown_and_refused_with_what_does(recipe: str) -> N
     done = run(recipe, "parallel.pipeline=1", "parallel.data=1", "actor.recompute=none", "rollout.servers=1")
     assert done.returncode == 1
     assert "memory of the fullest ranks" in done.stdout
+    assert "generation s" not in done.stdout
     assert "error: a trainer rank needs" in done.stderr
     answer = done.stderr.split("the nearest layout that fits: ")[1].split()
     again = run(recipe, "parallel.pipeline=1", "parallel.data=1", "actor.recompute=none", "rollout.servers=1", *answer)
