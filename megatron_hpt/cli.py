@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from megatron_hpt.errors import HptError, RequeueRequested
+from megatron_hpt.errors import HptError, Interrupted, RequeueRequested
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 RUNS = Path("runs")
@@ -32,6 +32,26 @@ def train(
     console = Console()
     run = resume_run(recipe, overrides or [], RUNS) if resume else start_run(recipe, overrides or [], RUNS)
     console.print(f"[green]done[/green]  {run.path}  (curves: {run.report})", highlight=False)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, e.g. parallel.data=4")] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="cluster file (recipes/clusters/); default: enough nodes of 8 H100")
+    ] = None,
+    fill: Annotated[
+        float, typer.Option(min=0.01, max=1, help="mean length of prompts and responses, as a share of their limits")
+    ] = 0.5,
+) -> None:
+    """Show what a recipe takes before it runs: places, memory, seconds, bytes; refuse what does not fit, with what does."""
+    from megatron_hpt.launch.plan import of_recipe
+    from megatron_hpt.launch.plan_table import show
+
+    found = of_recipe(recipe, overrides or [], cluster, fill)
+    show(found, _wide_console())
+    found.require_fit()
 
 
 @app.command()
@@ -111,8 +131,6 @@ def _wide_console() -> Console:
 
 def main() -> None:
     """Entry point; an error of this project is one message and exit code 1 (130: interrupted, 75: to be continued)."""
-    from megatron_hpt.launch.supervisor import Interrupted
-
     try:
         app()
     except Interrupted as error:

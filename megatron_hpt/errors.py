@@ -42,6 +42,10 @@ class EngineGone(EngineError):
     """An engine that nobody answers for: it died, or was never there."""
 
 
+class Interrupted(HptError):
+    """SIGINT ended the run, or a second notice."""
+
+
 class RequeueRequested(HptError):
     """The run ended on a notice, not because it is done: start it again with --resume. The exit code says the same."""
 

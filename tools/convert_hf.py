@@ -55,7 +55,7 @@ def to_megatron(
     import torch
 
     from megatron_hpt.config import Config, DataConfig, ModelConfig, ParallelConfig
-    from megatron_hpt.launch.preflight import check_layout
+    from megatron_hpt.launch.layout import check_layout
     from megatron_hpt.weights.conversion import ToMegatron
     from megatron_hpt.weights.hf_config import model_shape
 

@@ -59,6 +59,11 @@ def initialize(config: ParallelConfig, platform: Platform, seed: int, deadline_s
             f"needs {config.ranks} ranks, but {world} were started"
         )
     dist.init_process_group(platform.backend, timeout=datetime.timedelta(seconds=deadline_s))
+    return initialize_groups(config, seed)
+
+
+def initialize_groups(config: ParallelConfig, seed: int) -> Ranks:
+    """Form Megatron's groups in a process group that is there."""
     state = parallel_state
     state.initialize_model_parallel(
         config.tensor,

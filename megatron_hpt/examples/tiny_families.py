@@ -34,7 +34,7 @@ def write(folder: Path, model_type: str, *, seed: int = 0, **config: Any) -> Non
 
     words = tokenizer()
     usual = {
-        "vocab_size": len(words),
+        "vocab_size": len(words) // 2 * 2 + 1,  # odd, so that tensor parallel ranks pad it
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 4,
@@ -75,6 +75,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "qwen2": partial(write, model_type="qwen2", head_dim=None),
     "qwen2, tied": partial(write, model_type="qwen2", head_dim=None, tie_word_embeddings=True),
     "qwen3": partial(write, model_type="qwen3"),
+    "qwen3, tied": partial(write, model_type="qwen3", tie_word_embeddings=True),
     "mixtral": partial(write, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": partial(write, model_type="qwen3_moe", num_experts=4, norm_topk_prob=True, **_SPARSE),
     "qwen3_moe, probabilities over all experts": partial(

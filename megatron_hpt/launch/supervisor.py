@@ -17,7 +17,7 @@ import httpx
 
 from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
-from megatron_hpt.errors import DeadlineError, HptError, RequeueRequested
+from megatron_hpt.errors import DeadlineError, HptError, Interrupted, RequeueRequested
 from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of, stop_all
 from megatron_hpt.process import TOKEN_VARIABLE, token, token_header
 from megatron_hpt.rollout.engines import ENGINES, interpreter
@@ -33,10 +33,6 @@ SETTLE_S = 1.5
 
 class RunFailed(HptError):
     """A process of the run died; the message names it."""
-
-
-class Interrupted(HptError):
-    """SIGINT ended the run, or a second notice."""
 
 
 class Supervisor:

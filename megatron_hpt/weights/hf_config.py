@@ -7,6 +7,7 @@ is built almost right trains and generates garbage without an error.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -40,6 +41,10 @@ class Llama3Scaling:
 RopeScaling = LinearScaling | Llama3Scaling
 _SCALINGS: dict[str, type[RopeScaling] | None] = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}
 """rope_type → what it is; None: as trained."""
+_ROTARY = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | {
+    part.name for scaling in _SCALINGS.values() if scaling for part in fields(scaling)
+}
+"""Keys of rotary parameters that are understood, or ignored by every reader where the rope_type has no use for them."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ _QWEN3 = _Family(
     required=("head_dim", "num_key_value_heads"),
     window_switch="use_sliding_window",
     defaults={"sliding_window": 4096},
-    accepted={"attention_bias": (False,)},
+    accepted={"attention_bias": (False,), "qk_norm": (True,)},
 )
 _MIXTRAL = _Family(
     "MixtralForCausalLM",
@@ -89,6 +94,7 @@ _FAMILIES = {
         required=("num_key_value_heads",),
         window_switch="use_sliding_window",
         defaults={"sliding_window": 4096},
+        accepted={"qkv_bias": (True,)},
     ),
     "qwen3": _QWEN3,
     "mixtral": _MIXTRAL,
@@ -108,13 +114,26 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_mrope": (False,),
-    "layer_types": (),
     "auto_map": (),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
-    "logit_scale": (1.0,),
     "rope_interleaved": (False,),
     "clip_qkv": (),
+    # Only the engines' code reads these: what they sample from would not be what is trained.
+    "ada_rms_norm_t_cond": (False,),
+    "bias": (False,),
+    "dual_chunk_attention_config": (),
+    "is_causal": (True,),
+    "llama_4_scaling": (),
+    "logit_scale": (1.0,),
+    "original_num_attention_heads": (),
+    "qk_norm": (False,),
+    "qkv_bias": (False,),
+    "rope_is_neox_style": (True,),
+    "scale_emb": (1.0,),
+    "shared_expert_intermediate_size": (0,),
+    "target_hidden_size": (),
+    "target_layer_count": (),
 }
 """As `_Family.accepted`, of every family: also keys of other families, which other readers of the file heed."""
 SUPPORTED = tuple(_FAMILIES)
@@ -199,17 +218,19 @@ def model_shape(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     config = read_config(folder, overrides)
     file = hf_side(folder) / "config.json"
     family = _family(config, file)
-    _refuse_two_rotary(config, file)
     _refuse_unsupported(config, family, file)
-    _refuse_window(config, family, file)
-    return _shape(config, file)
+    shape = _shape(config, file)
+    _refuse_rotary(config, file)
+    _refuse_window(config, family, shape.max_positions, file)
+    return shape
 
 
 def shape_of_any(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelShape:
     """The shape of a model that need not be trainable here: its tensors and how they are cut are known all the same.
 
     Raises:
-        ModelError: not a model folder, an unsupported family, or a missing size.
+        ModelError: not a model folder, an unsupported family or rotary embedding, a missing size, or sizes that contradict
+            each other.
         ConfigError: a key that cannot be overridden.
     """
     return _shape(read_config(folder, overrides), hf_side(folder) / "config.json")
@@ -219,9 +240,9 @@ def _shape(config: dict[str, Any], file: Path) -> ModelShape:
     family = _family(config, file)
     for key in family.required:
         _need(config, key, file)
-    heads = _need(config, "num_attention_heads", file)
-    hidden = _need(config, "hidden_size", file)
-    return ModelShape(
+    heads, hidden = _need(config, "num_attention_heads", file), _need(config, "hidden_size", file)
+    rope = _rope(config)
+    shape = ModelShape(
         family=config["model_type"],
         layers=_need(config, "num_hidden_layers", file),
         hidden=hidden,
@@ -231,14 +252,32 @@ def _shape(config: dict[str, Any], file: Path) -> ModelShape:
         ffn=_need(config, family.ffn, file),
         vocab=_need(config, "vocab_size", file),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        rope_theta=float(_rope(config).get("rope_theta") or _value(config, "rope_theta", family, 10000.0)),
-        rope_scaling=_scaling(_rope(config), file),
-        norm_eps=float(_value(config, "rms_norm_eps", family, 1e-6)),
+        rope_theta=_positive(rope.get("rope_theta") or _value(config, "rope_theta", family, 10000.0), "rope_theta", file),
+        rope_scaling=_scaling(rope, file),
+        norm_eps=_positive(_value(config, "rms_norm_eps", family, 1e-6), "rms_norm_eps", file),
         max_positions=_need(config, "max_position_embeddings", file),
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias,
         **(_experts(config, family, file) if family.experts else {}),
     )
+    _check_heads(shape, config, file)
+    return shape
+
+
+def _check_heads(shape: ModelShape, config: dict[str, Any], file: Path) -> None:
+    """Heads share the hidden size where nothing else is said, groups share the heads, a rotation turns pairs."""
+    rules = {
+        f"num_attention_heads = {shape.heads} does not divide hidden_size = {shape.hidden}, and there is no head_dim": (
+            bool(config.get("head_dim")) or shape.hidden % shape.heads == 0
+        ),
+        f"num_key_value_heads = {shape.kv_heads} does not divide num_attention_heads = {shape.heads}": (
+            shape.heads % shape.kv_heads == 0
+        ),
+        f"head_dim = {shape.head_dim} is odd: a rotary embedding turns pairs": shape.head_dim % 2 == 0,
+    }
+    for wrong, holds in rules.items():
+        if not holds:
+            raise ModelError(f"{file}: {wrong}")
 
 
 def _family(config: dict[str, Any], file: Path) -> _Family:
@@ -277,12 +316,16 @@ def _experts(config: dict[str, Any], family: _Family, file: Path) -> dict[str, A
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters: transformers 5 nests them in rope_parameters, older files use rope_scaling."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Rotary parameters: transformers 5 writes rope_parameters, and takes rope_scaling of older files where both are."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def _rope_type(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _scaling(rope: dict[str, Any], file: Path) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _rope_type(rope)
     if kind not in _SCALINGS:
         raise ModelError(
             f"{file}: rope_type = {kind!r} changes the computation and is not supported; supported: {', '.join(_SCALINGS)}"
@@ -291,28 +334,20 @@ def _scaling(rope: dict[str, Any], file: Path) -> RopeScaling | None:
     if scaling is None:
         return None
     for name in (known := [part.name for part in fields(scaling)]):
-        value = rope.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ModelError(f"{file}: {name} of rope_type {kind!r} is {value!r}; expected a positive number")
-    return scaling(**{name: rope[name] for name in known})
-
-
-def _refuse_two_rotary(config: dict[str, Any], file: Path) -> None:
-    """Readers differ in which of the two keys they prefer."""
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    if not new or not old:
-        return
-    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in (new, old)]
-    shared = (new.keys() & old.keys()) - {"rope_type", "type"}
-    if kinds[0] != kinds[1] or any(new[key] != old[key] for key in shared):
-        raise ModelError(f"{file}: rope_parameters = {new!r} and rope_scaling = {old!r} contradict each other")
+        _positive(rope.get(name), f"{name} of rope_type {kind!r}", file)
+    found = scaling(**{name: rope[name] for name in known})
+    if isinstance(found, Llama3Scaling) and found.low_freq_factor >= found.high_freq_factor:
+        raise ModelError(
+            f"{file}: low_freq_factor = {found.low_freq_factor} of rope_type 'llama3' must be below high_freq_factor = "
+            f"{found.high_freq_factor}"
+        )
+    return found
 
 
 def _refuse_unsupported(config: dict[str, Any], family: _Family, file: Path) -> None:
     values = {
         **config,
         "partial_rotary_factor": _rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor")),
-        "layer_types": sorted(set(config.get("layer_types") or ()) - {"full_attention"}) or None,
         # Remote code: only what is loaded for a causal language model would compute something else.
         "auto_map": {k: v for k, v in (config.get("auto_map") or {}).items() if k.startswith("AutoModel")} or None,
     }
@@ -322,18 +357,47 @@ def _refuse_unsupported(config: dict[str, Any], family: _Family, file: Path) -> 
             raise ModelError(f"{file}: {key} = {value!r} changes the computation and is not supported yet")
 
 
-def _refuse_window(config: dict[str, Any], family: _Family, file: Path) -> None:
+def _refuse_rotary(config: dict[str, Any], file: Path) -> None:
+    """Rotary parameters that are not understood, and those that readers of the file would understand differently."""
+    rope = _rope(config)
+    for key in sorted(rope.keys() - _ROTARY):
+        if rope[key] is not None:
+            raise ModelError(
+                f"{file}: {key} = {rope[key]!r} of the rotary embedding changes the computation and is not supported; "
+                f"understood: {', '.join(sorted(_ROTARY))}"
+            )
+    places = ("rope_parameters", "rope_scaling")
+    said = [_spelled_out(config[key], config.get("rope_theta")) for key in places if config.get(key)]
+    if said[1:] and said[0] != said[1]:
+        raise ModelError(f"{file}: {' and '.join(f'{key} = {config[key]!r}' for key in places)} contradict each other")
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        outer, inner = config.get(key), rope.get(key)
+        if None not in (outer, inner) and outer != inner:
+            raise ModelError(f"{file}: {key} = {outer!r} contradicts that of the rotary parameters, {inner!r}")
+
+
+def _spelled_out(rope: dict[str, Any], theta: Any) -> dict[str, Any]:
+    """Rotary parameters in one spelling."""
+    said = {key: value for key, value in rope.items() if key != "type" and value is not None}
+    return {"rope_theta": theta, **said, "rope_type": _rope_type(rope)}
+
+
+def _refuse_window(config: dict[str, Any], family: _Family, positions: int, file: Path) -> None:
     """A sliding window of attention, unless no sequence is longer than it."""
     switched_off = family.window_switch is not None and not config.get(family.window_switch)
     # An explicit null is no window; an absent key is what transformers makes of it.
     window = config["sliding_window"] if "sliding_window" in config else family.defaults.get("sliding_window")
-    positions = config.get("max_position_embeddings")
-    if switched_off or window is None or (isinstance(positions, int) and window >= positions):
-        return
-    raise ModelError(
-        f"{file}: sliding_window = {window!r} is below max_position_embeddings = {positions!r}: it changes the computation and "
-        f"is not supported; with model.overrides.max_position_embeddings={window} or less it changes nothing"
-    )
+    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+    if not switched_off and window is not None:
+        if window < positions:
+            raise ModelError(
+                f"{file}: sliding_window = {window!r} is below max_position_embeddings = {positions}: it changes the "
+                f"computation and is not supported; with model.overrides.max_position_embeddings={window} or less it changes "
+                "nothing"
+            )
+        kinds -= {"sliding_attention"}
+    if kinds:
+        raise ModelError(f"{file}: layer_types = {sorted(kinds)!r} changes the computation and is not supported yet")
 
 
 def _need(config: dict[str, Any], key: str, file: Path) -> int:
@@ -341,3 +405,9 @@ def _need(config: dict[str, Any], key: str, file: Path) -> int:
     if not isinstance(value, int) or value <= 0:
         raise ModelError(f"{file}: {key} is {value!r}; expected a positive integer")
     return value
+
+
+def _positive(value: Any, what: str, file: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ModelError(f"{file}: {what} is {value!r}; expected a positive number")
+    return float(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import struct
 import threading
@@ -96,8 +97,19 @@ def write_safetensors(
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy everything but weights into the folder `target`: configurations, tokenizer, chat template, what else there is."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_WEIGHTS, *_NOT_THE_MODEL), dirs_exist_ok=True)
+    """Copy everything but weights into the folder `target`: configurations, tokenizer, chat template, what else there is.
+
+    Contents alone are copied: a read-only folder or a cache of links gives plain files that may be changed.
+    """
+    ignored = shutil.ignore_patterns(*_WEIGHTS, *_NOT_THE_MODEL)
+    for folder, folders, names in os.walk(source, followlinks=True):
+        skipped = ignored(folder, [*folders, *names])
+        folders[:] = [name for name in folders if name not in skipped]
+        into = target / Path(folder).relative_to(source)
+        into.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if name not in skipped:
+                shutil.copyfile(Path(folder) / name, into / name)
 
 
 def write_config(folder: Path, changes: dict[str, Any]) -> None:

@@ -142,7 +142,11 @@ class ChunkReader:
                 self._chunks.setdefault((key, tuple(chunk.offsets[: _leading(key)])), []).append(chunk)
 
     def read(self, item: Stored) -> Tensor:
-        """One part of a parameter as a single tensor parallel rank would hold it, without padding."""
+        """One part of a parameter as a single tensor parallel rank would hold it, without padding.
+
+        Raises:
+            CheckpointError: its chunks do not hold all of it, or cannot be read.
+        """
         offset, extent = (torch.Size(sizes) for sizes in item.box(self._shape))
         target = torch.empty(extent, dtype=self.dtypes[item.key])
         stored = self._metadata.state_dict_metadata[item.key]
@@ -152,7 +156,13 @@ class ChunkReader:
             raise CheckpointError(f"{self._folder}: the chunks of {item.key} do not hold all of {item.parameter.name}")
         reader = FileSystemReader(self._folder)
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        reader.read_data(LoadPlan(items), _LoadInto(target)).wait()
+        try:
+            reader.read_data(LoadPlan(items), _LoadInto(target)).wait()
+        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            files = {self._metadata.storage_data[read.storage_index].relative_path for read in items}
+            raise CheckpointError(
+                f"{self._folder}: {item.parameter.name} cannot be read from {', '.join(sorted(files))}: damaged"
+            ) from error
         return target.view(extent[len(item.parameter.indices) :])
 
     def _check_files(self) -> None:

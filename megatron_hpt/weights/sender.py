@@ -91,6 +91,9 @@ class WeightSender:
             views: every box that this rank holds, replicas included (`actor.model.views`).
             targets: all engines; connections are used on rank 0 only.
             group: all trainer ranks, on a backend that moves Python objects on the host (gloo).
+
+        Raises:
+            TransferError: on every rank, an engine's box that no rank holds, or ranks that hold parts of FP8 blocks.
         """
         self._group, self._rank, self._size = group, dist.get_rank(group), dist.get_world_size(group)
         self._targets, self._options, self._transport = list(targets), options, TRANSPORTS[options.transport]
@@ -187,6 +190,7 @@ class WeightSender:
         for rank, boxes in enumerate(self._gathered(mine)):
             for name, box in boxes:
                 held[name].setdefault(box, []).append(rank)
+        self._wire.check_cuts(held)
         actor: dict[str, Held] = {n: [(box, tuple(ranks)) for box, ranks in found.items()] for n, found in held.items()}
         layouts = {target.layout for target in self._targets}
         holdings = {layout: engine_holdings(self._tensors, shape, layout) for layout in layouts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,16 @@ from megatron_hpt.weights.boxes import Box
 from megatron_hpt.weights.hf_config import ModelShape
 from megatron_hpt.weights.manifest import dtype_of
 from megatron_hpt.weights.mapping import ShardView, hf_tensor_shapes
-from megatron_hpt.weights.quantize import BLOCK_128, PER_TENSOR, BlockWise, Fp8Format, is_quantized, quantize, quantized_shapes
+from megatron_hpt.weights.quantize import (
+    BLOCK_128,
+    PER_TENSOR,
+    BlockWise,
+    Fp8Format,
+    check_cut,
+    is_quantized,
+    quantize,
+    quantized_shapes,
+)
 
 
 def fp8_format(config: dict[str, Any]) -> Fp8Format | None:
@@ -65,6 +75,19 @@ class Wire:
         if not isinstance(self.fp8, BlockWise):
             return {}
         return {name: self.fp8.size for name in self.tensors if name + self.fp8.suffix in self.tensors}
+
+    def check_cuts(self, held: Mapping[str, Iterable[Box]]) -> None:
+        """Refuse a layout whose ranks hold parts of blocks, of which nobody could make a scale.
+
+        Args:
+            held: name → boxes that ranks hold.
+
+        Raises:
+            TransferError: names the box.
+        """
+        for name in self.row_multiple:
+            for box in held[name]:
+                check_cut(name, box.offset, box.extent, self.tensors[name], self.fp8)
 
     def boxes_of(self, view: ShardView) -> list[tuple[str, Box]]:
         """What a held box of the model can bring."""

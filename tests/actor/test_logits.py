@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_hpt.actor.rope import inverse_frequencies
 from megatron_hpt.config import ParallelConfig
 from megatron_hpt.examples import smollm2
 from megatron_hpt.examples.tiny_families import MODELS
-from megatron_hpt.weights.hf_config import model_shape
 
 from .logits import LENGTHS, rows
 
@@ -71,14 +68,3 @@ def test_logits_of_smollm2(tmp_path: Path, layout: ParallelConfig) -> None:
     smollm2.write(tmp_path / "smollm2", smollm2.shipped_file())
     run(layout, [tmp_path / "smollm2"])
     assert error(tmp_path / "smollm2") < TOLERANCE
-
-
-@pytest.mark.parametrize("name", ["llama", "llama 3", "llama, positions interpolated"])
-def test_rotary_frequencies_are_those_of_transformers(tmp_path: Path, name: str) -> None:
-    MODELS[name](tmp_path / "model")
-    config = AutoModelForCausalLM.from_pretrained(tmp_path / "model").config
-    kind = config.rope_parameters["rope_type"]
-    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-    plain = 1.0 / config.rope_parameters["rope_theta"] ** exponents
-    expected = plain if kind == "default" else ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
-    torch.testing.assert_close(inverse_frequencies(model_shape(tmp_path / "model")), expected, rtol=1e-6, atol=0)

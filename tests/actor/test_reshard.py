@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hpt.config import ModelConfig
-from megatron_hpt.examples import tiny_llama, tiny_mixtral
+from megatron_hpt.examples import tiny_families, tiny_llama
 from megatron_hpt.weights.conversion import ToHf
 
 from .test_actor import STEPS, Layouts, Outcome
@@ -29,7 +29,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
     folder = tmp_path_factory.mktemp("sparse")
-    tiny_mixtral.write(folder / "model")
+    tiny_families.MODELS["mixtral"](folder / "model")
     return Layouts(folder, folder / "model")
 
 

@@ -14,7 +14,7 @@ from megatron_hpt.config import ActorConfig
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Batch, Row, Source
 from megatron_hpt.errors import DataError
-from megatron_hpt.examples import tiny_mixtral
+from megatron_hpt.examples import tiny_families
 
 from .test_actor import Layouts, Outcome, assert_same, token_logprobs
 
@@ -54,7 +54,8 @@ def test_routes_of_another_model_are_refused() -> None:
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
     """Three batches: rollouts with random experts, whose log-probabilities transformers computed through just those."""
     folder = tmp_path_factory.mktemp("routing")
-    tiny_mixtral.write(folder / "model", layers=LAYERS, experts=EXPERTS)
+    experts = {"num_local_experts": EXPERTS, "num_experts_per_tok": TOPK}
+    tiny_families.write(folder / "model", "mixtral", num_hidden_layers=LAYERS, **experts)
     layouts, rng = Layouts(folder, folder / "model"), random.Random(0)
     network = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     for step in range(3):

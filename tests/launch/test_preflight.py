@@ -9,8 +9,9 @@ import pytest
 
 from megatron_hpt.config import Config, DataConfig, GateConfig, KlConfig, ModelConfig, OverlongConfig, ParallelConfig, dump_yaml
 from megatron_hpt.errors import CheckpointError, ConfigError, HptError
-from megatron_hpt.examples import tiny_llama, tiny_mixtral
+from megatron_hpt.examples import tiny_families, tiny_llama
 from megatron_hpt.launch import preflight
+from megatron_hpt.launch.layout import check_layout
 from megatron_hpt.run import RunDir
 from megatron_hpt.weights.conversion import ToMegatron
 from megatron_hpt.weights.hf_config import model_shape
@@ -96,16 +97,17 @@ def test_a_bad_setting_names_key_given_and_allowed(config: Config, section: str,
     [
         ({"expert": 3, "data": 3}, r"parallel\.expert: given 3, .* 4 experts; allowed: 1, 2, 4"),
         ({"expert": 4, "data": 2}, r"expert: given 4 × expert_tensor 1, .* the 2 ranks of a stage .* allowed .*: 1, 2$"),
+        ({"expert_tensor": 3, "data": 4}, r"expert_tensor: given 3, .* the 4 ranks of a stage .*; allowed: 1, 2, 4$"),
         ({"tensor": 2}, r"only under sequence parallelism; set parallel\.sequence=true"),
-        ({"expert_tensor": 3}, r"parallel\.expert_tensor: given 3, .* 64 expert ffn size; allowed: 1, 2, 4"),
+        ({"expert_tensor": 5}, r"parallel\.expert_tensor: given 5, .* 96 expert ffn size; allowed: 1, 2, 3, 4"),
     ],
 )
 def test_a_bad_layout_of_experts_names_what_would_divide(config: Config, tmp_path: Path, parallel: dict, message: str) -> None:
-    tiny_mixtral.write(tmp_path / "moe")
+    tiny_families.MODELS["mixtral"](tmp_path / "moe")
     shape = model_shape(tmp_path / "moe")
     with pytest.raises(ConfigError, match=message):
-        preflight.check_layout(config.model_copy(update={"parallel": ParallelConfig(**parallel)}), shape)
-    preflight.check_layout(config.model_copy(update={"parallel": ParallelConfig(data=2, expert=2)}), shape)
+        check_layout(config.model_copy(update={"parallel": ParallelConfig(**parallel)}), shape)
+    check_layout(config.model_copy(update={"parallel": ParallelConfig(data=2, expert=2)}), shape)
 
 
 def test_more_positions_by_an_override_let_longer_sequences_pass(config: Config) -> None:

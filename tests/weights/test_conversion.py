@@ -270,6 +270,50 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, megatron: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron", "back", "side"}
 
 
+def test_damage_inside_a_checkpoint_is_told(tmp_path: Path, megatron: Path) -> None:
+    """Right sizes, wrong bytes: what holds a tensor together is an error, its values are for `verify` to tell."""
+    part = next(megatron.glob("*.distcp"))
+    whole = part.read_bytes()
+    part.write_bytes(bytes(1000) + whole[1000:])
+    with pytest.raises(CheckpointError, match=rf"cannot be read from .*{part.name}.*: damaged"):
+        ToHf(megatron).write(tmp_path / "back")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron"}
+
+
+def test_a_folder_of_links_that_nobody_may_write(tmp_path: Path) -> None:
+    """As Hugging Face's cache has it: links to blobs; what is made of it is plain files."""
+    write_model(tmp_path / "hf", LLAMA)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for path in (tmp_path / "hf").iterdir():
+        (cache / path.name).symlink_to(path)
+    (tmp_path / "hf" / "config.json").chmod(0o444)
+    cache.chmod(0o555)
+    ToMegatron(cache, LLAMA.layout, torch.float32).write(tmp_path / "megatron")
+    side = tmp_path / "megatron" / "hf"
+    assert not any(path.is_symlink() for path in side.rglob("*"))
+    assert side.stat().st_mode & 0o200
+    assert (side / "config.json").stat().st_mode & 0o200
+    assert json.loads((side / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_two_that_write_the_same(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", LLAMA)
+    job = ToMegatron(tmp_path / "hf", LLAMA.layout, None)
+    errors = []
+
+    def another(_: int) -> None:
+        if not errors:
+            with pytest.raises(BlockingIOError, match=r"another process is writing .*megatron") as found:
+                job.write(tmp_path / "megatron")
+            errors.append(found)
+
+    job.write(tmp_path / "megatron", another)
+    assert errors
+    assert all(tensor.hf == tensor.megatron for tensor in compare(tmp_path / "hf", tmp_path / "megatron")[1])
+
+
 def test_a_changed_bit_is_found(tmp_path: Path, megatron: Path) -> None:
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tensors["model.layers.3.self_attn.k_proj.weight"].view(torch.int16)[5, 7] ^= 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_hpt.examples import tiny_families, tiny_llama, tiny_qwen3
+from megatron_hpt.examples import tiny_families, tiny_llama
 
 from .servers import Server, free_port
 
@@ -34,7 +34,15 @@ MODELS = {
     "biases": lambda folder: tiny_families.write(
         folder, "qwen2", num_hidden_layers=2, hidden_size=128, intermediate_size=128, head_dim=None
     ),
-    "experts": lambda folder: tiny_qwen3.write(folder, experts=4, head_dim=32),
+    "experts": lambda folder: tiny_families.write(
+        folder,
+        "qwen3_moe",
+        num_hidden_layers=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+    ),
 }
 OF_MODEL = {"experts": SPARSE, "biases": GROUPED}
 QUICK = {("vllm", 2, "tied"), ("vllm", 1, "biases"), ("sglang", 1, "experts")}

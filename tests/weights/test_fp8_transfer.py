@@ -10,7 +10,7 @@ from megatron_hpt.weights.control import EngineControl, Load
 from megatron_hpt.weights.hf_config import ModelShape
 from megatron_hpt.weights.layouts import EngineLayout
 from megatron_hpt.weights.manifest import Contents, Manifest
-from megatron_hpt.weights.mapping import ShardView, hf_tensor_shapes
+from megatron_hpt.weights.mapping import Place, ShardView, hf_tensor_shapes, parameters
 from megatron_hpt.weights.quantize import BLOCK_128, PER_TENSOR, Fp8Format, is_quantized, quantize
 from megatron_hpt.weights.receiver import Receiver, Seat
 from megatron_hpt.weights.sender import Options, Target, WeightSender
@@ -123,6 +123,37 @@ def test_a_cut_through_blocks_is_refused_by_name() -> None:
     sender = WeightSender(held, shape, [Target(engine, engine.layout())], group(), Options(fp8=BLOCK_128))
     with pytest.raises(TransferError, match=r"_proj.*cannot be quantised to FP8"):
         sender.publish(1)
+    sender.close()
+
+
+def shards(shape: ModelShape, ranks: int) -> list[ShardView]:
+    """What tensor parallel ranks hold together."""
+    return [
+        view
+        for parameter in parameters(shape)
+        for rank in range(ranks)
+        for view in parameter.rule.views(
+            torch.ones(parameter.rule.shard_sizes(shape, ranks), dtype=torch.bfloat16),
+            *(shape, Place(rank, ranks), parameter.indices),
+        )
+    ]
+
+
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_shards_through_query_groups_hold_whole_blocks_or_are_refused(head_dim: int) -> None:
+    """Four tensor parallel ranks, two query groups: every second rank begins with a key head."""
+    shape = replace(SHAPE, head_dim=head_dim)
+    engine = HostedRanks(EngineLayout(), BLOCK_128, shape)
+    arguments = (shards(shape, 4), shape, [Target(engine, engine.layout())], group(), Options(fp8=BLOCK_128))
+    if head_dim == 64:
+        with pytest.raises(
+            TransferError, match=r"k_proj.weight \[128, 256\]: the box at \[0, 0\] \+ \[64, 256\] cannot be quant"
+        ):
+            WeightSender(*arguments)
+        return
+    sender = WeightSender(*arguments)
+    sender.publish(1)
+    assert all(bool((tensor.float() != 0).all()) for tensor in engine.held[0].values())
     sender.close()
 
 

@@ -1,8 +1,11 @@
 """Reading a model folder: what is refused before any weight is read."""
 
 import dataclasses
+import importlib
+import inspect
 import json
-from functools import partial
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +14,14 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
-    PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
 from megatron_hpt.errors import ModelError
-from megatron_hpt.examples import tiny_llama, tiny_mixtral, tiny_qwen3
+from megatron_hpt.examples.tiny_families import MODELS
+from megatron_hpt.rollout.engines import SGLANG_ENVIRONMENT
 from megatron_hpt.weights import hf_config
 from megatron_hpt.weights.hf_config import SUPPORTED, LinearScaling, Llama3Scaling, model_shape
 from megatron_hpt.weights.mapping import hf_tensor_shapes
@@ -47,14 +50,7 @@ QWEN3_MOE = {
     "mlp_only_layers": [],
     "decoder_sparse_step": 1,
 }
-WRITERS = {
-    "llama": tiny_llama.write,
-    "llama, tied": partial(tiny_llama.write, tied=True),
-    "mixtral": tiny_mixtral.write,
-    "qwen3": partial(tiny_qwen3.write, head_dim=32),
-    "qwen3, tied": partial(tiny_qwen3.write, tied=True),
-    "qwen3_moe": partial(tiny_qwen3.write, experts=4),
-}
+LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def folder(tmp_path: Path, base: dict = LLAMA, **change) -> Path:
@@ -62,9 +58,9 @@ def folder(tmp_path: Path, base: dict = LLAMA, **change) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("model", WRITERS)
+@pytest.mark.parametrize("model", MODELS)
 def test_tensors_are_those_that_transformers_writes(tmp_path: Path, model: str) -> None:
-    WRITERS[model](tmp_path / "model")
+    MODELS[model](tmp_path / "model")
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         real = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert hf_tensor_shapes(model_shape(tmp_path / "model")) == real
@@ -95,7 +91,10 @@ def test_experts_are_counted_under_the_published_key_and_that_of_transformers_5(
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn' .* supported: default, linear, llama3"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32}},
+            "rope_type = 'yarn' .* supported: default, linear, llama3",
+        ),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type = 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor of rope_type 'llama3' is None; expected"),
         ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
@@ -105,6 +104,35 @@ def test_experts_are_counted_under_the_published_key_and_that_of_transformers_5(
         ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM of llama is supported"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map = .* changes the computation"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [1, 2]}}, r"mrope_section = \[1, 2\] of the rotary embedding"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention = .* of the rotary embedding changes"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": True}},
+            "factor of rope_type 'linear' is True; expected a positive",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA_3, "low_freq_factor": 4.0}},
+            "low_freq_factor = 4.0 of rope_type 'llama3' must be below high_freq_factor = 4.0",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            "rope_parameters = .* and rope_scaling = .* contradict each other",  # transformers takes the base of Llama
+        ),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta = 10000.0 contradicts .* 1000000.0"),
+        (
+            {"original_max_position_embeddings": 64, "rope_parameters": {"rope_type": "llama3", **LLAMA_3}},
+            "original_max_position_embeddings = 64 contradicts .* 8192",
+        ),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'; expected a positive number"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0; expected a positive number"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads = 4"),
+        ({"num_attention_heads": 6}, "num_attention_heads = 6 does not divide hidden_size = 64, and there is no head_dim"),
+        ({"head_dim": 15}, "head_dim = 15 is odd"),
+        ({"layer_types": ["sliding_attention"]}, r"layer_types = \['sliding_attention'\] changes"),
+        ({"bias": True}, "bias = True changes"),
         ({"sliding_window": 32}, "sliding_window = 32 is below max_position_embeddings = 64"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
@@ -153,9 +181,6 @@ def test_what_other_families_do_not_support_is_refused(tmp_path: Path, base: dic
         model_shape(folder(tmp_path, base, **change))
 
 
-LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
 @pytest.mark.parametrize(
     ("config", "theta", "scaling"),
     [
@@ -164,6 +189,15 @@ LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
         ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e4, LinearScaling(2)),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6, None),
         ({"rope_scaling": None}, 1e4, None),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 2},
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
+                "rope_theta": 5e5,
+            },
+            5e5,
+            LinearScaling(2),
+        ),
     ],
 )
 def test_rotary_embeddings_in_both_spellings(tmp_path: Path, config: dict, theta: float, scaling: object) -> None:
@@ -175,6 +209,8 @@ def test_a_window_that_no_sequence_reaches_changes_nothing(tmp_path: Path) -> No
     plain = model_shape(folder(tmp_path, MISTRAL, sliding_window=None))
     assert model_shape(folder(tmp_path, MISTRAL)) == plain  # 4096, above the 64 positions
     assert model_shape(folder(tmp_path, MISTRAL, sliding_window=64)) == plain
+    of_layers = {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]}
+    assert model_shape(folder(tmp_path, QWEN2, **of_layers)) == model_shape(folder(tmp_path, QWEN2))
     long = folder(tmp_path, MISTRAL, max_position_embeddings=32768)
     assert model_shape(long, {"max_position_embeddings": 4096}).max_positions == 4096
 
@@ -191,23 +227,61 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 READ = {
     *SIZES,
     *("moe_intermediate_size", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
-    *("num_local_experts", "num_experts", "num_experts_per_tok", "norm_topk_prob", "sliding_window", "use_sliding_window"),
+    *(
+        "architectures",
+        "layer_types",
+        "num_local_experts",
+        "num_experts",
+        "num_experts_per_tok",
+        "norm_topk_prob",
+        "sliding_window",
+        "use_sliding_window",
+    ),
 }
 HARMLESS = {
     *("initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
-    "pretraining_tp",  # how a projection was cut once
+    *("pretraining_tp", "target_layer_count"),  # how a projection was cut once
     "attention_dropout",  # no dropout here, as when the model is evaluated
     "max_window_layers",  # which layers a window is of
     *("output_router_logits", "router_aux_loss_coef"),  # an auxiliary loss, which there is none of
+    *("_attn_implementation", "chunk_size_feed_forward"),  # how, not what
+    *("transformers_version", "return_dict", "output_hidden_states", "dtype"),
+    *("is_encoder_decoder", "id2label", "label2id", "problem_type"),  # of other architectures
 }
+OPTIONAL = re.compile(r"(?:getattr|hasattr)\(\s*(?:self\.)?config,\s*[\"'](\w+)[\"']")
+"""A key that code looks for and does without."""
+SPELLINGS = {"rope_theta", "rope_scaling", "original_max_position_embeddings"}
+"""Of rotary parameters, beside `rope_parameters`: must not contradict them."""
+ENGINES = {
+    "vllm": (Path(sys.prefix), "vllm/model_executor/models"),
+    "sglang": (Path(sys.prefix).with_name(SGLANG_ENVIRONMENT), "sglang/srt/models"),
+}
+"""Environment and folder of an engine's models."""
+
+
+def known(family: str) -> set[str]:
+    return READ | HARMLESS | set(hf_config._ACCEPTED) | set(hf_config._FAMILIES[family].accepted)
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_every_key_of_transformers_is_known(family: str) -> None:
     """A release of transformers that gives a family a new key fails here, before anybody trains without it."""
-    base = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    keys = {field.name for field in dataclasses.fields(CONFIGS[family])} - base
-    assert not keys - READ - HARMLESS - set(hf_config._ACCEPTED) - set(hf_config._FAMILIES[family].accepted)
+    assert not {field.name for field in dataclasses.fields(CONFIGS[family])} - known(family)
+    code = inspect.getsource(importlib.import_module(f"transformers.models.{family}.modeling_{family}"))
+    read = set(re.findall(r"\bconfig\.(\w+)", code)) | set(OPTIONAL.findall(code))
+    assert {"hidden_size", "rms_norm_eps"} <= read
+    assert not read - known(family)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_every_key_that_an_engine_looks_for_is_known(engine: str, family: str) -> None:
+    """An engine that computes something else where config.json has a key that transformers ignores."""
+    environment, models = ENGINES[engine]
+    files = list(environment.glob(f"lib/python3*/site-packages/{models}/{family}.py"))
+    if not files:
+        pytest.skip(f"{engine} is not installed")
+    assert not set(OPTIONAL.findall(files[0].read_text())) - known(family) - SPELLINGS
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
@@ -233,3 +307,27 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 def test_rope_theta_old_and_new_place(tmp_path: Path) -> None:
     assert model_shape(folder(tmp_path, rope_theta=5e5)).rope_theta == 5e5
     assert model_shape(folder(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 7e5})).rope_theta == 7e5
+
+
+LLAMA_3_2 = {"rope_type": "llama3", **LLAMA_3, "factor": 32.0}
+QWEN_2_5 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "use_mrope": False, "use_sliding_window": False}
+PUBLISHED = {
+    "Llama-2-7b": {**LLAMA, "num_key_value_heads": 4, "pretraining_tp": 1, "rope_scaling": None, "rms_norm_eps": 1e-5},
+    "Llama-3.2-1B": {**LLAMA, "rope_scaling": LLAMA_3_2, "rope_theta": 5e5, "attention_bias": False, "mlp_bias": False},
+    "Mistral-7B-v0.3": {**MISTRAL, "max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None},
+    "Mixtral-8x7B-v0.1": {**MIXTRAL, "output_router_logits": False, "router_aux_loss_coef": 0.02, "sliding_window": None},
+    "Qwen2.5-Math-7B": {**LLAMA, **QWEN_2_5, "max_window_layers": 28, "rope_theta": 10000, "sliding_window": 4096},
+    "SmolLM2-135M": {**LLAMA, "is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}},
+}
+"""config.json of published models, with other sizes: their keys and the values that are not sizes."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read(tmp_path: Path, name: str) -> None:
+    architecture = CONFIGS[PUBLISHED[name]["model_type"]].__name__.replace("Config", "ForCausalLM")
+    assert model_shape(folder(tmp_path, PUBLISHED[name], architectures=[architecture], torch_dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "docs" / "models").iterdir()), ids=lambda path: path.name)
+def test_models_to_plan_with_are_read(path: Path) -> None:
+    assert model_shape(path)
