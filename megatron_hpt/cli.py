@@ -37,7 +37,7 @@ def train(
 @app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="settings, e.g. parallel.data=4")] = None,
+    overrides: Overrides = None,
     cluster: Annotated[
         Path | None, typer.Option(help="cluster file (recipes/clusters/); default: enough nodes of 8 H100")
     ] = None,
