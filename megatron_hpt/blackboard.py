@@ -25,12 +25,12 @@ class Blackboard:
         self._store = store
 
     @classmethod
-    def host(cls) -> Blackboard:
-        """Open a server on a free port of the loopback interface."""
-        listener = socket.create_server(("127.0.0.1", 0))  # given an address alone, TCPStore listens on all of them
+    def host(cls, address: str = "127.0.0.1") -> Blackboard:
+        """Open a server on a free port of the loopback interface, or of that with an address."""
+        listener = socket.create_server((address, 0))  # given an address alone, TCPStore listens on all of them
         port = listener.getsockname()[1]
         fd = listener.detach()  # the store closes it
-        return cls(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=fd))
+        return cls(TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=fd))
 
     @classmethod
     def join(cls, address: str) -> Blackboard:

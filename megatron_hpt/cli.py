@@ -34,6 +34,31 @@ def train(
     console.print(f"[green]done[/green]  {run.path}  (curves: {run.report})", highlight=False)
 
 
+@app.command(context_settings={"allow_interspersed_args": True})
+def slurm(
+    recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, e.g. trainer.steps=20")] = None,
+    ranks_per_node: Annotated[int, typer.Option(help="trainer ranks of a node: its GPUs")] = 8,
+    health: Annotated[str, typer.Option(help="command that fails on a sick node")] = "true",
+    srun: Annotated[str, typer.Option(help="more arguments of every srun, e.g. --container-image=…")] = "",
+    python: Annotated[str, typer.Option(help="interpreter on the nodes")] = sys.executable,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print nodes and command lines, start nothing")] = False,
+) -> None:
+    """Train a recipe on the nodes of the Slurm job around this: what the scripts in slurm/ end in.
+
+    Nodes that fail the health check are left out; a run of the recipe's name is continued; a job that is ended by a notice
+    or a failure is requeued.
+    """
+    from megatron_hpt.launch.job import Site, plan_job, run_job
+
+    site = Site(ranks_per_node, python, srun, health)
+    if dry_run:
+        sys.stdout.write(plan_job(recipe, overrides or [], site))
+        return
+    run = run_job(recipe, overrides or [], RUNS, site)
+    Console().print(f"[green]done[/green]  {run.path}  (curves: {run.report})", highlight=False)
+
+
 @app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
@@ -130,7 +155,7 @@ def _wide_console() -> Console:
 
 
 def main() -> None:
-    """Entry point; an error of this project is one message and exit code 1 (130: interrupted, 75: to be continued)."""
+    """Entry point; an error is one message and exit code 1 (130: interrupted, 75: to be continued, 70: hopeless)."""
     try:
         app()
     except Interrupted as error:
@@ -143,7 +168,7 @@ def main() -> None:
         console = Console(stderr=True, soft_wrap=True)
         console.print("error: ", style="red", end="")
         console.print(str(error), highlight=False, markup=False)  # the text may hold brackets
-        sys.exit(1)
+        sys.exit(error.EXIT_CODE)
 
 
 if __name__ == "__main__":

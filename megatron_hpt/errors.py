@@ -17,6 +17,9 @@ def did_you_mean(name: str, known: Iterable[str], show: Callable[[str], str] = r
 class HptError(Exception):
     """Base of every error this project raises on purpose; the command line prints it without a traceback."""
 
+    EXIT_CODE = 1
+    """Of the command line."""
+
 
 class ConfigError(HptError):
     """A setting, a recipe or a layout that cannot work."""

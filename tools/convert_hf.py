@@ -88,10 +88,11 @@ def verify(hf: Path, checkpoint: Path) -> None:
     from megatron_hpt.weights.conversion import compare
 
     size, compared = compare(hf, checkpoint)
-    count, differ = 0, []
+    count, differ, kinds = 0, [], set()
     with _progress("comparing", size.nbytes) as advance:
         for tensor in compared:
             count += 1
+            kinds.add((tensor.was, tensor.dtype))
             advance(tensor.nbytes)
             if tensor.hf != tensor.megatron:
                 differ.append(tensor)
@@ -100,7 +101,8 @@ def verify(hf: Path, checkpoint: Path) -> None:
         print(f"{tensor.name} {list(tensor.sizes)} {tensor.dtype}: {where}")
     if differ:
         raise ModelError(f"{len(differ)} of {count} tensors differ")
-    print(f"{count} tensors, {decimal(size.nbytes)}: names, shapes and checksums are equal")
+    cast = sorted(f"{dtype} from {was}" for was, dtype in kinds if was != dtype)
+    print(f"{count} tensors, {decimal(size.nbytes)}: names, shapes and checksums are equal{_after(cast)}")
 
 
 @app.command()
@@ -119,6 +121,10 @@ def show(hf: Path) -> None:
         names = rule.tensors(shape)
         table.add_row(*("\n".join(map(str, column)) for column in (names, [pattern], map(list, names.values()), [rule.how])))
     (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def _after(cast: list[str]) -> str:
+    return f", after conversion to {', '.join(cast)}" if cast else ""
 
 
 class Conversion(Protocol):

@@ -52,8 +52,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         CheckpointError: not a checkpoint of this project, or in another version's format.
     """
     try:
-        meta = json.loads((folder / META).read_text())
-    except (OSError, ValueError) as error:
+        meta = dict(json.loads((folder / META).read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: not a checkpoint of this project: {error}") from None
     if meta.get("format") != FORMAT:
         raise CheckpointError(
@@ -66,8 +66,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None: every file is there with the size it was written with."""
     try:
-        files = json.loads((folder / META).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = dict(json.loads((folder / META).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{META} cannot be read ({error!r})"
     for name, size in files.items():
         path = folder / name

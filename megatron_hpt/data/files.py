@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -9,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextmanager
@@ -63,11 +64,10 @@ def continued_folder(path: Path, job: dict[str, Any]) -> Iterator[Path]:
     """
     temporary, job_file = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.job")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with job_file.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(error.errno, f"another process is writing {path}") from None
+    with _locked(job_file, path) as lock:
+        if os.path.lexists(path):
+            job_file.unlink()
+            raise FileExistsError(errno.EEXIST, f"{path} exists: another process has written it")
         lock.seek(0)
         if lock.read() != json.dumps(job):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -77,12 +77,38 @@ def continued_folder(path: Path, job: dict[str, Any]) -> Iterator[Path]:
         temporary.mkdir(exist_ok=True)
         try:
             yield temporary
+            _sync_tree(temporary)
             temporary.rename(path)
         except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
-            job_file.unlink()
+            job_file.unlink(missing_ok=True)
             raise
-        job_file.unlink()
+        job_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(file: Path, what: Path) -> Iterator[IO[str]]:
+    """The open file, which no other process has locked. Who held the lock before may have removed the file meanwhile."""
+    while True:
+        with file.open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError(error.errno, f"another process is writing {what}") from None
+            if file.exists() and file.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                yield lock
+                return
+
+
+def _sync_tree(folder: Path) -> None:
+    """Wait until the disk has every file of a folder, and that they are in it."""
+    for place, _, names in os.walk(folder):
+        for name in (*names, "."):
+            descriptor = os.open(Path(place) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def write_whole(path: Path, text: str) -> None:

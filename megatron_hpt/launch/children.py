@@ -89,15 +89,25 @@ def tail(log: Path, lines: int = 15) -> str:
     return "\n".join(f"    {line}" for line in text[-lines:])
 
 
-_ROOT_CAUSE = re.compile(r"rank\s*:\s*(\d+) \(local_rank.*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+_ROOT_CAUSES = (
+    re.compile(r"Root Cause.*?rank\s*:\s*(?P<rank>\d+) \(local_rank.*?exitcode\s*:\s*(?P<code>-?\d+)", re.DOTALL),
+    # Slurm names a task first when it was the first to end; several alike are one line.
+    re.compile(r"srun: error: \S+ tasks? (?P<rank>\d+)[^:]*: (?:Exited with exit code (?P<code>\d+)|(?P<signal>[A-Z][a-z]+))"),
+)
+"""What torchrun and srun say of the rank that failed."""
+_SIGNALS = {"Killed": -9, "Terminated": -15, "Aborted": -6, "Segmentation": -11}
+"""The first word of what srun says of a task that a signal ended."""
 
 
 def failure_of(child: Child, logs: Path) -> Failure:
-    """What failed; for torchrun, the rank that it names as the root cause."""
+    """What failed; of the trainer, the rank that its launcher names as the root cause."""
     code = child.exit_code or 0
-    if child.name == "trainer" and (match := _ROOT_CAUSE.search(child.output.partition("Root Cause")[2])):
-        return Failure(f"trainer rank {match[1]}", int(match[2]), logs / f"trainer_rank{match[1]}.log")
-    return Failure(child.name, code, child.log)
+    found = [match for pattern in _ROOT_CAUSES if (match := pattern.search(child.output))] if child.name == "trainer" else []
+    if not found:
+        return Failure(child.name, code, child.log)
+    cause = found[0].groupdict()
+    rank, code = cause["rank"], int(cause["code"]) if cause["code"] else _SIGNALS.get(cause["signal"], code)
+    return Failure(f"trainer rank {rank}", code, logs / f"trainer_rank{rank}.log")
 
 
 def stop_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:

@@ -15,7 +15,7 @@ FP8_BYTES = 1.0
 
 
 def folder_of(model: str) -> Path:
-    """Where a model's config.json is: in its own folder, else in that of docs/models/ with its name, in large or small letters.
+    """Where a model's config.json is: in its own folder, else in that of docs/models/ with its name, in any case.
 
     Raises:
         ModelError: in neither; names the published ones.
@@ -23,14 +23,13 @@ def folder_of(model: str) -> Path:
     if (hf_side(model) / "config.json").is_file():
         return hf_side(model)
     shipped = {folder.name.lower(): folder for folder in sorted(PUBLISHED.iterdir())}
-    name = Path(model).name
-    if name.lower() not in shipped:
-        names = [folder.name for folder in shipped.values()]
+    name = Path(model).name.lower()
+    if name not in shipped:
         raise ModelError(
-            f"model.path: {model} has no config.json, and docs/models/ has none under {name}; it has {', '.join(names)}"
-            f"{did_you_mean(name, names)}"
+            f"model.path: {model} has no config.json, and docs/models/ has none under {name}; it has {', '.join(shipped)}"
+            f"{did_you_mean(name, shipped)}"
         )
-    return shipped[name.lower()]
+    return shipped[name]
 
 
 def planned_shape(config: Config) -> tuple[ModelShape, Path]:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import secrets
 import signal
-import socket
-import sys
 import time
-from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
@@ -18,15 +13,14 @@ import httpx
 from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, HptError, Interrupted, RequeueRequested
-from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of, stop_all
+from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of
+from megatron_hpt.launch.launchers import Launcher
 from megatron_hpt.process import TOKEN_VARIABLE, token, token_header
-from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import Progress
 
 POLL_S = 0.2
-LOWEST_PORT = 10240
 SETTLE_S = 1.5
 """Seconds without a further failure after which those of one cause are taken to be complete; all are reported."""
 
@@ -36,11 +30,11 @@ class RunFailed(HptError):
 
 
 class Supervisor:
-    """One run on this machine."""
+    """One run."""
 
-    def __init__(self, config: Config, run: RunDir, start: int) -> None:
-        self._config, self._run, self._start = config, run, start
-        self._board = Blackboard.host()
+    def __init__(self, config: Config, run: RunDir, start: int, launcher: Launcher) -> None:
+        self._config, self._run, self._start, self._launcher = config, run, start, launcher
+        self._board = Blackboard.host(launcher.host)
         self._children: list[Child] = []
         self._engines: dict[str, Child] = {}
         self._started = time.monotonic()
@@ -72,7 +66,7 @@ class Supervisor:
         finally:
             for number in previous:
                 signal.signal(number, signal.SIG_IGN)
-            stop_all(self._children)
+            self._launcher.stop(self._children)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -82,21 +76,13 @@ class Supervisor:
         if not self._config.rollout.urls:
             self._start_engines()
         arguments = [str(self._run.path), "--store", self._board.address, "--from-step", str(self._start)]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
-        ranks = f"--nproc-per-node={self._config.parallel.ranks}"
-        trainer = [*torchrun, ranks, "-m", "megatron_hpt.actor.trainer", *arguments]
-        coordinator = [sys.executable, "-m", "megatron_hpt.rollout.coordinator", *arguments]
-        self._children.append(Child.start("trainer", trainer, self._run.log("torchrun")))
-        self._children.append(Child.start("coordinator", coordinator, self._run.log("coordinator")))
+        self._children.append(self._launcher.trainer(arguments))
+        self._children.append(self._launcher.coordinator(arguments))
 
     def _start_engines(self) -> None:
-        config, kind = self._config, ENGINES[self._config.rollout.engine]
-        model = self._run.engine_model(config)
-        for index in range(config.rollout.servers):
-            port = _free_port(config.rollout.host)
-            command = kind.command(config, interpreter(config), model, port, self._run.path)
-            child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), kind.environment(config))
-            self._engines[f"http://{config.rollout.host}:{port}"] = child
+        for index in range(self._config.rollout.servers):
+            url, child = self._launcher.engine(index)
+            self._engines[url] = child
             self._children.append(child)
 
     def _watch(self, progress: Progress) -> None:
@@ -227,22 +213,6 @@ class Supervisor:
 
 def _interrupt(number: int, _: Any) -> NoReturn:
     raise Interrupted(f"ended by {signal.Signals(number).name}")
-
-
-def _free_port(host: str) -> int:
-    """A free port below the range that the kernel gives to outgoing connections.
-
-    The engine binds it only seconds later; a port of that range may by then belong to somebody's request.
-
-    Raises:
-        HptError: none found.
-    """
-    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in random.SystemRandom().sample(range(LOWEST_PORT, max(first_outgoing, LOWEST_PORT + 1000)), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((host, port))
-            return port
-    raise HptError(f"no free port for an engine on {host} (rollout.host); 100 were tried")
 
 
 def _healthy(url: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hpt import recipe as recipes
@@ -12,15 +13,17 @@ from megatron_hpt.data.checkpoints import damage
 from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import models, preflight
+from megatron_hpt.launch.launchers import Launcher, LocalLauncher
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.run import RunDir, create, newest, open_run
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.report import write_report
 
 logger = logging.getLogger(__name__)
+Launch = Callable[[Config, RunDir], Launcher]
 
 
-def start_run(source: str, overrides: list[str], root: Path) -> RunDir:
+def start_run(source: str, overrides: list[str], root: Path, launch: Launch = LocalLauncher) -> RunDir:
     """Train from the first step in a new run directory."""
     recipe = recipes.load(source, overrides)
     if recipe.prepare is not None:
@@ -29,11 +32,11 @@ def start_run(source: str, overrides: list[str], root: Path) -> RunDir:
     for key in without_effect(recipe.config):
         logger.warning("note: %s has no effect on %s", key, recipe.config.algorithm.name)
     run = create(recipe.config, root)
-    _supervise(recipe.config, run, 0)
+    _supervise(recipe.config, run, 0, launch)
     return run
 
 
-def resume_run(source: str, overrides: list[str], root: Path) -> RunDir:
+def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = LocalLauncher) -> RunDir:
     """Continue a run from its last checkpoint; batches that its ledger holds are trained again, not generated again.
 
     Args:
@@ -56,7 +59,7 @@ def resume_run(source: str, overrides: list[str], root: Path) -> RunDir:
         raise ConfigError(f"{run.path} is complete ({start} steps); to train it further: --resume trainer.steps={2 * start}")
     write_whole(run.config, dump_yaml(config))
     metrics.truncate(run.metrics, start)
-    _supervise(config, run, start)
+    _supervise(config, run, start, launch)
     return run
 
 
@@ -95,14 +98,14 @@ def _check_same_batches(saved: Config, config: Config) -> None:
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change within a run; start a new one without --resume")
 
 
-def _supervise(config: Config, run: RunDir, start: int) -> None:
+def _supervise(config: Config, run: RunDir, start: int, launch: Launch) -> None:
     from megatron_hpt.launch.supervisor import Supervisor  # imports torch
 
     with run.lock():
         shutil.rmtree(run.export, ignore_errors=True)
         models.write(config, run)
         try:
-            Supervisor(config, run, start).run()
+            Supervisor(config, run, start, launch(config, run)).run()
         finally:
             _report(run)
 

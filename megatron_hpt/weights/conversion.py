@@ -7,10 +7,11 @@ appears whole.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from huggingface_hub.serialization import StateDictSplit, split_state_dict_into_
 from torch import Tensor
 
 from megatron_hpt.config import ParallelConfig
-from megatron_hpt.data.checkpoints import META, SIDE_FILES, damage, read_meta, record, versions
+from megatron_hpt.data.checkpoints import META, SIDE_FILES, damage, is_checkpoint, read_meta, record, versions
 from megatron_hpt.data.files import continued_folder, synced
 from megatron_hpt.errors import CheckpointError, ConfigError, ModelError
 from megatron_hpt.weights.checkpoint_layout import Chunk, Stored, chunks_by_rank, files, stored
@@ -73,13 +74,16 @@ class ToMegatron:
         Raises:
             ModelError: an unsupported or damaged model, or weights of several types without `dtype`.
         """
+        if is_checkpoint(source):
+            raise ModelError(f"{source} is a checkpoint in Megatron's format already")
         self.shape = model_shape(source)
         self._source, self._tensors = source, HfTensors(source)
         self._tensors.check(self.shape)
         self._dtypes = self._stored_dtypes(dtype)
         itemsize = max(dtype.itemsize for dtype in self._dtypes.values())
         self._files = files(chunks_by_rank(self.shape, layout), itemsize)
-        self._job = {"from": _identity(self._tensors.files), "layout": layout.model_dump(), "dtype": str(dtype), **versions()}
+        written = {"model": repr(self.shape), "layout": layout.model_dump(), "dtype": str(dtype)}
+        self._job = {"from": _identity(self._tensors.files), **written, **versions()}
 
     def size(self) -> Size:
         """What will be written."""
@@ -93,7 +97,7 @@ class ToMegatron:
         Raises:
             ModelError: the target exists, or the disk has no room for it.
         """
-        _check_target(target, self.size().nbytes)
+        _check_target(target, self._source, self.size().nbytes)
         with continued_folder(target, self._job) as folder:
             writer = ChunkWriter(folder, self._files, self._dtypes)
             _work(partial(self._write_file, writer, advance), range(len(self._files)))
@@ -119,11 +123,24 @@ class ToMegatron:
         views = self._views(chunk, torch.empty(sizes, device="meta"))
         if len(views) == 1 and views[0].view.shape == sizes:
             (view,) = views
-            return self._tensors.box(view.name, view.offset, view.extent).to(dtype)
+            return self._cast(view.name, self._tensors.box(view.name, view.offset, view.extent), dtype)
         shard = torch.zeros(sizes, dtype=dtype)  # rows that only pad the vocabulary
         for view in self._views(chunk, shard):
-            view.write_box(self._tensors.box(view.name, view.offset, view.extent))
+            view.write_box(self._cast(view.name, self._tensors.box(view.name, view.offset, view.extent), dtype))
         return shard
+
+    def _cast(self, name: str, box: Tensor, dtype: torch.dtype) -> Tensor:
+        """The box in the checkpoint's type.
+
+        Raises:
+            ModelError: a number does not fit into it.
+        """
+        if box.dtype is dtype:
+            return box
+        cast = box.to(dtype)
+        if not torch.equal(cast.isfinite(), box.isfinite()):
+            raise ModelError(f"{self._source}: {name} has numbers beyond what {dtype} can hold; give another --dtype")
+        return cast
 
     def _views(self, chunk: Chunk, shard: Tensor) -> list[ShardView]:
         return list(chunk.stored.part.views(shard, self.shape, chunk.place, chunk.stored.parameter.indices))
@@ -174,7 +191,8 @@ class ToHf:
         split = _split(self._nbytes, shard_size)
         self._shards = split.filename_to_tensors
         self._weight_map = split.tensor_to_filename if split.is_sharded else None
-        self._job = {"from": _identity(sorted(checkpoint.iterdir())), "shards": [*self._shards], **versions()}
+        written = {"model": repr(self.shape), "shards": self._shards}
+        self._job = {"from": _identity(sorted(checkpoint.iterdir())), **written, **versions()}
 
     def size(self) -> Size:
         """What will be written."""
@@ -190,7 +208,7 @@ class ToHf:
         Raises:
             ModelError: the target exists, or the disk has no room for it.
         """
-        _check_target(target, self.size().nbytes)
+        _check_target(target, self._side, self.size().nbytes)
         with continued_folder(target, self._job) as folder:
             _work(partial(self._write_shard, folder, advance), self._shards)
             if self._weight_map is not None:
@@ -255,20 +273,23 @@ def side_files(checkpoint: Path, like: Path | None = None) -> Path:
         like: a folder of the same model, for checkpoints of other programs.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or has none and `like` is not given.
+        CheckpointError: the checkpoint is damaged, or has none and `like` is not given, or has its own and `like` is.
     """
     if (checkpoint / META).is_file():
         read_meta(checkpoint)
         if reason := damage(checkpoint):
             raise CheckpointError(f"{checkpoint}: {reason}")
-    if like is not None:
+    own = checkpoint / SIDE_FILES
+    if like is not None and not own.is_dir():
         return like
-    if not (checkpoint / SIDE_FILES).is_dir():
+    if like is not None:
+        raise CheckpointError(f"{checkpoint} has its own configuration in {SIDE_FILES}/: leave --like out")
+    if not own.is_dir():
         raise CheckpointError(
             f"{checkpoint}: has no folder {SIDE_FILES!r} with the model's configuration and tokenizer; give --like with a "
             "Hugging Face folder of the same model"
         )
-    return checkpoint / SIDE_FILES
+    return own
 
 
 @dataclass(frozen=True)
@@ -278,6 +299,9 @@ class Compared:
     name: str
     sizes: tuple[int, ...]
     dtype: str
+    """Of the checkpoint."""
+    was: str
+    """Of the folder."""
     hf: int
     """Checksum of the folder's tensor, in the checkpoint's type."""
     megatron: int
@@ -294,21 +318,27 @@ def compare(hf: Path, checkpoint: Path) -> tuple[Size, Iterator[Compared]]:
     Raises:
         ModelError, CheckpointError: one of them is damaged, or they are not of one model.
     """
-    other, tensors = ToHf(checkpoint, like=hf), HfTensors(hf)
-    tensors.check(other.shape)
+    shape, tensors = model_shape(hf), HfTensors(hf)
+    tensors.check(shape)
+    other = ToHf(checkpoint, like=None if (checkpoint / SIDE_FILES).is_dir() else hf)
+    if other.shape != shape:
+        raise CheckpointError(f"{checkpoint} is of another model than {hf}: {other.shape}, and {shape}")
 
     def compared() -> Iterator[Compared]:
         for name, tensor in other.tensors(hf_tensor_shapes(other.shape)):
-            mine = tensors.get(name).to(tensor.dtype)
-            kind = str(tensor.dtype).removeprefix("torch.")
-            yield Compared(name, tuple(tensor.shape), kind, checksum_of(mine), checksum_of(tensor), tensor.nbytes)
+            mine = tensors.get(name)
+            kinds = (str(found.dtype).removeprefix("torch.") for found in (tensor, mine))
+            sums = (checksum_of(mine.to(tensor.dtype)), checksum_of(tensor))
+            yield Compared(name, tuple(tensor.shape), *kinds, *sums, tensor.nbytes)
 
     return other.size(), compared()
 
 
-def _check_target(target: Path, nbytes: int) -> None:
-    if target.exists():
+def _check_target(target: Path, source: Path, nbytes: int) -> None:
+    if os.path.lexists(target):
         raise ModelError(f"{target} exists; give a new folder")
+    if source.resolve() in target.resolve().parents:
+        raise ModelError(f"{target} lies in {source}, which is what is converted; give a folder outside of it")
     place = next(folder for folder in target.resolve().parents if folder.is_dir())
     there = sum(file.stat().st_size for file in target.with_name(f".{target.name}.partial").rglob("*") if file.is_file())
     free = shutil.disk_usage(place).free + there
@@ -332,9 +362,13 @@ def _work(task: Callable[[Any], Finish], items: Iterable[Any]) -> None:
     with ThreadPoolExecutor(WORKERS) as pool, ThreadPoolExecutor(1) as disk:
         running = [pool.submit(task, item) for item in items]
         try:
-            finishing = [disk.submit(future.result()) for future in as_completed(running)]
-            for future in as_completed(finishing):
-                future.result()
+            finishing: list[Future[None]] = []
+            for future in as_completed(running):
+                finishing.append(disk.submit(future.result()))
+                for finished in (one for one in finishing if one.done()):
+                    finished.result()
+            for finished in finishing:
+                finished.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,11 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (),
     "rope_interleaved": (False,),
     "clip_qkv": (),
+    "compression_config": (),
+    "attention_multiplier": (),
+    "embedding_multiplier": (1.0,),
+    "logits_scaling": (1.0,),
+    "residual_multiplier": (1.0,),
     # Only the engines' code reads these: what they sample from would not be what is trained.
     "ada_rms_norm_t_cond": (False,),
     "bias": (False,),
@@ -217,12 +223,13 @@ def model_shape(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     """
     config = read_config(folder, overrides)
     file = hf_side(folder) / "config.json"
-    family = _family(config, file)
-    _refuse_unsupported(config, family, file)
-    shape = _shape(config, file)
-    _refuse_rotary(config, file)
-    _refuse_window(config, family, shape.max_positions, file)
-    return shape
+    with _kinds_of_values(file):
+        family = _family(config, file)
+        _refuse_unsupported(config, family, file)
+        shape = _shape(config, file)
+        _refuse_rotary(config, file)
+        _refuse_window(config, family, shape.max_positions, file)
+        return shape
 
 
 def shape_of_any(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelShape:
@@ -233,7 +240,18 @@ def shape_of_any(folder: str | Path, overrides: Mapping[str, Any] | None = None)
             each other.
         ConfigError: a key that cannot be overridden.
     """
-    return _shape(read_config(folder, overrides), hf_side(folder) / "config.json")
+    file = hf_side(folder) / "config.json"
+    with _kinds_of_values(file):
+        return _shape(read_config(folder, overrides), file)
+
+
+@contextmanager
+def _kinds_of_values(file: Path) -> Iterator[None]:
+    """Where a value is of another kind than its key has, such as a text in place of a mapping, the file is at fault."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{file}: a value is of another kind than its key has: {error}") from error
 
 
 def _shape(config: dict[str, Any], file: Path) -> ModelShape:
@@ -247,11 +265,11 @@ def _shape(config: dict[str, Any], file: Path) -> ModelShape:
         layers=_need(config, "num_hidden_layers", file),
         hidden=hidden,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
+        kv_heads=heads if config.get("num_key_value_heads") is None else _need(config, "num_key_value_heads", file),
+        head_dim=hidden // heads if config.get("head_dim") is None else _need(config, "head_dim", file),
         ffn=_need(config, family.ffn, file),
         vocab=_need(config, "vocab_size", file),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=_flag(config, "tie_word_embeddings", file),
         rope_theta=_positive(rope.get("rope_theta") or _value(config, "rope_theta", family, 10000.0), "rope_theta", file),
         rope_scaling=_scaling(rope, file),
         norm_eps=_positive(_value(config, "rms_norm_eps", family, 1e-6), "rms_norm_eps", file),
@@ -304,7 +322,7 @@ def _experts(config: dict[str, Any], family: _Family, file: Path) -> dict[str, A
         raise ModelError(f"{file}: {' and '.join(f'{key} = {value!r}' for key, value in given.items())} contradict each other")
     experts = _need(config, next(iter(given), family.experts[0]), file)
     chosen = _need(config, "num_experts_per_tok", file)
-    norm = bool(config.get("norm_topk_prob", False)) if family.has_norm_topk_prob else True
+    norm = _flag(config, "norm_topk_prob", file) if family.has_norm_topk_prob else True
     if chosen > experts:
         raise ModelError(f"{file}: num_experts_per_tok is {chosen}; there are only {experts} experts")
     if chosen == 1 and norm:
@@ -360,6 +378,8 @@ def _refuse_unsupported(config: dict[str, Any], family: _Family, file: Path) -> 
 def _refuse_rotary(config: dict[str, Any], file: Path) -> None:
     """Rotary parameters that are not understood, and those that readers of the file would understand differently."""
     rope = _rope(config)
+    if None not in (kinds := (rope.get("rope_type"), rope.get("type"))) and kinds[0] != kinds[1]:
+        raise ModelError(f"{file}: rope_type = {kinds[0]!r} and type = {kinds[1]!r} contradict each other")
     for key in sorted(rope.keys() - _ROTARY):
         if rope[key] is not None:
             raise ModelError(
@@ -402,9 +422,16 @@ def _refuse_window(config: dict[str, Any], family: _Family, positions: int, file
 
 def _need(config: dict[str, Any], key: str, file: Path) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ModelError(f"{file}: {key} is {value!r}; expected a positive integer")
     return value
+
+
+def _flag(config: dict[str, Any], key: str, file: Path) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ModelError(f"{file}: {key} is {value!r}; expected true or false")
+    return bool(value)
 
 
 def _positive(value: Any, what: str, file: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import os
@@ -32,8 +33,8 @@ _WEIGHTS = (
     *("*.gguf", "tf_model*.h5", "flax_model*.msgpack"),
 )
 """Names that weights have in the formats of the field."""
-_NOT_THE_MODEL = (".git", ".cache", "checkpoint-*", "optimizer.pt")
-"""What downloads and transformers' trainer leave in a model's folder."""
+_NOT_THE_MODEL = (".git", ".cache", "checkpoint-*")
+"""Folders that downloads and transformers' trainer leave in a model's."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -45,11 +46,14 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            files = [folder / name for name in names]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{folder / INDEX}: not an index of safetensors files: {error!r}") from None
+        if (folder / SINGLE).is_file() and SINGLE not in names:
+            raise ModelError(f"model.path: {folder} has {SINGLE} and {INDEX}, which does not name it: remove one of them")
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise ModelError(f"model.path: {folder}: {INDEX} names files that are not there: {', '.join(missing[:3])}")
-        return [folder / name for name in names]
+        return files
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     others = sorted(path.name for pattern in _WEIGHTS for path in folder.glob(pattern))
@@ -101,15 +105,17 @@ def copy_side_files(source: Path, target: Path) -> None:
 
     Contents alone are copied: a read-only folder or a cache of links gives plain files that may be changed.
     """
-    ignored = shutil.ignore_patterns(*_WEIGHTS, *_NOT_THE_MODEL)
     for folder, folders, names in os.walk(source, followlinks=True):
-        skipped = ignored(folder, [*folders, *names])
-        folders[:] = [name for name in folders if name not in skipped]
+        folders[:] = [name for name in folders if not _matches(name, _NOT_THE_MODEL)]
         into = target / Path(folder).relative_to(source)
         into.mkdir(parents=True, exist_ok=True)
         for name in names:
-            if name not in skipped:
+            if not _matches(name, _WEIGHTS):
                 shutil.copyfile(Path(folder) / name, into / name)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def write_config(folder: Path, changes: dict[str, Any]) -> None:
@@ -178,6 +184,8 @@ class HfTensors:
             ModelError: names the tensors.
         """
         expected = hf_tensor_shapes(shape)
+        if shape.tied_embeddings and _OUTPUT in self.entries:
+            self._drop_copy()
         missing, extra = expected.keys() - self.entries.keys(), self.entries.keys() - expected.keys()
         if missing or extra:
             raise ModelError(
@@ -192,6 +200,14 @@ class HfTensors:
                     f"model.path: {self._folder}: {name} is of type {found.dtype}; weights must be one of {', '.join(DTYPES)}"
                 )
 
+    def _drop_copy(self) -> None:
+        """Some tied models are published with a copy of the embedding as output layer, which transformers ignores."""
+        if self.entries.get(_EMBEDDING) is None or not torch.equal(*(_bits(self.get(name)) for name in (_OUTPUT, _EMBEDDING))):
+            raise ModelError(
+                f"model.path: {self._folder}: {_OUTPUT} is not the embedding, although config.json says tie_word_embeddings"
+            )
+        del self.entries[_OUTPUT]
+
     def _file(self, path: Path) -> Any:
         if getattr(self._open, "path", None) != path:
             self._open.file = None  # unmapped before the next is mapped
@@ -199,11 +215,16 @@ class HfTensors:
         return self._open.file
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    """To compare by: NaN equals itself."""
+    return as_bytes(tensor.contiguous())
+
+
 def _entries(path: Path) -> dict[str, Entry]:
     try:
         file = safe_open(path, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: cannot be mapped
         raise ModelError(f"{path}: not a whole safetensors file: {error}") from None
     return {
         name: Entry(path, tuple(part.get_shape()), part.get_dtype())
@@ -212,5 +233,6 @@ def _entries(path: Path) -> dict[str, Entry]:
     }
 
 
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _FREQUENCIES = ".rotary_emb.inv_freq"
 """Old Llama folders have them for every layer; they follow from config.json, and transformers ignores them too."""

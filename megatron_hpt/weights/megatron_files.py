@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -87,9 +88,7 @@ class ChunkWriter:
         """Write what makes the files a checkpoint."""
         results: list[list[WriteResult]] = [pickle.loads(self._note(i).read_bytes()) for i in range(len(self._files))]
         self._storage.finish(self._metadata, results)
-        for number in range(len(self._files)):
-            self._note(number).unlink()
-        (self._folder / _PROGRESS).rmdir()
+        shutil.rmtree(self._folder / _PROGRESS)
         torch.save({}, self._folder / "common.pt")
         (self._folder / "metadata.json").write_text(json.dumps(_BACKENDS))
 
@@ -132,8 +131,9 @@ class ChunkReader:
         reader = FileSystemReader(folder)
         try:
             self._metadata = reader.read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise CheckpointError(f"{folder}: not a checkpoint in Megatron's distributed format: {error!r}") from None
+        except Exception as error:  # a damaged pickle may raise anything
+            hint = "; it is a Hugging Face folder" if (folder / "config.json").is_file() else ""
+            raise CheckpointError(f"{folder}: not a checkpoint in Megatron's distributed format{hint}: {error!r}") from error
         self._check_files()
         self.dtypes = self._check_tensors()
         self._chunks: dict[tuple[str, Sizes], list[ChunkStorageMetadata]] = {}

@@ -24,7 +24,7 @@ from megatron_hpt.config import (
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Batch, Row, Source
 from megatron_hpt.errors import ConfigError
-from megatron_hpt.examples import tiny_llama, tiny_mixtral
+from megatron_hpt.examples import tiny_families, tiny_llama
 from megatron_hpt.launch.layout import check_layout
 from megatron_hpt.launch.memory import (
     GIB,
@@ -178,7 +178,7 @@ def row(prompt_id: int) -> Row:
 )
 def test_a_real_rank_holds_what_was_predicted(tmp_path: Path, moe: bool, dtype: str, layout: dict) -> None:
     if moe:
-        tiny_mixtral.write(tmp_path / "model", hidden=256, layers=4, positions=64)
+        tiny_families.write(tmp_path / "model", "mixtral", hidden_size=256, intermediate_size=256, num_local_experts=4)
     else:
         tiny_llama.write(tmp_path / "model", hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, positions=64)
     config = recipe(ParallelConfig(**layout), dtype, transfer=TransferConfig(transport="gloo"))

@@ -186,6 +186,15 @@ def with_tensor(name: str, *sizes: int, dtype: torch.dtype = torch.bfloat16):
     return change
 
 
+def both(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+
+
+def strange_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 5}}))
+
+
 def with_config(**keys: Any):
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -201,7 +210,9 @@ def twice(folder: Path) -> None:
 
 
 def gone(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def as_bin(folder: Path) -> None:
@@ -223,6 +234,10 @@ REFUSED = {
     "an unknown architecture": (with_config(model_type="mamba"), "model_type 'mamba' is not supported"),
     "an unknown key": (with_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
     "quantised weights": (with_config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
+    "a single file beside an index": (both, "has model.safetensors and model.safetensors.index.json, which does not name it"),
+    "an index that is none": (strange_index, "not an index of safetensors files"),
+    "a text for a mapping": (with_config(rope_scaling="yarn"), "a value is of another kind than its key has"),
+    "a text for a flag": (with_config(tie_word_embeddings="false"), "tie_word_embeddings is 'false'; expected true or false"),
     "a tensor twice": (twice, "is also in model.safetensors"),
     "a file that the index names": (gone, "names files that are not there: model-2.safetensors"),
     "another format": (as_bin, r"no \*.safetensors files .*there is pytorch_model.bin: save it with transformers"),
@@ -314,6 +329,53 @@ def test_two_that_write_the_same(tmp_path: Path) -> None:
     assert all(tensor.hf == tensor.megatron for tensor in compare(tmp_path / "hf", tmp_path / "megatron")[1])
 
 
+def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", LLAMA)
+    tensors = {name: torch.ones(t.shape) for name, t in load_file(tmp_path / "hf" / "model.safetensors").items()}
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 4] = 1e6
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.down_proj\.weight has numbers beyond what torch\.float16"):
+        ToMegatron(tmp_path / "hf", LLAMA.layout, torch.float16).write(tmp_path / "megatron")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_a_copy_of_the_embedding_as_output_layer(tmp_path: Path) -> None:
+    """As some tied models are published; transformers ignores it."""
+    write_model(tmp_path / "hf", Drawn({**LLAMA.config, "tie_word_embeddings": True}, LLAMA.layout, torch.bfloat16))
+    expected = digests(tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    ToMegatron(tmp_path / "hf", LLAMA.layout, None).write(tmp_path / "megatron")
+    ToHf(tmp_path / "megatron").write(tmp_path / "back")
+    assert digests(tmp_path / "back") == expected
+    tensors["lm_head.weight"][0, 0] = 1.0
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"lm_head\.weight is not the embedding"):
+        ToMegatron(tmp_path / "hf", LLAMA.layout, None)
+
+
+def test_what_is_given_is_what_it_should_be(tmp_path: Path, megatron: Path) -> None:
+    with pytest.raises(ModelError, match=r"lies in .*hf, which is what is converted"):
+        ToMegatron(tmp_path / "hf", LLAMA.layout, None).write(tmp_path / "hf" / "megatron")
+    with pytest.raises(ModelError, match="is a checkpoint in Megatron's format already"):
+        ToMegatron(megatron, LLAMA.layout, None)
+    with pytest.raises(CheckpointError, match="it is a Hugging Face folder"):
+        ToHf(tmp_path / "hf", like=tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"has its own configuration in hf/: leave --like out"):
+        ToHf(megatron, like=tmp_path / "hf")
+    with_config(rope_theta=5.0)(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="is of another model than"):
+        compare(tmp_path / "hf", megatron)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="link exists; give a new folder"):
+        ToHf(megatron).write(tmp_path / "link")
+    for damage in (b"[]", b"null", b"{"):
+        (megatron / "megatron_hpt.json").write_bytes(damage)
+        with pytest.raises(CheckpointError):
+            ToHf(megatron)
+
+
 def test_a_changed_bit_is_found(tmp_path: Path, megatron: Path) -> None:
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tensors["model.layers.3.self_attn.k_proj.weight"].view(torch.int16)[5, 7] ^= 1
@@ -361,6 +423,35 @@ def test_interrupted_work_goes_on_where_it_was(tmp_path: Path) -> None:
     assert {name: (tmp_path / "back" / name).stat().st_mtime_ns for name in done} == done
     assert digests(tmp_path / "back") == digests(tmp_path / "hf")
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron", "back"}
+
+
+def test_another_shard_size_or_shape_is_another_job(tmp_path: Path) -> None:
+    """File names alone would be the same."""
+    write_model(tmp_path / "hf", LLAMA)
+    ToMegatron(tmp_path / "hf", LLAMA.layout, None).write(tmp_path / "megatron")
+    with pytest.raises(Interrupted):
+        ToHf(tmp_path / "megatron", 20_000).write(tmp_path / "back", stop_after(30))
+    before = [path.name for path in (tmp_path / ".back.partial").glob("model*")]
+    job = ToHf(tmp_path / "megatron", 21_000)
+    assert set(before) & {*job._shards}
+    job.write(tmp_path / "back")
+    assert digests(tmp_path / "back") == digests(tmp_path / "hf")
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    with pytest.raises(Interrupted):
+        ToMegatron(tmp_path / "hf", LLAMA.layout, None).write(tmp_path / "other", stop_after(40))
+    with_config(**heads)(tmp_path / "hf")  # the same tensors, interleaved otherwise
+    ToMegatron(tmp_path / "hf", LLAMA.layout, None).write(tmp_path / "other")
+    assert all(tensor.hf == tensor.megatron for tensor in compare(tmp_path / "hf", tmp_path / "other")[1])
+
+
+def test_a_kill_while_a_note_is_written_does_no_harm(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", LLAMA)
+    with pytest.raises(Interrupted):
+        ToMegatron(tmp_path / "hf", LLAMA.layout, None).write(tmp_path / "megatron", stop_after(40))
+    (tmp_path / ".megatron.partial" / ".written" / ".3.12345").write_bytes(b"cut off")
+    ToMegatron(tmp_path / "hf", LLAMA.layout, None).write(tmp_path / "megatron")
+    assert not (tmp_path / "megatron" / ".written").exists()
 
 
 def test_another_job_does_not_go_on_with_what_is_there(tmp_path: Path) -> None:

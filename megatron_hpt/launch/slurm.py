@@ -1,0 +1,226 @@
+"""A run on the nodes of one Slurm allocation: its command lines, and the launcher that starts them.
+
+The supervisor runs on the batch host and starts every part by an srun of its own, trainer ranks too (torchrun would die of
+SIGUSR1 and leave its workers behind). Who runs on which node: `launch.topology`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_hpt.config import Config
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.launch.children import GRACE_S, Child, stop_all
+from megatron_hpt.launch.launchers import LOWEST_PORT
+from megatron_hpt.launch.topology import Device, Topology, place
+from megatron_hpt.rollout.engines import ENGINES, interpreter
+from megatron_hpt.run import RunDir
+
+ONE_HOST = ("shared_memory", "cuda_ipc")
+"""Transports that leave no host."""
+PORTS, BLOCKS = 64, 350
+"""Ports of one job, and how many jobs have ports of their own below those that the kernel gives to outgoing connections."""
+
+
+class Slots(NamedTuple):
+    """What `topology.place` has to know of an allocation."""
+
+    name: str
+    nodes: int
+    gpus_per_node: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One try of a Slurm job, and what its site wants."""
+
+    number: int
+    attempt: int
+    """How often Slurm has started it again."""
+    host: str
+    """Node of the batch script."""
+    nodes: tuple[str, ...]
+    """In Slurm's order; without those that are left out."""
+    ranks_per_node: int
+    has_gpus: bool
+    srun: tuple[str, ...] = ()
+    """More arguments of every srun, e.g. --container-image of pyxis."""
+    python: str = "python"
+    """Interpreter on the nodes."""
+
+    def port(self, index: int) -> int:
+        """Port `index` of this try: another one in every try and, nearly always, in every job."""
+        block = (self.number + 97 * self.attempt) % BLOCKS
+        return LOWEST_PORT + PORTS * block + index % PORTS
+
+    def address(self, node: str) -> str:
+        """Address of a node that the others reach. A host's own name may point to its loopback."""
+        others = [other for other in self.nodes if other != self.host]
+        if node != self.host or not others:
+            return socket.gethostbyname(node)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((others[0], 9))  # sends nothing, but asks for the way
+            return probe.getsockname()[0]
+
+    def only(self, nodes: Sequence[str]) -> Job:
+        """The same with some of its nodes."""
+        return replace(self, nodes=tuple(nodes))
+
+
+def job_of(environment: Mapping[str, str], nodes: Sequence[str], ranks_per_node: int, python: str, srun: Sequence[str]) -> Job:
+    """The job that this process is the batch script of.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return Job(
+            number=int(environment["SLURM_JOB_ID"]),
+            attempt=int(environment.get("SLURM_RESTART_COUNT", "0")),
+            host=environment["SLURMD_NODENAME"],
+            nodes=tuple(nodes),
+            ranks_per_node=ranks_per_node,
+            has_gpus=int(environment.get("SLURM_GPUS_ON_NODE", "0")) > 0,
+            srun=tuple(srun),
+            python=python,
+        )
+    except KeyError as error:
+        raise ConfigError(f"not inside a Slurm job ({error} is not set); submit it: sbatch slurm/hpt_smoke.sbatch") from None
+
+
+def topology_on(config: Config, job: Job) -> Topology:
+    """Who runs where on a job's nodes.
+
+    Raises:
+        ConfigError: not on these; or weights could not leave the trainer's nodes.
+    """
+    topology = place(config, Slots(f"job {job.number}", len(job.nodes), job.ranks_per_node))
+    if config.transfer.transport in ONE_HOST and topology.nodes > 1:
+        raise ConfigError(
+            f"transfer.transport={config.transfer.transport} reaches engines of the trainer's own host, and this layout takes "
+            f"{topology.nodes} nodes; between nodes: nccl (GPUs), gloo, or files on a file system that they share"
+        )
+    return topology
+
+
+def settings_on(config: Config, job: Job) -> list[str]:
+    """Overrides that a configuration needs on these nodes."""
+    return [f"transfer.host={job.address(job.nodes[topology_on(config, job).trainer_nodes[0]])}"]
+
+
+def step(job: Job, name: str, nodes: Sequence[str], tasks_per_node: int) -> list[str]:
+    """An srun for a command on some nodes. The first task that fails ends its step; steps share what the nodes have."""
+    return [
+        *(
+            "srun",
+            "--quiet",
+            f"--job-name={name}",
+            "--overlap",
+            "--kill-on-bad-exit=1",
+            "--wait=0",
+            "--input=none",
+            "--cpu-bind=none",
+        ),
+        *(f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}"),
+        *(f"--nodelist={','.join(nodes)}", "--distribution=block"),
+        *((f"--gpus-per-node={job.ranks_per_node}",) if job.has_gpus else ()),
+        *job.srun,
+    ]
+
+
+def trainer_command(job: Job, topology: Topology, arguments: Sequence[str]) -> list[str]:
+    """All trainer ranks, node by node."""
+    nodes = [job.nodes[index] for index in topology.trainer_nodes]
+    start = step(job, "trainer", nodes, len(topology.trainer) // len(nodes))
+    return [*start, *_task(job, "--rank"), job.python, "-m", "megatron_hpt.actor.trainer", *arguments]
+
+
+def coordinator_command(job: Job, topology: Topology, arguments: Sequence[str]) -> list[str]:
+    """The coordinator, on the trainer's first node."""
+    start = step(job, "coordinator", [job.nodes[topology.trainer_nodes[0]]], 1)
+    return [*start, *_task(job), job.python, "-m", "megatron_hpt.rollout.coordinator", *arguments]
+
+
+def engine_command(job: Job, name: str, places: Sequence[Device], server: Sequence[str]) -> list[str]:
+    """One server on its GPUs, by a step of its own so that it can be started again alone."""
+    gpus = ("--gpus", ",".join(str(device.gpu) for device in places)) if job.has_gpus else ()
+    return [*step(job, name, [job.nodes[places[0].node]], 1), *_task(job, *gpus), *server]
+
+
+def _task(job: Job, *flags: str) -> list[str]:
+    return [job.python, "-m", "megatron_hpt.launch.task", *flags]
+
+
+def imagined(config: Config, ranks_per_node: int, python: str, srun: Sequence[str]) -> Job:
+    """A job with just the nodes that a run takes, to look at before there is one."""
+    nodes = place(config, Slots("any cluster", config.parallel.ranks + config.rollout.servers, ranks_per_node)).nodes
+    names = tuple(f"node{index}" for index in range(1, nodes + 1))
+    return Job(0, 0, names[0], names, ranks_per_node, ranks_per_node > 1, tuple(srun), python)
+
+
+def describe(config: Config, job: Job) -> str:
+    """The nodes and command lines of a run, addresses as names."""
+    topology, kind = topology_on(config, job), ENGINES[config.rollout.engine]
+    arguments = [f"runs/{config.name}-<time>", "--store", f"{job.host}:<port>", "--from-step", "<step>"]
+    nodes = [job.nodes[index] for index in topology.trainer_nodes]
+    lines = [
+        f"trainer: {len(topology.trainer)} ranks on {len(nodes)} nodes, MASTER_ADDR={nodes[0]} MASTER_PORT={job.port(0)}",
+        shlex.join(trainer_command(job, topology, arguments)),
+        f"coordinator: on {nodes[0]}",
+        shlex.join(coordinator_command(job, topology, arguments)),
+    ]
+    for index, places in enumerate(topology.engines):
+        name, host = f"engine_{index}", job.nodes[places[0].node]
+        server = kind.command(_at(config, host), job.python, config.engine_model, job.port(1 + index), Path("runs"))
+        lines += [f"engine {index}: on {host}", shlex.join(engine_command(job, name, places, server))]
+    return "\n".join([*lines, ""])
+
+
+def _at(config: Config, host: str) -> Config:
+    """The configuration of a server that listens on `host`."""
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"host": host})})
+
+
+class SlurmLauncher:
+    """Every part by an srun inside the allocation of this process."""
+
+    def __init__(self, config: Config, run: RunDir, job: Job) -> None:
+        self._config, self._run, self._job = config, run, job
+        self._topology = topology_on(config, job)
+        self.host = job.address(job.host)
+
+    def trainer(self, arguments: Sequence[str]) -> Child:
+        meeting = {"MASTER_ADDR": self._config.transfer.host, "MASTER_PORT": str(self._job.port(0))}
+        command = trainer_command(self._job, self._topology, arguments)
+        return Child.start("trainer", command, self._run.log("srun"), {**os.environ, **meeting})
+
+    def coordinator(self, arguments: Sequence[str]) -> Child:
+        command = coordinator_command(self._job, self._topology, arguments)
+        return Child.start("coordinator", command, self._run.log("coordinator"))
+
+    def engine(self, index: int) -> tuple[str, Child]:
+        kind, places, port = ENGINES[self._config.rollout.engine], self._topology.engines[index], self._job.port(1 + index)
+        host = self._job.address(self._job.nodes[places[0].node])
+        config = _at(self._config, host)
+        server = kind.command(config, interpreter(config), self._run.engine_model(config), port, self._run.path)
+        command = engine_command(self._job, f"engine_{index}", places, server)
+        child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), kind.environment(config))
+        return f"http://{host}:{port}", child
+
+    def stop(self, children: Sequence[Child]) -> None:
+        """SIGTERM to srun would kill its tasks at once, so Slurm brings it to them."""
+        if any(child.exit_code is None for child in children):
+            # Refused for a job that is ending: then Slurm has told them itself.
+            subprocess.run(["scancel", "--signal=TERM", str(self._job.number)], capture_output=True, check=False)
+        deadline = time.monotonic() + GRACE_S
+        while any(child.exit_code is None for child in children) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        stop_all(children)
