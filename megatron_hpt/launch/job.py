@@ -227,9 +227,12 @@ def _ask(*command: str, environment: Mapping[str, str] | None = None) -> str:
     """What a client of Slurm answers.
 
     Raises:
-        HptError: it fails; with what it says.
+        HptError: it fails, with what it says, or is not there.
     """
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise HptError(f"{command[0]}: not found; the batch script must run where Slurm's commands are") from None
     if result.returncode != 0:
         raise HptError(f"{shlex.join(command)}: {result.stderr.strip()}")
     return result.stdout.strip()

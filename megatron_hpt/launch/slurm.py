@@ -121,16 +121,9 @@ def settings_on(config: Config, job: Job) -> list[str]:
 def step(job: Job, name: str, nodes: Sequence[str], tasks_per_node: int) -> list[str]:
     """An srun for a command on some nodes. The first task that fails ends its step; steps share what the nodes have."""
     return [
-        *(
-            "srun",
-            "--quiet",
-            f"--job-name={name}",
-            "--overlap",
-            "--kill-on-bad-exit=1",
-            "--wait=0",
-            "--input=none",
-            "--cpu-bind=none",
-        ),
+        *("srun", "--quiet", f"--job-name={name}", "--overlap", "--kill-on-bad-exit=1", "--wait=0", "--input=none"),
+        # Slurm would give every task a core or two of its own; ranks and servers have threads.
+        "--cpu-bind=none",
         *(f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}"),
         *(f"--nodelist={','.join(nodes)}", "--distribution=block"),
         *((f"--gpus-per-node={job.ranks_per_node}",) if job.has_gpus else ()),

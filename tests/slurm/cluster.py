@@ -6,9 +6,11 @@ Nothing daemonizes: all daemons are children that end with the test process, how
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -219,6 +221,9 @@ class Cluster:
 
     def start(self) -> None:
         """Bring everything up; returns when every node is idle."""
+        for pid in set(re.findall(r"(?m)^hpt(\d+)-", _run("ip", "netns", "list"))):
+            if not psutil.pid_exists(int(pid)):  # of a test process that was killed
+                _remove_networks(f"hpt{pid}")
         for name in ("log", "state", "spool", "dev", "mysql"):
             (self.folder / name).mkdir(parents=True)
         for name in self.names():
@@ -244,13 +249,7 @@ class Cluster:
             )
             time.sleep(1)
         stop_all(list(reversed(self._daemons.values())))
-        existing = {line.split()[0] for line in _run("ip", "netns", "list").splitlines()}
-        for name in existing & {f"{self._tag}-{node}" for node in self.names()}:
-            for pid in _run("ip", "netns", "pids", name).split():
-                subprocess.run(["kill", "-KILL", pid], stderr=subprocess.DEVNULL, check=False)
-            _run("ip", "netns", "del", name)
-        if f"{self._tag}-br" in _run("ip", "-o", "link"):
-            _run("ip", "link", "del", f"{self._tag}-br")
+        _remove_networks(self._tag)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write_files(self) -> None:
@@ -354,6 +353,17 @@ class Cluster:
     def _logs(self) -> str:
         logs = sorted((self.folder / "log").iterdir())
         return "\n".join(f"== {path.name}\n" + "\n".join(path.read_text().splitlines()[-5:]) for path in logs)
+
+
+def _remove_networks(tag: str) -> None:
+    """Namespaces with everything that still runs in them, and the bridge."""
+    for name in re.findall(rf"(?m)^{tag}-n\d+", _run("ip", "netns", "list")):
+        for pid in _run("ip", "netns", "pids", name).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        _run("ip", "netns", "del", name)
+    if f"{tag}-br" in _run("ip", "-o", "link"):
+        _run("ip", "link", "del", f"{tag}-br")
 
 
 def _run(*command: str) -> str:
