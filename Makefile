@@ -1,5 +1,6 @@
 # make train [RECIPE=quickstart] [ARGS="trainer.steps=20"]   trains a recipe; the first call installs everything
-# make test                                                  all tests; those of SGLang where make sglang-env has been called
+# make test                                                  all tests but those of Slurm; those of SGLang where make sglang-env has been called
+# make test-slurm                                            a real Slurm of emulated nodes (root; installs Debian packages)
 # make test-fast                                             without Megatron ranks and engines
 # make sglang-env                                            the environment of rollout.engine=sglang, beside the first
 PYTHON ?= python3.11
@@ -11,16 +12,19 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 SGLANG := .venv-sglang
 
-.PHONY: train test test-fast lint sglang-env
+.PHONY: train test test-fast test-slurm lint sglang-env
 
 train: $(READY)
 	$(BIN)/megatron-hpt train recipes/$(RECIPE).py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slurm"
+
+test-slurm: $(READY)
+	$(BIN)/python -m pytest tests/slurm
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow and not end_to_end"
+	$(BIN)/python -m pytest -m "not slow and not end_to_end and not slurm"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ def _cluster(memory_gbs: float) -> ClusterConfig:
 
 def rows() -> list[Row]:
     """All of them."""
-    llama3 = model_shape(ROOT / "docs" / "models" / "llama-3.1-70b")
+    llama3 = model_shape(ROOT / "docs" / "models" / "Llama-3.1-70B")
     fsdp = ParallelConfig(data=128)
     titan = ParallelConfig(tensor=8, sequence=True, data=32)
     full = {"recompute": "full"}

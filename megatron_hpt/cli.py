@@ -62,7 +62,7 @@ def slurm(
 @app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="settings, e.g. parallel.data=4")] = None,
+    overrides: Overrides = None,
     cluster: Annotated[
         Path | None, typer.Option(help="cluster file (recipes/clusters/); default: enough nodes of 8 H100")
     ] = None,
@@ -123,6 +123,29 @@ def replay(
     from megatron_hpt.telemetry.replay import print_replay
 
     print_replay(run, gate, _wide_console())
+
+
+@app.command()
+def doctor(
+    node: Annotated[
+        bool, typer.Option("--node", help="only the quick health check, on one line: what a batch job asks")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="findings as JSON")] = False,
+    gpus: Annotated[int | None, typer.Option(help="GPUs that there must be; default: as many as there are", min=0)] = None,
+    folder: Annotated[Path, typer.Option(help="folder of the runs, on a file system that all nodes see")] = RUNS,
+) -> None:
+    """Say what this machine can run, what is missing and what to do; exit code 1 if something is broken."""
+    from megatron_hpt.launch.doctor import MACHINE, NODE, Asked, examined
+
+    report = examined(NODE if node else MACHINE, Asked(folder, gpus))
+    if as_json:
+        sys.stdout.write(report.as_json() + "\n")
+    elif node:
+        sys.stdout.write(report.as_line() + "\n")
+    else:
+        report.print_table(_wide_console())
+    if report.sick:
+        raise typer.Exit(1)
 
 
 def _wide_console() -> Console:

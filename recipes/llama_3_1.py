@@ -21,12 +21,13 @@ QUESTION = (
 )
 """The paper's prompt for a base model: no template of its own, and no beginning-of-sequence token."""
 TRAINERS = ParallelConfig(tensor=8, pipeline=4, data=3, sequence=True)
+EIGHT = ParallelConfig(tensor=2, data=4, sequence=True)
 MODELS = {
     "8B": Model(
         "Llama-3.1-8B",
         {
-            "one_node": Layout(ParallelConfig(data=8), servers=4, engine_tensor=2),
-            "cluster": Layout(ParallelConfig(data=8), servers=4, engine_tensor=2, shared=False),
+            "one_node": Layout(EIGHT, servers=4, engine_tensor=2),
+            "cluster": Layout(EIGHT, servers=4, engine_tensor=2, shared=False),
         },
         threshold=2,
         chat_template=QUESTION,

@@ -17,12 +17,13 @@ from megatron_hpt.examples.paper import Layout, LayoutName, Method, Model, confi
 
 LONGER = {"rope_theta": 40000, "max_position_embeddings": 16384}
 """The paper's edit of config.json: 1024 + 8192 tokens do not fit the model's 4096 positions."""
+EIGHT = ParallelConfig(tensor=2, data=4, sequence=True)
 MODELS = {
     "7B": Model(
         "Qwen2.5-Math-7B",
         {
-            "one_node": Layout(ParallelConfig(data=8), servers=4, engine_tensor=2),
-            "cluster": Layout(ParallelConfig(data=8), servers=4, engine_tensor=2, shared=False),
+            "one_node": Layout(EIGHT, servers=4, engine_tensor=2),
+            "cluster": Layout(EIGHT, servers=4, engine_tensor=2, shared=False),
         },
         threshold=0,
         skip_above=80.0,
@@ -44,5 +45,5 @@ MODELS = {
 
 
 def recipe(size: Literal["7B", "1.5B"] = "7B", method: Method = "hpt", layout: LayoutName | None = None) -> Config:
-    """One run; on one node eight data parallel ranks of 32,768 tokens, as in the paper, which hpt_reference depends on."""
+    """One run, with the paper's 32,768 tokens a micro-batch, which hpt_reference depends on."""
     return config(MODELS[size], method, layout)

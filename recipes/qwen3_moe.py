@@ -1,7 +1,7 @@
 """Qwen3-30B-A3B, a mixture of 128 experts, with the settings of Qwen2.5-Math-7B, a start: a run that nobody has published.
 
 megatron-hpt train recipes/qwen3_moe.py method=hpt                          # 2 nodes of trainers, 1 of engines
-megatron-hpt train recipes/qwen3_moe.py layout=one_node                     # eight GPUs of 141 GB: 80 GB are too tight
+megatron-hpt train recipes/qwen3_moe.py layout=one_node                     # eight H200; H100 are too small (megatron-hpt plan)
 """
 
 from megatron_hpt.config import Config, ParallelConfig

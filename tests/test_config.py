@@ -159,7 +159,7 @@ def test_no_such_recipe_and_other_files(tmp_path: Path) -> None:
 
 
 def test_configuration_and_pure_parts_import_no_torch() -> None:
-    names = ("config", "recipe", "weights.hf_config", "weights.manifest", "data.rows", "objective.gate")
+    names = ("config", "recipe", "weights.hf_config", "weights.manifest", "data.rows", "objective.gate", "launch.doctor")
     modules = ", ".join(f"megatron_hpt.{name}" for name in names)
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

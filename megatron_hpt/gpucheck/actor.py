@@ -232,7 +232,7 @@ def _memory(variant: Variant, sizes: Sizes, model: Path) -> dict[str, Any]:
     _synchronize()
     seconds = time.perf_counter() - started
     now = [p.detach().cpu() for chunk in actor.chunks for p in chunk.parameters()]
-    saver, times = Saver(actor.platform), []
+    saver, times = Saver(actor.platform, actor.config.model.path), []
     with tempfile.TemporaryDirectory(dir=".") as folder, actor.offload.optimizer():
         for step in range(2):  # the first one starts helpers
             saving = time.perf_counter()

@@ -16,12 +16,14 @@ def show(plan: Plan, console: Console) -> None:
     """Print everything, the verdict last."""
     total = parameters(plan.shape).total
     console.print(
-        f"[bold]{plan.config.name}[/bold] on {plan.cluster.name}: {plan.topology.nodes} nodes of {plan.cluster.gpus_per_node} "
+        f"[bold]{plan.config.name}[/bold] on {plan.cluster.name}: {plan.topology.nodes} × {plan.cluster.gpus_per_node} "
         f"{plan.cluster.gpu.name}, {total / 1e9:.2f} · 10^9 parameters by {plan.source / 'config.json'}; planned in "
         f"{plan.seconds:.2f} s",
         highlight=False,
     )
-    for part in (_places(plan), _memory(plan), _cache(plan), _scenarios(plan), _steps(plan), _micro_batch(plan), _links(plan)):
+    # What does not fit has no times: an engine without a cache decodes nothing.
+    times = () if plan.problems else (_scenarios(plan), _steps(plan), _micro_batch(plan), _links(plan))
+    for part in (_places(plan), _memory(plan), _cache(plan), *times):
         console.print(part, highlight=False)
     weights, state = plan.checkpoint
     console.print(
@@ -30,13 +32,14 @@ def show(plan: Plan, console: Console) -> None:
         f"{plan.cluster.storage_gbs:g} GB/s, written while training goes on; {plan.config.trainer.keep_checkpoints} are kept",
         highlight=False,
     )
-    console.print(
-        f"[green]fits[/green]: {_spare(plan):.1f} GiB to spare on the fullest trainer GPU" if not plan.problems else ""
-    )
+    if not plan.problems:
+        console.print(f"[green]fits[/green]: {_spare(plan):.1f} GiB to spare on the fullest trainer GPU", highlight=False)
 
 
 def _spare(plan: Plan) -> float:
-    return plan.cluster.gpu.memory_gib - plan.trainer.total / GIB
+    """GiB that the trainer, and an engine on the same GPU, leave."""
+    beside = plan.engine.total if plan.engine is not None and plan.topology.is_colocated else 0.0
+    return plan.cluster.gpu.memory_gib - (plan.trainer.total + beside) / GIB
 
 
 def _places(plan: Plan) -> Table:

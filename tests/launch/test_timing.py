@@ -19,7 +19,7 @@ from megatron_hpt.weights.plan import make_plan
 
 ROWS = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "plan_rows.py"))
 CLUSTER = load_cluster(DEFAULT_CLUSTER)
-LLAMA_70B = model_shape(PUBLISHED / "llama-3.1-70b")
+LLAMA_70B = model_shape(PUBLISHED / "Llama-3.1-70B")
 MISSED = {"torchtitan": 0.284}
 """Published rows that are missed, with how far; docs/plan.md shows them as missed."""
 
@@ -48,10 +48,10 @@ def test_published_rows_are_met_or_missed_as_documented(row) -> None:
 @pytest.mark.parametrize(
     ("name", "parallel", "servers", "width"),
     [
-        ("llama-3.1-70b", ParallelConfig(tensor=8, pipeline=4, data=2, sequence=True), 4, 8),
-        ("llama-3.1-8b", ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True), 2, 4),
-        ("qwen2.5-math-7b", ParallelConfig(data=4), 4, 1),
-        ("qwen2.5-72b", ParallelConfig(tensor=8, pipeline=4, data=2, sequence=True), 2, 8),
+        ("Llama-3.1-70B", ParallelConfig(tensor=8, pipeline=4, data=2, sequence=True), 4, 8),
+        ("Llama-3.1-8B", ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True), 2, 4),
+        ("Qwen2.5-Math-7B", ParallelConfig(data=4), 4, 1),
+        ("Qwen2.5-72B", ParallelConfig(tensor=8, pipeline=4, data=2, sequence=True), 2, 8),
     ],
     ids=str,
 )

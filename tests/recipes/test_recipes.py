@@ -3,9 +3,11 @@
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from megatron_hpt import recipe
 from megatron_hpt.config import Config, dump_yaml, load_yaml
@@ -13,7 +15,10 @@ from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.examples.paper import LayoutName, Method
 from megatron_hpt.launch import preflight
+from megatron_hpt.launch.plan import of_recipe
 from megatron_hpt.objective.algorithms import of_run, without_effect
+from megatron_hpt.objective.roles import Role
+from megatron_hpt.objective.tokens import Counts
 from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.weights.hf_config import ModelShape, model_shape
 from megatron_hpt.weights.mapping import hf_tensor_shapes
@@ -36,6 +41,9 @@ PARAMETERS = {
     "Qwen3-235B-A22B": 235_093_634_560,
 }
 """As published with the weights."""
+CLUSTERS = {"one_gpu": "h100x1", "one_node": "h100x8", "cluster": "h100x128"}
+LARGER = {("qwen3_moe.py", "one_node"): "h200x8"}
+"""Layouts that need other GPUs, as their recipes say."""
 RUNS = [
     (file, size, method, layout)
     for file, sizes in LAYOUTS.items()
@@ -69,6 +77,19 @@ def test_every_run_is_valid_in_full_size(file: str, size: str, method: str, layo
     preflight.check_lengths(config, shape)
     lookup(config.reward.name)
     assert without_effect(config) == []
+
+
+@pytest.mark.parametrize(("file", "size", "method", "layout"), RUNS)
+def test_every_run_fits_its_hardware_by_the_plans_arithmetic(file: str, size: str, method: str, layout: str) -> None:
+    cluster = ROOT / "recipes/clusters" / f"{LARGER.get((file, layout), CLUSTERS[layout])}.yaml"
+    given = [text for text in (size, f"method={method}", f"layout={layout}") if text]
+    of_recipe(str(ROOT / "recipes" / file), given, cluster, fill=0.5).require_fit()
+
+
+def test_the_mixture_of_experts_does_not_fit_eight_h100() -> None:
+    found = of_recipe(str(ROOT / "recipes/qwen3_moe.py"), ["layout=one_node"], ROOT / "recipes/clusters/h100x8.yaml", fill=0.5)
+    with pytest.raises(ConfigError, match="an engine rank has room for 0 tokens"):
+        found.require_fit()
 
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
@@ -144,3 +165,29 @@ def test_the_70b_has_the_ranks_of_twelve_nodes_and_engines_of_four() -> None:
     config = load("llama_3_1.py", "size=70B")
     assert config.parallel.ranks == 12 * 8
     assert config.rollout.servers * config.rollout.tensor_parallel == 4 * 8
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_how_hpt_and_hpt_reference_weigh_demonstrations_and_the_bonus(ranks: int) -> None:
+    """The ratios of docs/recipes.md, of 32 prompts of 128 taught by demonstrations and 32 micro-batches over all ranks."""
+    taught, batches, length, samples = 32, 32, 100, 8
+
+    def counts(rows: int, role: Role) -> Counts:
+        share = {Role.DEMONSTRATION: taught, Role.ROLLOUT: 128 - taught}[role] / 128
+        return Counts(tokens=rows * length, rows=rows, ranks=ranks, prompt_share=share)
+
+    def weight(aggregation: Any, rows: int, role: Role) -> float:
+        """Of one token; a micro-batch holds an equal part of the rows."""
+        tokens = torch.zeros(rows * length // batches)
+        stream = SimpleNamespace(logprobs=tokens, weights=tokens + 1, row_lengths=tokens + length)
+        return float(aggregation(stream, tokens == 0, counts(rows, role))[0])
+
+    def ratios(name: str) -> tuple[float, float]:
+        algorithm = of_run(load("qwen2_5_math.py", f"method={name}"))
+        rollouts, demonstrations = (term.aggregation for term in algorithm.terms)
+        rollout = weight(rollouts, (128 - taught) * samples, Role.ROLLOUT)
+        taught_by = weight(demonstrations, taught, Role.DEMONSTRATION)
+        return taught_by / rollout, weight(algorithm.entropy_aggregation, 128, Role.ROLLOUT) / rollout
+
+    found = [ours / theirs for ours, theirs in zip(ratios("hpt"), ratios("hpt_reference"), strict=True)]
+    assert found == pytest.approx([8 * taught / batches, 1024 / batches])
