@@ -204,7 +204,7 @@ def _start_again(error: HptError, job: Job, checkpoint: int, folder: Path) -> No
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     state = _ask("squeue", "-h", "-j", str(job.number), "-o", "%T")
     if state != "RUNNING":  # scancel and lost nodes end parts before this process hears of it
-        raise Interrupted(f"Slurm is ending job {job.number} ({state}); what was seen of it: {str(error).splitlines()[0]}")
+        raise Interrupted(f"Slurm is ending job {job.number} ({state}); what was seen of it: {str(error).partition(';')[0]}")
     file = folder / "tries.json"
     tries = [Try(**each) for each in json.loads(file.read_text())] if file.is_file() else []
     tries.append(Try(job.number, job.attempt, job.nodes, str(error).splitlines()[0], checkpoint))
