@@ -2,6 +2,7 @@
 # make test                                                  all tests; those of SGLang where make sglang-env has been called
 # make test-fast                                             without Megatron ranks and engines
 # make sglang-env                                            the environment of rollout.engine=sglang, beside the first
+# make nemo-env                                              the environment of megatron-hpt launch, beside the first
 PYTHON ?= python3.11
 RECIPE ?= quickstart
 ARGS ?=
@@ -10,8 +11,9 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 SGLANG := .venv-sglang
+NEMO := .venv-nemo
 
-.PHONY: train test test-fast lint sglang-env
+.PHONY: train test test-fast lint sglang-env nemo-env
 
 train: $(READY)
 	$(BIN)/megatron-hpt train recipes/$(RECIPE).py $(ARGS)
@@ -43,3 +45,12 @@ $(SGLANG)/.ready: requirements/sglang.txt setup.py
 	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
 	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(SGLANG)/.ready
+
+nemo-env: $(NEMO)/.ready
+
+# --no-deps: leptonai's metadata asks for ray (240 MB), which nothing here imports.
+$(NEMO)/.ready: requirements/nemo.txt setup.py
+	$(PYTHON) -m venv --clear $(NEMO)
+	$(NEMO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/nemo.txt
+	$(NEMO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(NEMO)/.ready

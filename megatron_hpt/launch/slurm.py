@@ -14,30 +14,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch.children import GRACE_S, Child, stop_all
 from megatron_hpt.launch.launchers import LOWEST_PORT
-from megatron_hpt.launch.topology import Device, Topology, place
+from megatron_hpt.launch.topology import Device, Slots, Topology, least_nodes, place_nodes
 from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.run import RunDir
 
-ONE_HOST = ("shared_memory", "cuda_ipc")
-"""Transports that leave no host."""
 BETWEEN_GPUS = ("nccl", "cuda_ipc")
 """Transports that need GPUs."""
 PORTS, BLOCKS = 64, 350
 """Ports of one job, and how many jobs have ports of their own below those that the kernel gives to outgoing connections."""
-
-
-class Slots(NamedTuple):
-    """What `topology.place` has to know of an allocation."""
-
-    name: str
-    nodes: int
-    gpus_per_node: int
 
 
 @dataclass(frozen=True)
@@ -104,13 +93,7 @@ def topology_on(config: Config, job: Job) -> Topology:
     Raises:
         ConfigError: not on these; or weights could not leave the trainer's nodes.
     """
-    topology = place(config, Slots(f"job {job.number}", len(job.nodes), job.ranks_per_node))
-    if config.transfer.transport in ONE_HOST and topology.nodes > 1:
-        raise ConfigError(
-            f"transfer.transport={config.transfer.transport} reaches engines of the trainer's own host, and this layout takes "
-            f"{topology.nodes} nodes; between nodes: nccl (GPUs), gloo, or files on a file system that they share"
-        )
-    return topology
+    return place_nodes(config, Slots(f"job {job.number}", len(job.nodes), job.ranks_per_node))
 
 
 def settings_on(config: Config, job: Job) -> list[str]:
@@ -163,7 +146,7 @@ def _task(job: Job, *flags: str) -> list[str]:
 
 def imagined(config: Config, ranks_per_node: int, python: str, srun: Sequence[str]) -> Job:
     """A job with just the nodes that a run takes, to look at before there is one."""
-    nodes = place(config, Slots("any cluster", config.parallel.ranks + config.rollout.servers, ranks_per_node)).nodes
+    nodes = least_nodes(config, ranks_per_node)
     names = tuple(f"node{index}" for index in range(1, nodes + 1))
     return Job(0, 0, names[0], names, ranks_per_node, config.transfer.transport in BETWEEN_GPUS, tuple(srun), python)
 
