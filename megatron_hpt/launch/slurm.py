@@ -174,6 +174,12 @@ def _at(config: Config, host: str) -> Config:
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"host": host})})
 
 
+def other_steps(steps: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Of a job's steps (``7.0``, ``7.batch``) those that srun has started, without that of this environment."""
+    own = environment.get("SLURM_STEP_ID")
+    return [each for each in steps if (number := each.rpartition(".")[2]).isdecimal() and number != own]
+
+
 class SlurmLauncher:
     """Every part by an srun inside the allocation of this process."""
 
@@ -200,11 +206,17 @@ class SlurmLauncher:
         child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), kind.environment(config))
         return f"http://{host}:{port}", child
 
+    def _steps(self) -> list[str]:
+        """The job's steps, without the one that this process may be in: a supervisor that NeMo-Run started."""
+        listed = ["squeue", "--noheader", "--steps", f"--jobs={self._job.number}", "--format=%i"]
+        steps = subprocess.run(listed, capture_output=True, text=True, check=False).stdout.split()
+        return other_steps(steps, os.environ)
+
     def stop(self, children: Sequence[Child]) -> None:
         """SIGTERM to srun would kill its tasks at once, so Slurm brings it to them."""
         if any(child.exit_code is None for child in children):
             # Refused for a job that is ending: then Slurm has told them itself.
-            subprocess.run(["scancel", "--signal=TERM", str(self._job.number)], capture_output=True, check=False)
+            subprocess.run(["scancel", "--signal=TERM", *self._steps()], capture_output=True, check=False)
         deadline = time.monotonic() + GRACE_S
         while any(child.exit_code is None for child in children) and time.monotonic() < deadline:
             time.sleep(0.1)
