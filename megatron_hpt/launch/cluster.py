@@ -95,6 +95,8 @@ def _explain(kind: type[Section], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = _fields(kind, section)
         return f"{key}: unknown key; allowed: {', '.join(known)}{did_you_mean(last, known)}"
+    if problem["type"] == "value_error":  # of the whole, in words of our own
+        return str(problem["ctx"]["error"])
     what = "missing" if problem["type"] == "missing" else f"given {problem['input']!r}; {problem['msg'].lower()}"
     return f"{key}: {what}"
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_hpt.config import Config, PositiveInt, Section
 from megatron_hpt.errors import ConfigError, did_you_mean
@@ -83,6 +83,16 @@ class SlurmSite(SiteConfig):
     """More options of sbatch, e.g. qos."""
     ssh: SshConfig | None = None
     """The way to sbatch; default: this machine is the login node."""
+
+    @model_validator(mode="after")
+    def _notice_comes_within_the_limit(self) -> SlurmSite:
+        """Slurm would send it at once, and the job be requeued without end."""
+        days, _, clock = self.time.rpartition("-")
+        hours, minutes, seconds = map(int, clock.split(":"))
+        limit = ((24 * int(days or 0) + hours) * 60 + minutes) * 60 + seconds
+        if limit < 2 * self.notice_s:
+            raise ValueError(f"time: given {self.time}; it must be at least twice notice_s, {self.notice_s} s")
+        return self
 
 
 Site = LocalSite | SlurmSite

@@ -53,6 +53,7 @@ def test_shipped_sites_are_found_by_name(name: str, kind: type) -> None:
             "ssh.usr: unknown key; allowed: host, user, job_dir, identity; did you mean",
         ),
         ({**SLURM, "time": "1 day"}, "time: given '1 day'"),
+        ({**SLURM, "time": "0:29:59"}, "time: given 0:29:59; it must be at least twice notice_s, 900 s"),
         ({**SLURM, "notice_s": 60}, "notice_s: given 60"),
         ({**SLURM, "environment": {"A B": "c"}}, "environment.A B"),
     ],
