@@ -62,10 +62,8 @@ def task(recipe: str, overrides: Sequence[str] = (), cluster: str = "local") -> 
         ConfigError: of the recipe or the cluster; or the layout does not go with the cluster's nodes.
         LaunchError: no NeMo-Run.
     """
-    site, run = load_site(cluster), nemo_run()
-    given = [*site.settings, *overrides]
-    config = recipes.load(recipe, given).config
-    return run.Script(inline=script_of(site, recipe, given, config)), _executor(run, site, config)
+    _, script, executor = _task(recipe, overrides, cluster)
+    return script, executor
 
 
 def launch(recipe: str, overrides: Sequence[str], cluster: str, wait: bool, logs: bool) -> str:
@@ -121,11 +119,18 @@ def show_logs(experiment: str) -> None:
 @contextlib.contextmanager
 def _experiment(recipe: str, overrides: Sequence[str], cluster: str) -> Iterator[Any]:
     """An experiment with one task, named as the run; NeMo-Run waits where this is left, unless it was told to detach."""
-    script, executor = task(recipe, overrides, cluster)
-    name = recipes.load(recipe, overrides).config.name
+    name, script, executor = _task(recipe, overrides, cluster)
     with nemo_run().Experiment(name, log_level="WARNING", clean_mode=True, skip_status_at_exit=True) as experiment:
         experiment.add(script, executor=executor, name=name)
         yield experiment
+
+
+def _task(recipe: str, overrides: Sequence[str], cluster: str) -> tuple[str, Any, Any]:
+    """Name of the run, run.Script and executor."""
+    site, run = load_site(cluster), nemo_run()
+    given = [*site.settings, *overrides]
+    config = recipes.load(recipe, given).config
+    return config.name, run.Script(inline=script_of(site, recipe, given, config)), _executor(run, site, config)
 
 
 def _executor(run: ModuleType, site: Site, config: Config) -> Any:

@@ -124,7 +124,10 @@ def nodes_of(site: SlurmSite, config: Config) -> int:
 
 
 def script_of(site: Site, recipe: str, overrides: Sequence[str], config: Config) -> str:
-    """What bash runs there. A job that is started again, by Slurm or without its sick nodes, goes on with its run."""
+    """What bash runs there. A job that is started again, by Slurm or without its sick nodes, goes on with its run.
+
+    A run is named by its first job, unless `overrides` name it: then a run of that name is continued.
+    """
     exports = [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     checkout = Path(site.checkout).absolute()
     return "\n".join(
@@ -136,7 +139,9 @@ def _start(site: Site, recipe: str, overrides: Sequence[str], config: Config) ->
     given = shlex.join([recipe, *overrides])
     if isinstance(site, LocalSite):
         return f"exec {shlex.quote(site.program)} train {given}"
-    own = [f'"name=${{HPT_NAME:-{config.name}-$SLURM_JOB_ID}}"', f"deadlines.notice_s={site.notice_s - MARGIN_S}"]
+    named = any(override.startswith("name=") for override in overrides)
+    name = [] if named else [f'"name=${{HPT_NAME:-{config.name}-$SLURM_JOB_ID}}"']
+    own = [*name, f"deadlines.notice_s={site.notice_s - MARGIN_S}"]
     options = {
         "--ranks-per-node": str(site.ranks_per_node),
         "--python": site.python or str(Path(site.program).parent / "python"),
@@ -144,8 +149,10 @@ def _start(site: Site, recipe: str, overrides: Sequence[str], config: Config) ->
         "--srun": shlex.join(_container(site)),
     }
     flags = shlex.join([word for option in options.items() for word in option])
+    # NeMo-Run asks for unbuffered steps, which Slurm makes by a terminal: no progress display there, none in steps of our own.
+    plain = "unset SLURM_UNBUFFEREDIO\nexport TTY_COMPATIBLE=0"
     # Until the program listens to it, the notice would kill it.
-    return f"trap '' USR1\nexec {shlex.quote(site.program)} slurm {flags} {given} {' '.join(own)}"
+    return f"{plain}\ntrap '' USR1\nexec {shlex.quote(site.program)} slurm {flags} {given} {' '.join(own)}"
 
 
 def _container(site: SlurmSite) -> list[str]:

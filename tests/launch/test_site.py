@@ -128,6 +128,12 @@ def test_the_script_is_an_sbatch_of_ours_and_keeps_every_word(tmp_path: Path) ->
     assert ran(script, tmp_path, SLURM_JOB_ID="8", HPT_NAME="the-run")[-2] == "name=the-run"
 
 
+def test_a_run_that_is_named_is_continued(tmp_path: Path) -> None:
+    there = site(checkout=str(tmp_path), program="./program")
+    words = ran(script_of(there, "r.py", ["name=the-run"], config("name=the-run")), tmp_path, SLURM_JOB_ID="7")
+    assert words[-3:] == ["r.py", "name=the-run", "deadlines.notice_s=840"]
+
+
 def test_on_this_machine_the_script_trains(tmp_path: Path) -> None:
     here = LocalSite(kind="local", checkout=str(tmp_path), program="./program")
     assert ran(script_of(here, "r.py", ["a=1"], config()), tmp_path)[2:] == ["train", "r.py", "a=1"]
