@@ -1,5 +1,5 @@
 # make train [RECIPE=quickstart] [ARGS="trainer.steps=20"]   trains a recipe; the first call installs everything
-# make test                                                  all tests; those of SGLang where make sglang-env has been called
+# make test                                                  all tests; those of SGLang and NeMo-Run where make sglang-env and nemo-env have been called
 # make test-fast                                             without Megatron ranks and engines
 # make sglang-env                                            the environment of rollout.engine=sglang, beside the first
 # make nemo-env                                              the environment of megatron-hpt launch, beside the first

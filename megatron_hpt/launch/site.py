@@ -24,6 +24,9 @@ CLUSTERS = Path("recipes/clusters")
 MARGIN_S = 60
 """Seconds of a notice that are not the trainer's: to stop what runs and to requeue the job."""
 
+ONE_LOG = ('[[ ${SLURM_RESTART_COUNT:-0} == 0 ]] || exec >>"$(echo ../log-*_"$SLURM_JOB_ID"_0.out)" 2>&1',)
+"""NeMo-Run starts a task below the folder of its output, a file for each try, and shows the first alone: all write to that."""
+
 
 class SshConfig(Section):
     host: str
@@ -129,10 +132,9 @@ def script_of(site: Site, recipe: str, overrides: Sequence[str], config: Config)
     A run is named by its first job, unless `overrides` name it: then a run of that name is continued.
     """
     exports = [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
-    checkout = Path(site.checkout).absolute()
-    return "\n".join(
-        ["set -euo pipefail", f"cd {shlex.quote(str(checkout))}", *exports, _start(site, recipe, overrides, config), ""]
-    )
+    before = ONE_LOG if isinstance(site, SlurmSite) else ()
+    there = f"cd {shlex.quote(str(Path(site.checkout).absolute()))}"
+    return "\n".join(["set -euo pipefail", *before, there, *exports, _start(site, recipe, overrides, config), ""])
 
 
 def _start(site: Site, recipe: str, overrides: Sequence[str], config: Config) -> str:
