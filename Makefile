@@ -1,8 +1,9 @@
 # make train [RECIPE=quickstart] [ARGS="trainer.steps=20"]   trains a recipe; the first call installs everything
-# make test                                                  all tests but those of Slurm; those of SGLang where make sglang-env has been called
+# make test                                                  all tests but Slurm's; SGLang's and NeMo-Run's where their environments are
 # make test-slurm                                            a real Slurm of emulated nodes (root; installs Debian packages)
 # make test-fast                                             without Megatron ranks and engines
 # make sglang-env                                            the environment of rollout.engine=sglang, beside the first
+# make nemo-env                                              the environment of megatron-hpt launch, beside the first
 PYTHON ?= python3.11
 RECIPE ?= quickstart
 ARGS ?=
@@ -11,8 +12,9 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 SGLANG := .venv-sglang
+NEMO := .venv-nemo
 
-.PHONY: train test test-fast test-slurm lint sglang-env
+.PHONY: train test test-fast test-slurm lint sglang-env nemo-env
 
 train: $(READY)
 	$(BIN)/megatron-hpt train recipes/$(RECIPE).py $(ARGS)
@@ -47,3 +49,12 @@ $(SGLANG)/.ready: requirements/sglang.txt setup.py
 	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
 	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(SGLANG)/.ready
+
+nemo-env: $(NEMO)/.ready
+
+# --no-deps: leptonai's metadata asks for ray (240 MB), which nothing here imports.
+$(NEMO)/.ready: requirements/nemo.txt setup.py
+	$(PYTHON) -m venv --clear $(NEMO)
+	$(NEMO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/nemo.txt
+	$(NEMO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(NEMO)/.ready

@@ -59,6 +59,53 @@ def slurm(
     Console().print(f"[green]done[/green]  {run.path}  (curves: {run.report})", highlight=False)
 
 
+Cluster = Annotated[str, typer.Option(help="a file, or a name in recipes/clusters/")]
+Experiment = Annotated[str, typer.Argument(help="what launch printed")]
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def launch(
+    recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
+    overrides: Overrides = None,
+    cluster: Cluster = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts, start nothing")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="until the job has ended; fail if it has")] = False,
+    logs: Annotated[bool, typer.Option("--logs", help="show its output, until it has ended")] = False,
+) -> None:
+    """Send a recipe to a cluster by NeMo-Run (make nemo-env)."""
+    from megatron_hpt.launch import nemo
+
+    if dry_run:
+        sys.stdout.write(nemo.dry_run(recipe, overrides or [], cluster))
+    else:
+        Console().print(f"launched  {nemo.launch(recipe, overrides or [], cluster, wait, logs)}", highlight=False)
+
+
+@app.command()
+def status(experiment: Experiment) -> None:
+    """Show the state of what was launched, and its job's number."""
+    from megatron_hpt.launch.nemo import status
+
+    for name, state in status(experiment).items():
+        Console().print(f"{name}  {state}", highlight=False)
+
+
+@app.command()
+def logs(experiment: Experiment) -> None:
+    """Show the output of what was launched."""
+    from megatron_hpt.launch.nemo import show_logs
+
+    show_logs(experiment)
+
+
+@app.command()
+def cancel(experiment: Experiment) -> None:
+    """End what was launched, without saving."""
+    from megatron_hpt.launch.nemo import cancel
+
+    cancel(experiment)
+
+
 @app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],

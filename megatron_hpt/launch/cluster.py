@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from megatron_hpt.config import PositiveFloat, PositiveInt, Section
 from megatron_hpt.errors import ConfigError, did_you_mean
 
+S = TypeVar("S", bound=Section)
 Precision = Literal["float32", "bfloat16", "fp8"]
 
 
@@ -57,23 +59,53 @@ def load_cluster(path: Path) -> ClusterConfig:
     Raises:
         ConfigError: no such file, not YAML, or not a cluster; one line for each problem.
     """
+    return checked(ClusterConfig, read_tree(path), path)
+
+
+def read_tree(path: Path) -> Any:
+    """What a YAML file of a cluster says, unchecked.
+
+    Raises:
+        ConfigError: no such file, or not YAML.
+    """
     if not path.is_file():
         raise ConfigError(f"--cluster: {path}: no such file; recipes/clusters/ has examples")
     try:
-        tree = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML file: {error}") from None
+
+
+def checked(kind: type[S], tree: Any, path: Path) -> S:
+    """A section from what its file says.
+
+    Raises:
+        ConfigError: not one; one line for each problem.
+    """
     try:
-        return ClusterConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n  ".join([f"{path}: not a cluster", *map(_explain, error.errors())])) from None
+        lines = [_explain(kind, problem) for problem in error.errors()]
+        raise ConfigError("\n  ".join([f"{path}: not a cluster", *lines])) from None
 
 
-def _explain(problem: Any) -> str:
+def _explain(kind: type[Section], problem: Any) -> str:
     *section, last = map(str, problem["loc"] or ("the file",))
     key = ".".join([*section, last])
     if problem["type"] == "extra_forbidden":
-        known = (GpuConfig if section == ["gpu"] else ClusterConfig).model_fields
+        known = _fields(kind, section)
         return f"{key}: unknown key; allowed: {', '.join(known)}{did_you_mean(last, known)}"
+    if problem["type"] == "value_error":  # of the whole, in words of our own
+        return str(problem["ctx"]["error"])
     what = "missing" if problem["type"] == "missing" else f"given {problem['input']!r}; {problem['msg'].lower()}"
     return f"{key}: {what}"
+
+
+def _fields(kind: type[Section], section: Sequence[str]) -> dict[str, Any]:
+    """The keys of a section of a section."""
+    for name in section:
+        annotation = kind.model_fields[name].annotation
+        kind = next(
+            each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, Section)
+        )
+    return kind.model_fields

@@ -14,30 +14,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch.children import GRACE_S, Child, stop_all
 from megatron_hpt.launch.launchers import LOWEST_PORT
-from megatron_hpt.launch.topology import Device, Topology, place
+from megatron_hpt.launch.topology import Device, Slots, Topology, least_nodes, place_nodes
 from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.run import RunDir
 
-ONE_HOST = ("shared_memory", "cuda_ipc")
-"""Transports that leave no host."""
 BETWEEN_GPUS = ("nccl", "cuda_ipc")
 """Transports that need GPUs."""
 PORTS, BLOCKS = 64, 350
 """Ports of one job, and how many jobs have ports of their own below those that the kernel gives to outgoing connections."""
-
-
-class Slots(NamedTuple):
-    """What `topology.place` has to know of an allocation."""
-
-    name: str
-    nodes: int
-    gpus_per_node: int
 
 
 @dataclass(frozen=True)
@@ -104,13 +93,7 @@ def topology_on(config: Config, job: Job) -> Topology:
     Raises:
         ConfigError: not on these; or weights could not leave the trainer's nodes.
     """
-    topology = place(config, Slots(f"job {job.number}", len(job.nodes), job.ranks_per_node))
-    if config.transfer.transport in ONE_HOST and topology.nodes > 1:
-        raise ConfigError(
-            f"transfer.transport={config.transfer.transport} reaches engines of the trainer's own host, and this layout takes "
-            f"{topology.nodes} nodes; between nodes: nccl (GPUs), gloo, or files on a file system that they share"
-        )
-    return topology
+    return place_nodes(config, Slots(f"job {job.number}", len(job.nodes), job.ranks_per_node))
 
 
 def settings_on(config: Config, job: Job) -> list[str]:
@@ -156,7 +139,7 @@ def _task(job: Job, *flags: str) -> list[str]:
 
 def imagined(config: Config, ranks_per_node: int, python: str, srun: Sequence[str]) -> Job:
     """A job with just the nodes that a run takes, to look at before there is one."""
-    nodes = place(config, Slots("any cluster", config.parallel.ranks + config.rollout.servers, ranks_per_node)).nodes
+    nodes = least_nodes(config, ranks_per_node)
     names = tuple(f"node{index}" for index in range(1, nodes + 1))
     return Job(0, 0, names[0], names, ranks_per_node, config.transfer.transport in BETWEEN_GPUS, tuple(srun), python)
 
@@ -182,6 +165,12 @@ def describe(config: Config, job: Job) -> str:
 def _at(config: Config, host: str) -> Config:
     """The configuration of a server that listens on `host`."""
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"host": host})})
+
+
+def other_steps(steps: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Of a job's steps (``7.0``, ``7.batch``) those that srun has started, without that of this environment."""
+    own = environment.get("SLURM_STEP_ID")
+    return [each for each in steps if (number := each.rpartition(".")[2]).isdecimal() and number != own]
 
 
 class SlurmLauncher:
@@ -210,11 +199,17 @@ class SlurmLauncher:
         child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), kind.environment(config))
         return f"http://{host}:{port}", child
 
+    def _steps(self) -> list[str]:
+        """The job's steps, without the one that this process may be in: a supervisor that NeMo-Run started."""
+        listed = ["squeue", "--noheader", "--steps", f"--jobs={self._job.number}", "--format=%i"]
+        steps = subprocess.run(listed, capture_output=True, text=True, check=False).stdout.split()
+        return other_steps(steps, os.environ)
+
     def stop(self, children: Sequence[Child]) -> None:
         """SIGTERM to srun would kill its tasks at once, so Slurm brings it to them."""
         if any(child.exit_code is None for child in children):
             # Refused for a job that is ending: then Slurm has told them itself.
-            subprocess.run(["scancel", "--signal=TERM", str(self._job.number)], capture_output=True, check=False)
+            subprocess.run(["scancel", "--signal=TERM", *self._steps()], capture_output=True, check=False)
         deadline = time.monotonic() + GRACE_S
         while any(child.exit_code is None for child in children) and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -16,6 +16,8 @@ from megatron_hpt.launch.cluster import ClusterConfig
 
 _SHARES_GPUS = ("cuda_ipc",)
 """Transports whose two ends are on the same GPUs."""
+ONE_HOST = ("shared_memory", "cuda_ipc")
+"""Transports that leave no host."""
 
 
 class Device(NamedTuple):
@@ -23,6 +25,14 @@ class Device(NamedTuple):
 
     node: int
     gpu: int
+
+
+class Slots(NamedTuple):
+    """What `place` has to know of nodes."""
+
+    name: str
+    nodes: int
+    gpus_per_node: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Topology:
         return any(device in self.trainer for engine in self.engines for device in engine)
 
 
-def place(config: Config, cluster: ClusterConfig) -> Topology:
+def place(config: Config, cluster: ClusterConfig | Slots) -> Topology:
     """The places of a recipe's ranks on a cluster.
 
     Raises:
@@ -85,6 +95,26 @@ def place(config: Config, cluster: ClusterConfig) -> Topology:
     return _checked(Topology(trainer, _engines(servers, width, first, size)), cluster)
 
 
+def place_nodes(config: Config, slots: Slots) -> Topology:
+    """The places of a recipe's ranks on nodes that share no memory.
+
+    Raises:
+        ConfigError: not on these; or weights could not leave the trainer's nodes.
+    """
+    topology = place(config, slots)
+    if config.transfer.transport in ONE_HOST and topology.nodes > 1:
+        raise ConfigError(
+            f"transfer.transport={config.transfer.transport} reaches engines of the trainer's own host, and this layout takes "
+            f"{topology.nodes} nodes; between nodes: nccl (GPUs), gloo, or files on a file system that they share"
+        )
+    return topology
+
+
+def least_nodes(config: Config, ranks_per_node: int) -> int:
+    """Nodes that a run takes, however many there are; likewise."""
+    return place_nodes(config, Slots("any cluster", config.parallel.ranks + config.rollout.servers, ranks_per_node)).nodes
+
+
 def _engines(servers: int, width: int, first: Device, size: int) -> tuple[tuple[Device, ...], ...]:
     """Servers side by side from `first` on, as many a node as fit it whole."""
     a_node = (size - first.gpu) // width
@@ -92,7 +122,7 @@ def _engines(servers: int, width: int, first: Device, size: int) -> tuple[tuple[
     return tuple(tuple(Device(start.node, start.gpu + rank) for rank in range(width)) for start in starts)
 
 
-def _checked(topology: Topology, cluster: ClusterConfig) -> Topology:
+def _checked(topology: Topology, cluster: ClusterConfig | Slots) -> Topology:
     if topology.nodes > cluster.nodes:
         raise ConfigError(
             f"{cluster.name} has {cluster.nodes} nodes of {cluster.gpus_per_node} GPUs; this layout takes {topology.nodes}: "

@@ -18,6 +18,7 @@ from megatron_hpt.launch.slurm import (
     engine_command,
     imagined,
     job_of,
+    other_steps,
     topology_on,
     trainer_command,
 )
@@ -64,6 +65,11 @@ def test_without_gpus_nothing_asks_for_them() -> None:
     topology = topology_on(config("gloo", tensor=8), on)
     commands = [trainer_command(on, topology, []), engine_command(on, "e", topology.engines[0], [])]
     assert not [argument for command in commands for argument in command if "gpu" in argument]
+
+
+@pytest.mark.parametrize(("own", "others"), [({}, ["7.0", "7.1"]), ({"SLURM_STEP_ID": "0"}, ["7.1"])])
+def test_steps_are_ended_but_the_one_that_ends_them(own: dict[str, str], others: list[str]) -> None:
+    assert other_steps(["7.batch", "7.extern", "7.0", "7.1"], own) == others
 
 
 @pytest.mark.parametrize(

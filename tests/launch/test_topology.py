@@ -83,7 +83,7 @@ def test_no_gpu_is_given_twice_and_no_server_leaves_its_node(data: int, servers:
     assert all(len({device.node for device in engine}) == 1 for engine in found.engines)
 
 
-@pytest.mark.parametrize("file", sorted(CLUSTERS.glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(CLUSTERS.glob("h100*.yaml")), ids=lambda file: file.stem)
 def test_shipped_clusters_are_valid(file: Path) -> None:
     assert load_cluster(file).name == file.stem
 
