@@ -7,6 +7,7 @@ own (`make nemo-env`), imported here when it is used: what it depends on does no
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -112,8 +113,9 @@ def cancel(experiment: str) -> None:
 def show_logs(experiment: str) -> None:
     """Print the output of all tasks of an experiment; likewise."""
     found = _found(experiment)
-    for job in found.jobs:
-        found.logs(job.id)
+    with contextlib.redirect_stderr(sys.stdout):  # where NeMo-Run writes it
+        for job in found.jobs:
+            found.logs(job.id)
 
 
 @contextlib.contextmanager

@@ -72,12 +72,14 @@ def test_a_notice_saves_and_the_job_goes_on_from_there(cluster: Cluster, tmp_pat
     cluster.call("scancel", "--signal=USR1", job.number)  # as Slurm does before the time limit, without B: in --signal
     job.wait(lambda: job.show("Restarts") == "1", 60)
     assert job.end(300) == "COMPLETED", job.output
-    (run,) = (tmp_path / "runs").glob("quickstart-*/")
+    (run,) = (tmp_path / "runs").glob("quickstart-*-*-*/")
     assert run.name.startswith(f"quickstart-{job.number}")
     assert [line["step"] for line in metrics.read(run / "metrics.jsonl")] == list(range(6))
     assert (run / "logs" / "try0" / "trainer_rank1.log").is_file()
     until(lambda: state(cluster, tmp_path, experiment)[0] == "SUCCEEDED", 30)
-    assert "done" in hpt(cluster, tmp_path, "logs", experiment)
+    shown = hpt(cluster, tmp_path, "logs", experiment)
+    assert "which is saved" in shown  # both tries
+    assert "done  runs/quickstart-" in shown
 
 
 def test_cancel_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
