@@ -241,7 +241,7 @@ class ToHf:
                 yield name, tensor
 
         temporary = folder / f".{file}"
-        write_safetensors(temporary, {name: (sizes[name], dtype_of(name)) for name in ordered}, read())
+        write_safetensors(temporary, {name: (sizes[name], dtype_of(name)) for name in ordered}, _ahead(read()))
 
         def finish() -> None:
             synced(temporary)
@@ -372,6 +372,16 @@ def _work(task: Callable[[Any], Finish], items: Iterable[Any]) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same, each made by another thread while the one before it is in use."""
+    end = object()
+    with ThreadPoolExecutor(1) as maker:
+        following = maker.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = maker.submit(next, items, end)
+            yield item
 
 
 def _nothing() -> None:
