@@ -16,6 +16,13 @@ NEMO := .venv-nemo
 
 .PHONY: train test test-fast test-slurm lint sglang-env nemo-env
 
+# An environment: where, and its pins.
+define install
+$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(2)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+endef
+
 train: $(READY)
 	$(BIN)/megatron-hpt train recipes/$(RECIPE).py $(ARGS)
 
@@ -35,9 +42,7 @@ lint: $(READY)
 # Everything is pinned and installed with --no-deps: a resolver would add CUDA builds of torch's companions.
 $(READY): requirements/host.txt setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or set PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/host.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(call install,$(VENV),requirements/host.txt)
 	@$(BIN)/python -c 'import torch' || { echo "torch was installed as a CUDA build: point pip at PyTorch's CPU wheels (PIP_EXTRA_INDEX_URL) and run make again"; exit 1; }
 	touch $(READY)
 
@@ -45,16 +50,12 @@ sglang-env: $(SGLANG)/.ready
 
 # --no-deps: SGLang's metadata asks for CUDA packages.
 $(SGLANG)/.ready: requirements/sglang.txt setup.py
-	$(PYTHON) -m venv --clear $(SGLANG)
-	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
-	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(call install,$(SGLANG),requirements/sglang.txt)
 	touch $(SGLANG)/.ready
 
 nemo-env: $(NEMO)/.ready
 
 # --no-deps: leptonai's metadata asks for ray (240 MB), which nothing here imports.
 $(NEMO)/.ready: requirements/nemo.txt setup.py
-	$(PYTHON) -m venv --clear $(NEMO)
-	$(NEMO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/nemo.txt
-	$(NEMO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(call install,$(NEMO),requirements/nemo.txt)
 	touch $(NEMO)/.ready

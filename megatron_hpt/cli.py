@@ -37,7 +37,7 @@ def train(
 @app.command(context_settings={"allow_interspersed_args": True})
 def slurm(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="settings, e.g. trainer.steps=20")] = None,
+    overrides: Overrides = None,
     ranks_per_node: Annotated[int, typer.Option(help="trainer ranks of a node: its GPUs")] = 8,
     health: Annotated[str, typer.Option(help="command that fails on a sick node")] = "true",
     srun: Annotated[str, typer.Option(help="more arguments of every srun, e.g. --container-image=…")] = "",

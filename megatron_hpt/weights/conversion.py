@@ -7,6 +7,7 @@ appears whole.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -183,10 +184,9 @@ class ToHf:
         self._origin = {
             name.format(*item.parameter.indices): item for item in stored(self.shape) for name in item.part.tensors(self.shape)
         }
-        sizes = hf_tensor_shapes(self.shape)
+        self._sizes = hf_tensor_shapes(self.shape)
         self._nbytes = {
-            name: torch.Size(size).numel() * self._reader.dtypes[self._origin[name].key].itemsize
-            for name, size in sizes.items()
+            name: math.prod(size) * self._reader.dtypes[self._origin[name].key].itemsize for name, size in self._sizes.items()
         }
         split = _split(self._nbytes, shard_size)
         self._shards = split.filename_to_tensors
@@ -231,7 +231,7 @@ class ToHf:
         if (folder / file).is_file():
             advance(sum(map(self._nbytes.__getitem__, names)))
             return _nothing
-        sizes, dtype_of = hf_tensor_shapes(self.shape), self._dtype_of
+        dtype_of = self._dtype_of
         # As safetensors' own writer: the widest first, so that every tensor is aligned.
         ordered = sorted(names, key=lambda name: -dtype_of(name).itemsize)
 
@@ -241,7 +241,7 @@ class ToHf:
                 yield name, tensor
 
         temporary = folder / f".{file}"
-        write_safetensors(temporary, {name: (sizes[name], dtype_of(name)) for name in ordered}, _ahead(read()))
+        write_safetensors(temporary, {name: (self._sizes[name], dtype_of(name)) for name in ordered}, _ahead(read()))
 
         def finish() -> None:
             synced(temporary)
