@@ -7,6 +7,7 @@ import asyncio
 import logging
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,6 @@ from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.gate import Choice
 from megatron_hpt.process import die_with_parent, log_to
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.rollout.assembly import GateDecider, Group, assemble, decide, rollout_metrics
 from megatron_hpt.rollout.engines import ENGINES
 from megatron_hpt.rollout.pool import EnginePool
@@ -95,11 +95,12 @@ class Coordinator:
         if self._evaluates_before(step):
             with watch.phase("eval"):
                 evaluation = await self._evaluate(step)
-        retried = self._engines.retried
+        retried, ungraded = self._engines.retried, Counter(self._grader.pool.ungraded)
         groups, position = await self._groups(step, watch)
         engines = {"rollout/engines": self._engines.in_service, "rollout/retried": self._engines.retried - retried}
         seconds = {key: watch.seconds[key] for key in ("time/rollout_s", "time/reward_s")}
-        metrics = {**evaluation, **seconds, **engines, "rollout/policy_version": step, "data/next_prompt": position}
+        causes = {f"rollout/ungraded_{cause}": n for cause, n in (self._grader.pool.ungraded - ungraded).items()}
+        metrics = {**evaluation, **seconds, **engines, **causes, "rollout/policy_version": step, "data/next_prompt": position}
         self._ledger.write(assemble(step, groups, self._algorithm, self._config, metrics, self._history.choices))
 
     async def _groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], int]:
@@ -188,7 +189,7 @@ class Coordinator:
 
 def graders(config: Config) -> GraderPool:
     """The pool of grader processes that a configuration asks for."""
-    return GraderPool(lookup(config.reward.name), config.reward.workers, config.reward.deadline_s)
+    return GraderPool(config.reward)
 
 
 def main() -> None:
