@@ -38,18 +38,48 @@ class ModelConfig(Section):
     {rope_theta: 40000}."""
 
 
+Share = typing.Annotated[float, Field(ge=0, le=1)]
+Paths = str | typing.Annotated[list[str], Field(min_length=1)]
+"""A file, a folder, a pattern such as data/**/*.parquet, or several of these; paths or URLs."""
+
+
+class SourceConfig(Section):
+    path: Paths
+    """Its files, as data.train names them."""
+    weight: PositiveFloat
+    """How much of the prompts comes from it, in proportion to the other sources' weights."""
+
+
+class CurriculumConfig(Section):
+    visits: PositiveInt = 3
+    """Last visits to a prompt that are looked at."""
+    keep_solved: Share = 1.0
+    """Share of its turns at which a prompt is taken that all rollouts of these visits solved; 0: dropped."""
+    keep_failed: Share = 1.0
+    """As keep_solved, for a prompt that none of them solved; below 1 it needs rollout.cancel_decided=false."""
+
+    @property
+    def is_on(self) -> bool:
+        """Some prompts are passed over."""
+        return self.keep_solved < 1 or self.keep_failed < 1
+
+
 class DataConfig(Section):
-    train: str
-    """Parquet file of prompts and demonstrations (columns: docs/data.md)."""
+    train: Paths | typing.Annotated[list[SourceConfig], Field(min_length=1)]
+    """Prompts and demonstrations (docs/data.md): a parquet or JSONL file, a folder, a pattern, a list of these, or a list of
+    {path, weight}."""
     chat_template: str | None = None
     """Jinja template that renders a prompt's `messages`, for a base model without one; default: the tokenizer's own."""
     max_prompt_length: PositiveInt = 1024
-    """Longest prompt in tokens; a longer one is refused at load."""
+    """Longest prompt in tokens."""
     max_response_length: PositiveInt = 1024
-    """Longest rollout or demonstration in tokens, end-of-sequence included; a longer demonstration is refused."""
-
-
-Share = typing.Annotated[float, Field(ge=0, le=1)]
+    """Longest rollout or demonstration in tokens, end-of-sequence included."""
+    long_prompts: Literal["drop", "refuse"] = "drop"
+    """What becomes of a longer prompt: left out and counted, or an error."""
+    long_demonstrations: Literal["drop", "cut", "refuse"] = "drop"
+    """What becomes of a longer demonstration: left out and counted, cut without its end and counted, or an error."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """Prompts that are passed over because they were always solved lately, or never."""
 
 
 def _count_or_share(value: float) -> float:
@@ -351,8 +381,8 @@ class OptimizerConfig(Section):
 
 
 class EvaluationConfig(Section):
-    sets: dict[str, str] = {}
-    """Held-out sets: name → parquet file."""
+    sets: dict[str, Paths] = {}
+    """Held-out sets: name → files, as data.train names them."""
     every: NonNegativeInt = 0
     """Evaluate before every k-th step too (0: only before the first and after the last)."""
     samples: PositiveInt = 8

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 from megatron_hpt.config import Config, GateConfig, SourceGateConfig
-from megatron_hpt.data.prompts import Limits, load_prompts
+from megatron_hpt.data.prompts import load_prompts
+from megatron_hpt.data.scan import Overview, scan
+from megatron_hpt.data.source import Taken, held_out_limits, open_sets, training_source
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.launch.layout import check_layout, check_lengths
@@ -15,6 +19,10 @@ from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.weights.hf_config import ModelShape, read_config, run_shape, shape_of_any
 from megatron_hpt.weights.mapping import hf_tensor_shapes
 from megatron_hpt.weights.megatron_files import check_weights
+
+logger = logging.getLogger(__name__)
+LOOKED_AT = 1024
+"""Training prompts that are tokenised before anything starts; the others are when they are taken."""
 
 
 def check(config: Config) -> None:
@@ -142,24 +150,54 @@ def _check_reference_model(config: Config, shape: ModelShape) -> None:
 
 
 def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
-    """Every row of every file loads."""
+    """Every row can be read and used; the first ones that are taken are tokenised too."""
     tokenizer = load_tokenizer(config)
     if len(tokenizer) > shape.vocab:
         raise ModelError(
             f"model.path: the tokenizer has {len(tokenizer)} tokens, the model in {config.model.path} only {shape.vocab}"
         )
-    limits = Limits(config.data.max_prompt_length, config.data.max_response_length)
-    for path in config.evaluation.sets.values():
-        load_prompts(path, tokenizer, limits)
-    prompts = load_prompts(config.data.train, tokenizer, limits)
-    sources = {prompt.data_source for prompt in prompts}
-    for name in config.algorithm.gate.by_source.keys() - sources:
+    _check_curriculum(config)
+    limits = held_out_limits(config)
+    for paths in config.evaluation.sets.values():
+        load_prompts(paths, tokenizer, limits)
+    sets = open_sets(config)
+    overview = scan(sets)
+    for name in config.algorithm.gate.by_source.keys() - overview.data_sources:
         raise ConfigError(
             f"algorithm.gate.by_source.{name}: no row of {config.data.train} is of that data_source; it has "
-            f"{', '.join(sorted(map(repr, sources)))}"
+            f"{', '.join(sorted(map(repr, overview.data_sources)))}"
         )
-    if gate.needs_demonstrations and not any(prompt.demonstration for prompt in prompts):
+    sample = training_source(config, sets, tokenizer).sample(LOOKED_AT)
+    if not sample.prompts:
         raise DataError(
+            f"{config.data.train}: all of the {sample.next_position} prompts looked at are longer than "
+            f"data.max_prompt_length={config.data.max_prompt_length} tokens"
+        )
+    if gate.needs_demonstrations and not any(prompt.demonstration for prompt in sample.prompts):
+        raise DataError(_without_demonstrations(config, overview, sample))
+    for name in ("dropped_prompts", "dropped_demonstrations", "cut_demonstrations"):
+        if sample.counts[name]:
+            logger.warning(
+                "note: %s of the %d prompts looked at: %d", name.replace("_", " "), sample.next_position, sample.counts[name]
+            )
+
+
+def _without_demonstrations(config: Config, overview: Overview, sample: Taken) -> str:
+    if not overview.demonstrations:
+        return (
             f"{config.data.train}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "
             "add targets, or choose an algorithm that learns from rollouts alone (grpo, dr_grpo)"
+        )
+    return (
+        f"{config.data.train}: none of the {sample.next_position} prompts looked at has a demonstration of at most "
+        f"data.max_response_length={config.data.max_response_length} tokens, but algorithm.name={config.algorithm.name} "
+        "learns from demonstrations; allow more, or choose data.long_demonstrations=cut"
+    )
+
+
+def _check_curriculum(config: Config) -> None:
+    if config.data.curriculum.keep_failed < 1 and config.rollout.cancel_decided:
+        raise ConfigError(
+            f"data.curriculum.keep_failed: given {config.data.curriculum.keep_failed:g}; needs rollout.cancel_decided=false: "
+            "which rollouts are graded before the rest is cancelled depends on the clock, and so would the data order"
         )

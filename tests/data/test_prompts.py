@@ -1,7 +1,6 @@
 """Loading prompts: what is good, and what is refused with file, row and field."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_hpt.config import Config, DataConfig, ModelConfig
-from megatron_hpt.data.parquet import Problem, write_problems
-from megatron_hpt.data.prompts import Limits, PromptSource, load_prompts
+from megatron_hpt.data.parquet import write_problems
+from megatron_hpt.data.prompts import Limits, load_prompts
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 
@@ -62,10 +61,23 @@ def test_a_bad_row_is_named(tmp_path: Path, tokenizer, change: dict, message: st
         load_prompts(write(tmp_path, GOOD, bad), tokenizer, LIMITS)
 
 
-@pytest.mark.parametrize("field", ["reward_model", "extra_info"])
-def test_a_field_that_is_no_record_is_named(tmp_path: Path, tokenizer, field: str) -> None:
-    with pytest.raises(DataError, match=f"row 0, {field}: given 'text'; expected a record"):
-        load_prompts(write(tmp_path, {**GOOD, field: "text"}), tokenizer, LIMITS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward_model": "text"}, r"data\.parquet, column reward_model: is of type string; expected a record with the text"),
+        ({"extra_info": "text"}, r"column extra_info: is of type string; expected a record whose index"),
+        ({"prompt": "text"}, r"column prompt: is of type string; expected a list of messages"),
+        ({"prompt": ["text"]}, r"column prompt: is of type list<.*string>; expected a list of messages"),
+        ({"prompt": [{"role": "user"}]}, r"column prompt: is of type list<.*>; expected a list of messages"),
+        ({"target": "text"}, r"column target: is of type string; expected a list of messages"),
+        ({"target_lst": [1]}, r"column target_lst: is of type list<.*int64>; expected a list of demonstrations"),
+        ({"reward_model": {"ground_truth": 3}}, r"column reward_model: is of type struct<ground_truth: int64>; expected"),
+        ({"data_source": 3}, r"column data_source: is of type int64; expected text"),
+    ],
+)
+def test_a_column_of_another_type_is_named(tmp_path: Path, tokenizer, change: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_prompts(write(tmp_path, {**GOOD, **change}), tokenizer, LIMITS)
 
 
 def test_a_missing_column_is_named(tmp_path: Path, tokenizer) -> None:
@@ -82,20 +94,6 @@ def test_no_file_no_parquet_no_rows(tmp_path: Path, tokenizer) -> None:
     write_problems(tmp_path / "empty.parquet", [], "x", "train")
     with pytest.raises(DataError, match="has no rows"):
         load_prompts(str(tmp_path / "empty.parquet"), tokenizer, LIMITS)
-
-
-def test_the_order_is_a_function_of_seed_and_position(tmp_path: Path, tokenizer) -> None:
-    write_problems(tmp_path / "p.parquet", [Problem(f"1+{i}", str(i + 1), None) for i in range(10)], "x", "train")
-    prompts = load_prompts(str(tmp_path / "p.parquet"), tokenizer, LIMITS)
-    source = PromptSource(prompts, seed=1)
-    taken = [p.prompt_id for step in range(5) for p in source.take(4 * step, 4)]
-    assert sorted(taken[:10]) == sorted(p.prompt_id for p in prompts)  # an epoch is a permutation
-    assert sorted(taken[10:]) == sorted(p.prompt_id for p in prompts)
-    assert taken[:10] != taken[10:]
-    steps = list(range(5))
-    random.Random(0).shuffle(steps)  # in any order of asking
-    again = PromptSource(prompts, seed=1)
-    assert {s: [p.prompt_id for p in again.take(4 * s, 4)] for s in steps} == {s: taken[4 * s : 4 * s + 4] for s in range(5)}
 
 
 @pytest.fixture
