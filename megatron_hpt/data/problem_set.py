@@ -107,7 +107,11 @@ class ProblemSet:
         number = bisect_right(self._firsts, index) - 1
         row = index - self._firsts[number]
         self._bring(number, row)
-        return RawRow(self._spool.row(number, row), self.blocks[number].place(row), self.default_id(number, row))
+        return self.raw(number, row, self._spool.row(number, row))
+
+    def raw(self, number: int, row: int, fields: dict[str, Any]) -> RawRow:
+        """What was read of a block's row, with its names."""
+        return RawRow(fields, self.blocks[number].place(row), self.default_id(number, row))
 
     def default_id(self, number: int, row: int) -> str:
         """Id of a block's row whose data gives it none: its place in the file, after that of the file if there are several."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow as pa
 from megatron_hpt.data.columns import data_sources, demonstrations, doubtful, identities
 from megatron_hpt.data.fields import check_row
 from megatron_hpt.data.locations import Location
-from megatron_hpt.data.problem_set import ProblemSet
+from megatron_hpt.data.problem_set import ProblemSet, RawRow
 from megatron_hpt.errors import DataError
 
 
@@ -19,31 +19,40 @@ from megatron_hpt.errors import DataError
 class Overview:
     """What a scan found."""
 
-    rows: int
-    demonstrations: int
+    rows: int = 0
+    demonstrations: int = 0
     """Rows that have one."""
-    data_sources: set[str]
+    data_sources: set[str] = field(default_factory=set)
 
 
-def scan(sets: Sequence[ProblemSet], advance: Callable[[int], None] = lambda _: None) -> Overview:
+Look = Callable[[RawRow], object]
+
+
+def scan(
+    sets: Sequence[ProblemSet], look: Look | None = None, most: int = 0, advance: Callable[[int], None] = lambda _: None
+) -> Overview:
     """Read all rows of all sources.
 
     Args:
+        look: given `most` rows, evenly spread, or all where there are fewer.
         advance: told how many rows were read since it was last called.
 
     Raises:
         DataError: with file and row: rows that cannot be read or used, how many there are and what is wrong with the first;
             an id that occurs twice.
     """
-    overview = Overview(sum(problems.rows for problems in sets), 0, set())
+    overview = Overview(sum(problems.rows for problems in sets))
     hashes = np.empty(overview.rows, dtype=np.int64)
-    bad, done = _Bad(), 0
+    bad, done, every = _Bad(), 0, max(1, overview.rows // max(1, most))
     for problems, number, first, batch in _batches(sets):
         for row in doubtful(batch):
             bad.check(batch, int(row), problems.blocks[number].place(first + int(row)))
         overview.demonstrations += demonstrations(batch)
         overview.data_sources |= data_sources(batch)
         names = _names(problems, number, first, batch)
+        if look is not None and not bad.number:
+            for row in range(-done % every, batch.num_rows, every):
+                look(problems.raw(number, first + row, batch.slice(row, 1).to_pylist()[0]))
         hashes[done : done + batch.num_rows] = np.fromiter(map(hash, names), np.int64, batch.num_rows)
         done += batch.num_rows
         advance(batch.num_rows)
@@ -70,7 +79,7 @@ class _Bad:
     """Rows that cannot be used."""
 
     def __init__(self) -> None:
-        self._number = 0
+        self.number = 0
         self._first: DataError | None = None
 
     def check(self, batch: pa.RecordBatch, row: int, where: str) -> None:
@@ -78,11 +87,11 @@ class _Bad:
             check_row(batch.slice(row, 1).to_pylist()[0], where)
         except DataError as error:
             self._first = self._first or error
-            self._number += 1
+            self.number += 1
 
     def report(self) -> None:
         if self._first is not None:
-            more = f" ({self._number - 1} more rows cannot be used either)" if self._number > 1 else ""
+            more = f" ({self.number - 1} more rows cannot be used either)" if self.number > 1 else ""
             raise DataError(f"{self._first}{more}")
 
 

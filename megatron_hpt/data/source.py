@@ -11,10 +11,13 @@ from pathlib import Path
 from megatron_hpt.config import Config, SourceConfig
 from megatron_hpt.data.curriculum import Curriculum, Streaks
 from megatron_hpt.data.order import Mixture, Shuffle, uniform
-from megatron_hpt.data.problem_set import ProblemSet
+from megatron_hpt.data.problem_set import ProblemSet, RawRow
 from megatron_hpt.data.prompts import Limits, Prompt, Reader, Tokenizer
+from megatron_hpt.data.scan import Overview, scan
 from megatron_hpt.errors import DataError
 
+LOOKED_AT = 1024
+"""Prompts that are tokenised before anything starts; the others are when they are taken."""
 COUNTS = ("dropped_prompts", "dropped_demonstrations", "cut_demonstrations", "passed_solved", "passed_failed")
 """What is counted while prompts are taken (docs/metrics.md, below ``data/``)."""
 
@@ -59,17 +62,6 @@ class PromptSource:
             elif position - last >= self._patience:
                 raise DataError(self._exhausted(counts))
         return Taken(taken, position, counts)
-
-    def sample(self, most: int) -> Taken:
-        """What the first positions of an epoch give, those of rows that are dropped included; all rows of a small set.
-
-        Raises:
-            DataError: as `take`.
-        """
-        counts: Counter[str] = Counter()
-        number = min(most, self._patience)
-        prompts = [self._at(position, {}, counts) for position in range(number)]
-        return Taken([prompt for prompt in prompts if prompt is not None], number, counts)
 
     @property
     def _patience(self) -> int:
@@ -133,3 +125,35 @@ def training_source(config: Config, sets: Sequence[ProblemSet], tokenizer: Token
         curriculum = Curriculum(chosen.visits, chosen.keep_solved, chosen.keep_failed, seed)
     weights = [source.weight for source in sources(config)]
     return PromptSource(sets, weights, Reader(tokenizer, Limits.of(data)), seed, curriculum)
+
+
+@dataclass
+class Found:
+    """What is known of a run's training data before it starts."""
+
+    rows: int = 0
+    """That were tokenised: `LOOKED_AT` of them, evenly spread, or all."""
+    prompts: int = 0
+    """Of these, not dropped."""
+    demonstrations: int = 0
+    """Of these, with one that can be used."""
+    counts: Counter[str] = field(default_factory=Counter)
+    overview: Overview = field(default_factory=Overview)
+
+
+def look_at(config: Config, tokenizer: Tokenizer) -> Found:
+    """Read every row of `data.train`, and tokenise some.
+
+    Raises:
+        DataError: as `scan` and `Reader.read`, with file and row.
+    """
+    reader, found = Reader(tokenizer, Limits.of(config.data)), Found()
+
+    def look(row: RawRow) -> None:
+        prompt = reader.read(row, 0.0, found.counts)
+        found.rows += 1
+        found.prompts += prompt is not None
+        found.demonstrations += prompt is not None and prompt.demonstration is not None
+
+    found.overview = scan(open_sets(config), look, LOOKED_AT)
+    return found

@@ -6,8 +6,7 @@ import logging
 
 from megatron_hpt.config import Config, GateConfig, SourceGateConfig
 from megatron_hpt.data.prompts import load_prompts
-from megatron_hpt.data.scan import Overview, scan
-from megatron_hpt.data.source import Taken, held_out_limits, open_sets, training_source
+from megatron_hpt.data.source import Found, held_out_limits, look_at
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.launch.layout import check_layout, check_lengths
@@ -21,8 +20,6 @@ from megatron_hpt.weights.mapping import hf_tensor_shapes
 from megatron_hpt.weights.megatron_files import check_weights
 
 logger = logging.getLogger(__name__)
-LOOKED_AT = 1024
-"""Training prompts that are tokenised before anything starts; the others are when they are taken."""
 
 
 def check(config: Config) -> None:
@@ -160,36 +157,32 @@ def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
     limits = held_out_limits(config)
     for paths in config.evaluation.sets.values():
         load_prompts(paths, tokenizer, limits)
-    sets = open_sets(config)
-    overview = scan(sets)
-    for name in config.algorithm.gate.by_source.keys() - overview.data_sources:
+    found = look_at(config, tokenizer)
+    for name in config.algorithm.gate.by_source.keys() - found.overview.data_sources:
         raise ConfigError(
             f"algorithm.gate.by_source.{name}: no row of {config.data.train} is of that data_source; it has "
-            f"{', '.join(sorted(map(repr, overview.data_sources)))}"
+            f"{', '.join(sorted(map(repr, found.overview.data_sources)))}"
         )
-    sample = training_source(config, sets, tokenizer).sample(LOOKED_AT)
-    if not sample.prompts:
+    if not found.prompts:
         raise DataError(
-            f"{config.data.train}: all of the {sample.next_position} prompts looked at are longer than "
+            f"{config.data.train}: all of the {found.rows} prompts looked at are longer than "
             f"data.max_prompt_length={config.data.max_prompt_length} tokens"
         )
-    if gate.needs_demonstrations and not any(prompt.demonstration for prompt in sample.prompts):
-        raise DataError(_without_demonstrations(config, overview, sample))
-    for name in ("dropped_prompts", "dropped_demonstrations", "cut_demonstrations"):
-        if sample.counts[name]:
-            logger.warning(
-                "note: %s of the %d prompts looked at: %d", name.replace("_", " "), sample.next_position, sample.counts[name]
-            )
+    if gate.needs_demonstrations and not found.demonstrations:
+        raise DataError(_without_demonstrations(config, found))
+    for name, number in found.counts.items():
+        if number:
+            logger.warning("note: %s of the %d prompts looked at: %d", name.replace("_", " "), found.rows, number)
 
 
-def _without_demonstrations(config: Config, overview: Overview, sample: Taken) -> str:
-    if not overview.demonstrations:
+def _without_demonstrations(config: Config, found: Found) -> str:
+    if not found.overview.demonstrations:
         return (
             f"{config.data.train}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "
             "add targets, or choose an algorithm that learns from rollouts alone (grpo, dr_grpo)"
         )
     return (
-        f"{config.data.train}: none of the {sample.next_position} prompts looked at has a demonstration of at most "
+        f"{config.data.train}: none of the {found.rows} prompts looked at has a demonstration of at most "
         f"data.max_response_length={config.data.max_response_length} tokens, but algorithm.name={config.algorithm.name} "
         "learns from demonstrations; allow more, or choose data.long_demonstrations=cut"
     )
