@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -149,8 +148,3 @@ def readable(schema: pa.Schema) -> Sequence[str]:
         return outer in schema.names and (not inner or inner in _fields(schema.field(outer).type))
 
     return [column for column in READ if has(column)]
-
-
-def only_read(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as JSON of it would be, with only what is read."""
-    return {name: row.get(name) for name in {column.partition(".")[0] for column in READ}}

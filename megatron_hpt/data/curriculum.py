@@ -43,5 +43,9 @@ class Curriculum:
         """Why the prompt at a position is passed over, ``solved`` or ``failed``; None: it is taken."""
         if abs(streak) < self.visits:
             return None
-        reason, keep = ("solved", self.keep_solved) if streak > 0 else ("failed", self.keep_failed)
-        return reason if uniform(self.seed, "curriculum", position) >= keep else None
+        reason = "solved" if streak > 0 else "failed"
+        return reason if uniform(self.seed, "curriculum", position) >= self.keeps(reason) else None
+
+    def keeps(self, reason: str) -> float:
+        """Share of such a prompt's turns at which it is taken."""
+        return self.keep_solved if reason == "solved" else self.keep_failed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -52,25 +52,22 @@ def _matching(given: str) -> list[Location]:
     try:
         filesystem, inner = _filesystem(base or ".")
         info = filesystem.get_file_info(inner)
-        if wildcard:
-            found = _below(filesystem, inner, recursive=True) if info.type is pafs.FileType.Directory else []
-            pattern = _pattern(given[wildcard.start() :])
-            found = [each for each in found if pattern.fullmatch(_inside(each, inner))]
-        elif info.type is pafs.FileType.Directory:
-            found = [each for each in _below(filesystem, inner, recursive=True) if _is_data(_inside(each, inner))]
-        else:
-            found = [info] if info.type is pafs.FileType.File else []
+        found = {given: info}
+        if info.type is pafs.FileType.Directory:
+            meant = _matcher(given[len(base) :]) if wildcard else _is_data
+            root = base if not base or base.endswith("/") else f"{base}/"
+            below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+            found = {root + inside: each for each in below if meant(inside := _inside(each.path, inner))}
     except OSError as error:
         raise DataError(f"{given}: cannot be looked for: {error}") from None
-    if not found:
+    files = [
+        Location(filesystem, each.path, name, each.size) for name, each in found.items() if each.type is pafs.FileType.File
+    ]
+    if not files:
         raise DataError(
             f"{given}: no such file; expected a parquet or JSONL file of prompts, a folder or a pattern of such files"
         )
-    names = {
-        each.path: given if len(found) == 1 and not wildcard else base.rstrip("/") + "/" + _inside(each, inner)
-        for each in found
-    }
-    return [Location(filesystem, each.path, names[each.path], each.size) for each in sorted(found, key=lambda each: each.path)]
+    return sorted(files, key=lambda file: file.path)
 
 
 def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
@@ -90,22 +87,21 @@ def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), filesystem._strip_protocol(path)
 
 
-def _below(filesystem: pafs.FileSystem, folder: str, recursive: bool) -> list[pafs.FileInfo]:
-    infos = filesystem.get_file_info(pafs.FileSelector(folder, recursive=recursive))
-    return [info for info in infos if info.type is pafs.FileType.File]
-
-
-def _inside(info: pafs.FileInfo, folder: str) -> str:
-    """Path of a file from a folder on; filesystems differ in leading slashes."""
-    return info.path.strip("/").removeprefix(folder.strip("/")).lstrip("/") if folder != "." else info.path.removeprefix("./")
+def _inside(path: str, folder: str) -> str:
+    """Path from a folder on; filesystems differ in leading slashes, and in whether they write the working directory."""
+    return path.removeprefix("./") if folder == "." else path.strip("/").removeprefix(folder.strip("/")).lstrip("/")
 
 
 def _is_data(path: str) -> bool:
-    return path.endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in path.split("/"))
+    return path.endswith(SUFFIXES) and not _has_part(path, (".", "_"))
 
 
-def _pattern(text: str) -> re.Pattern[str]:
-    """``**/`` any folders, ``*`` any part of a name; nothing else is special."""
-    parts = re.split(r"(\*\*/|\*\*|\*)", text)
-    meaning = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*"}
-    return re.compile("".join(meaning.get(part, re.escape(part)) for part in parts))
+def _has_part(path: str, beginnings: tuple[str, ...]) -> bool:
+    return any(part.startswith(beginnings) for part in path.split("/"))
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    """``**/`` any folders, ``*`` any part of a name, nothing that is hidden; no other character is special."""
+    meaning = {"**/": r"(?:.*/)?", "*": r"[^/]*"}
+    compiled = re.compile("".join(meaning.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*)", pattern)))
+    return lambda path: compiled.fullmatch(path) is not None and not _has_part(path, (".",))

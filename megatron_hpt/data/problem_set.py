@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ LARGE_BYTES = 64 << 20
 """A block above this is read only as far as it is needed, and shuffled in stages."""
 STAGE_BYTES = 96 << 20
 _OPEN_BLOCKS = 4
+_FOOTERS = 16
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class ProblemSet:
         self._columns: dict[Location, Sequence[str]] = {}
         self.locations = find(paths)
         self._files = {location: place for place, location in enumerate(self.locations)}
-        self.blocks = [block for location in self.locations for block in self._index(location)]
+        with ThreadPoolExecutor(_FOOTERS) as pool:  # far files answer late
+            self.blocks = [block for blocks in pool.map(self._index, self.locations) for block in blocks]
         if not self.blocks:
             raise DataError(f"{self.name}: has no rows")
         self._firsts, rows = [], 0

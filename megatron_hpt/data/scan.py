@@ -25,6 +25,8 @@ class Overview:
     data_sources: set[str] = field(default_factory=set)
 
 
+_CANDIDATES = 1000
+"""Ids that are compared as text; that two different ones have one hash of 64 bits is a rarity, so a few are enough."""
 Look = Callable[[RawRow], object]
 
 
@@ -34,7 +36,7 @@ def scan(
     """Read all rows of all sources.
 
     Args:
-        look: given `most` rows, evenly spread, or all where there are fewer.
+        look: given at most `most` rows, evenly spread, or all where there are not more.
         advance: told how many rows were read since it was last called.
 
     Raises:
@@ -43,7 +45,7 @@ def scan(
     """
     overview = Overview(sum(problems.rows for problems in sets))
     hashes = np.empty(overview.rows, dtype=np.int64)
-    bad, done, every = _Bad(), 0, max(1, overview.rows // max(1, most))
+    bad, done, every = _Bad(), 0, max(1, -(-overview.rows // max(1, most)))
     for problems, number, first, batch in _batches(sets):
         for row in doubtful(batch):
             bad.check(batch, int(row), problems.blocks[number].place(first + int(row)))
@@ -98,7 +100,7 @@ class _Bad:
 def _check_unique(sets: Sequence[ProblemSet], hashes: np.ndarray) -> None:
     """Eight bytes a row find the candidates; only their ids are read again and compared."""
     hashes.sort()
-    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    twice = set(hashes[1:][hashes[1:] == hashes[:-1]][:_CANDIDATES].tolist())
     if not twice:
         return
     seen: dict[str, tuple[Location, int]] = {}

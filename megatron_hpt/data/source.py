@@ -7,17 +7,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_hpt.config import Config, SourceConfig
 from megatron_hpt.data.curriculum import Curriculum, Streaks
 from megatron_hpt.data.order import Mixture, Shuffle, uniform
-from megatron_hpt.data.problem_set import ProblemSet, RawRow
+from megatron_hpt.data.problem_set import ProblemSet
 from megatron_hpt.data.prompts import Limits, Prompt, Reader, Tokenizer
-from megatron_hpt.data.scan import Overview, scan
 from megatron_hpt.errors import DataError
 
-LOOKED_AT = 1024
-"""Prompts that are tokenised before anything starts; the others are when they are taken."""
 COUNTS = ("dropped_prompts", "dropped_demonstrations", "cut_demonstrations", "passed_solved", "passed_failed")
 """What is counted while prompts are taken (docs/metrics.md, below ``data/``)."""
 
@@ -52,14 +50,16 @@ class PromptSource:
         Raises:
             DataError: a row cannot be read or used, or there is no prompt left to take.
         """
-        taken, counts, last = [], Counter(dict.fromkeys(COUNTS, 0)), position
+        taken, counts = [], Counter(dict.fromkeys(COUNTS, 0))
+        first_gone = position
         while len(taken) < number:
-            prompt = self._at(position, streaks, counts)
+            prompt, is_gone = self._at(position, streaks, counts)
             position += 1
             if prompt is not None:
                 taken.append(prompt)
-                last = position
-            elif position - last >= self._patience:
+            if not is_gone:
+                first_gone = position
+            elif position - first_gone >= self._patience:
                 raise DataError(self._exhausted(counts))
         return Taken(taken, position, counts)
 
@@ -72,15 +72,17 @@ class PromptSource:
         needed = max(shuffle.rows / share for shuffle, share in zip(self._shuffles, shares, strict=True))
         return math.ceil(needed) + Mixture.CYCLE  # a cycle is shuffled: a source's places may all be at its end
 
-    def _at(self, position: int, streaks: Streaks, counts: Counter[str]) -> Prompt | None:
+    def _at(self, position: int, streaks: Streaks, counts: Counter[str]) -> tuple[Prompt | None, bool]:
+        """What a position gives, and whether its row can give nothing at other positions either."""
         source, draw = self._mixture.at(position)
         row = self._sets[source].row(self._shuffles[source].at(draw))
         if self._curriculum is not None:
             reason = self._curriculum.passes(streaks.get(row.prompt_id, 0), position)
             if reason is not None:
                 counts[f"passed_{reason}"] += 1
-                return None
-        return self._reader.read(row, uniform(self._seed, "demonstration", position), counts)
+                return None, self._curriculum.keeps(reason) == 0
+        prompt = self._reader.read(row, uniform(self._seed, "demonstration", position), counts)
+        return prompt, prompt is None
 
     def _exhausted(self, counts: Mapping[str, int]) -> str:
         names = ", ".join(problems.name for problems in self._sets)
@@ -89,6 +91,34 @@ class PromptSource:
             f"{names}: no prompt is left of a whole epoch ({found}). Longer limits (data.max_prompt_length), or "
             "data.curriculum.keep_solved and keep_failed above 0, leave some"
         )
+
+
+def files(config: Config) -> list[dict[str, Any]]:
+    """The files of `data.train` with their rows, as JSON: the data order is a function of them."""
+    return [
+        {"file": location.name, "rows": sum(block.rows for block in problems.blocks if block.location == location)}
+        for problems in open_sets(config)
+        for location in problems.locations
+    ]
+
+
+def check_same_files(before: Sequence[dict[str, Any]], config: Config) -> None:
+    """A run goes on with the data that it began with.
+
+    Args:
+        before: what `files` was then.
+
+    Raises:
+        DataError: a file is gone, is new, or has another number of rows.
+    """
+    then, now = ({each["file"]: each["rows"] for each in listed} for listed in (before, files(config)))
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            known = [f"{rows} rows" if rows is not None else "not there" for rows in (then.get(name), now.get(name))]
+            raise DataError(
+                f"{name}: {known[0]} when the run started, {known[1]} now; the order of the data would be another one. "
+                "Put the file back, or start a new run without --resume"
+            )
 
 
 def held_out_limits(config: Config) -> Limits:
@@ -125,35 +155,3 @@ def training_source(config: Config, sets: Sequence[ProblemSet], tokenizer: Token
         curriculum = Curriculum(chosen.visits, chosen.keep_solved, chosen.keep_failed, seed)
     weights = [source.weight for source in sources(config)]
     return PromptSource(sets, weights, Reader(tokenizer, Limits.of(data)), seed, curriculum)
-
-
-@dataclass
-class Found:
-    """What is known of a run's training data before it starts."""
-
-    rows: int = 0
-    """That were tokenised: `LOOKED_AT` of them, evenly spread, or all."""
-    prompts: int = 0
-    """Of these, not dropped."""
-    demonstrations: int = 0
-    """Of these, with one that can be used."""
-    counts: Counter[str] = field(default_factory=Counter)
-    overview: Overview = field(default_factory=Overview)
-
-
-def look_at(config: Config, tokenizer: Tokenizer) -> Found:
-    """Read every row of `data.train`, and tokenise some.
-
-    Raises:
-        DataError: as `scan` and `Reader.read`, with file and row.
-    """
-    reader, found = Reader(tokenizer, Limits.of(config.data)), Found()
-
-    def look(row: RawRow) -> None:
-        prompt = reader.read(row, 0.0, found.counts)
-        found.rows += 1
-        found.prompts += prompt is not None
-        found.demonstrations += prompt is not None and prompt.demonstration is not None
-
-    found.overview = scan(open_sets(config), look, LOOKED_AT)
-    return found

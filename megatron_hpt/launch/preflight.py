@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
 from megatron_hpt.config import Config, GateConfig, SourceGateConfig
 from megatron_hpt.data.prompts import load_prompts
-from megatron_hpt.data.source import Found, held_out_limits, look_at
+from megatron_hpt.data.source import held_out_limits
 from megatron_hpt.data.tokenizer import load_tokenizer
-from megatron_hpt.errors import ConfigError, DataError, ModelError
+from megatron_hpt.errors import ConfigError, ModelError
+from megatron_hpt.launch.inspection import check_training_data
 from megatron_hpt.launch.layout import check_layout, check_lengths
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
@@ -18,8 +17,6 @@ from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.weights.hf_config import ModelShape, read_config, run_shape, shape_of_any
 from megatron_hpt.weights.mapping import hf_tensor_shapes
 from megatron_hpt.weights.megatron_files import check_weights
-
-logger = logging.getLogger(__name__)
 
 
 def check(config: Config) -> None:
@@ -157,35 +154,7 @@ def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
     limits = held_out_limits(config)
     for paths in config.evaluation.sets.values():
         load_prompts(paths, tokenizer, limits)
-    found = look_at(config, tokenizer)
-    for name in config.algorithm.gate.by_source.keys() - found.overview.data_sources:
-        raise ConfigError(
-            f"algorithm.gate.by_source.{name}: no row of {config.data.train} is of that data_source; it has "
-            f"{', '.join(sorted(map(repr, found.overview.data_sources)))}"
-        )
-    if not found.prompts:
-        raise DataError(
-            f"{config.data.train}: all of the {found.rows} prompts looked at are longer than "
-            f"data.max_prompt_length={config.data.max_prompt_length} tokens"
-        )
-    if gate.needs_demonstrations and not found.demonstrations:
-        raise DataError(_without_demonstrations(config, found))
-    for name, number in found.counts.items():
-        if number:
-            logger.warning("note: %s of the %d prompts looked at: %d", name.replace("_", " "), found.rows, number)
-
-
-def _without_demonstrations(config: Config, found: Found) -> str:
-    if not found.overview.demonstrations:
-        return (
-            f"{config.data.train}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "
-            "add targets, or choose an algorithm that learns from rollouts alone (grpo, dr_grpo)"
-        )
-    return (
-        f"{config.data.train}: none of the {found.rows} prompts looked at has a demonstration of at most "
-        f"data.max_response_length={config.data.max_response_length} tokens, but algorithm.name={config.algorithm.name} "
-        "learns from demonstrations; allow more, or choose data.long_demonstrations=cut"
-    )
+    check_training_data(config, tokenizer, gate)
 
 
 def _check_curriculum(config: Config) -> None:
