@@ -8,12 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_hpt import recipe
 from megatron_hpt.config import Config, DataConfig, ModelConfig
 from megatron_hpt.data.parquet import write_problems
 from megatron_hpt.data.prompts import Limits, load_prompts
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 
+ROOT = Path(__file__).parents[2]
 LIMITS = Limits(prompt=16, response=32)
 GOOD = {
     "prompt": [{"role": "user", "content": "1+2+3"}],
@@ -119,6 +121,72 @@ def test_a_base_model_without_a_template_needs_one_from_the_recipe(tmp_path: Pat
         load_tokenizer(config)
     config.data.chat_template = "{{ messages[0]['content'] }}="
     assert load_tokenizer(config).chat_template == config.data.chat_template
+
+
+def fast_tokenizer(template: str):
+    """Bytes as tokens, and a beginning-of-sequence token that it adds unless it is told not to, as Llama's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, **{byte: 2 + i for i, byte in enumerate(alphabet)}}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", chat_template=template)
+
+
+def test_the_seeds_plain_text_prompt_of_llama(tmp_path: Path) -> None:
+    """seed.md 4.1: the suffix follows the question, and there is no beginning-of-sequence token."""
+    template = recipe.load(str(ROOT / "recipes" / "llama_3_1.py"), []).config.data.chat_template
+    words = fast_tokenizer(template)
+    assert words("x").input_ids[0] == words.bos_token_id
+    chat = [{"role": "system", "content": "left out"}, {"role": "user", "content": "What is 1+2?\n(an integer)"}]
+    (prompt,) = load_prompts(write(tmp_path, {**GOOD, "prompt": chat}), words, Limits(1000, 1000))
+    assert words.decode(prompt.tokens) == (
+        "Question:\nWhat is 1+2?\n(an integer)\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
+        "Answer:\nLet's think step by step."
+    )
+    assert words.decode(prompt.demonstration) == "1+2=3,\\boxed{6}</s>"
+
+
+OPEN = "{{ messages[-1]['content'] }}\n{{ '<think>\n' }}"  # Jinja drops a line's end at a template's end
+
+
+@pytest.mark.parametrize(
+    ("template", "written", "response"),
+    [
+        (OPEN, "<think>\nSo.\n</think>\n6", "So.\n</think>\n6"),
+        (OPEN, "<think>So.</think>6", "So.</think>6"),
+        (OPEN, "So.</think>6", "So.</think>6"),
+        (OPEN, " <think>\nSo.", " <think>\nSo."),  # not where it begins
+        ("{{ messages[-1]['content'] }}\n<think>", "<think>\nSo.", "\nSo."),
+        ("{{ messages[-1]['content'] }}\n", "<think>\nSo.", "<think>\nSo."),
+    ],
+)
+def test_a_think_that_the_prompt_has_opened_is_not_opened_again(
+    tmp_path: Path, template: str, written: str, response: str
+) -> None:
+    words = fast_tokenizer(template)
+    path = write(tmp_path, {**GOOD, "target": [{"role": "assistant", "content": written}]})
+    (prompt,) = load_prompts(path, words, Limits(1000, 1000))
+    assert words.decode(prompt.demonstration) == response + "</s>"
+    rendered = words.apply_chat_template(GOOD["prompt"], add_generation_prompt=True, return_dict=False)
+    assert prompt.tokens == rendered  # as rollouts are
+
+
+@pytest.mark.parametrize(
+    ("several", "found"),
+    [
+        (["1+2", "9"], "1+2<eos>"),
+        ([[{"role": "assistant", "content": "7"}], [{"role": "assistant", "content": "9"}]], "7<eos>"),
+        ([], "1+2=3,\\boxed{6}<eos>"),
+        (None, "1+2=3,\\boxed{6}<eos>"),
+        (["1+" * 30, "9"], "9<eos>"),  # the first does not fit
+    ],
+)
+def test_several_demonstrations_stand_in_place_of_one(tmp_path: Path, tokenizer, several: list | None, found: str) -> None:
+    (prompt,) = load_prompts(write(tmp_path, {**GOOD, "target_lst": several}), tokenizer, Limits(16, 32, "drop", "drop"))
+    assert tokenizer.decode(prompt.demonstration) == found
 
 
 @pytest.mark.parametrize(
