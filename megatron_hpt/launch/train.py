@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
 from megatron_hpt.data.checkpoints import damage
 from megatron_hpt.data.files import write_whole
+from megatron_hpt.data.source import check_same_files, files
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import models, preflight
 from megatron_hpt.launch.launchers import Launcher, LocalLauncher
@@ -32,6 +34,7 @@ def start_run(source: str, overrides: list[str], root: Path, launch: Launch = Lo
     for key in without_effect(recipe.config):
         logger.warning("note: %s has no effect on %s", key, recipe.config.algorithm.name)
     run = create(recipe.config, root)
+    write_whole(run.data, json.dumps(files(recipe.config), indent=1))
     _supervise(recipe.config, run, 0, launch)
     return run
 
@@ -54,6 +57,8 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = L
     config = apply_overrides(saved, overrides)
     _check_same_batches(saved, config)
     preflight.check(config)
+    if run.data.is_file():  # older runs have none
+        check_same_files(json.loads(run.data.read_text()), config)
     start = resume_point(run, config)
     if start == config.trainer.steps:
         raise ConfigError(f"{run.path} is complete ({start} steps); to train it further: --resume trainer.steps={2 * start}")
