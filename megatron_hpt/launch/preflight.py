@@ -122,8 +122,8 @@ def check_sleep(config: Config, on_gpus: bool) -> None:
     """
     if config.rollout.sleep and not on_gpus:
         raise ConfigError(
-            f"rollout.sleep: {config.rollout.engine} cannot give memory back on a host, only on GPUs, and this machine has none; "
-            "set rollout.sleep=false"
+            f"rollout.sleep: {config.rollout.engine} gives memory back on GPUs only, and this machine has none; set "
+            "rollout.sleep=false"
         )
 
 

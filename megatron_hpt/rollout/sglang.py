@@ -15,10 +15,8 @@ from megatron_hpt.errors import EngineError
 from megatron_hpt.rollout import sglang_host, sglang_site
 from megatron_hpt.rollout.cores import cores_of_ranks
 from megatron_hpt.rollout.engine import Sample, SamplingRequest
+from megatron_hpt.rollout.gpu_share import SGLANG_STATIC
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
-
-STATIC_SHARE = 0.9
-"""Of an engine's memory, what SGLang holds all the time: weights and KV cache. It plans what a batch needs beside that."""
 
 
 def server_command(config: Config, python: str, model: str, port: int, host_cache: int | None) -> list[str]:
@@ -53,7 +51,7 @@ def _gpu_arguments(config: Config) -> list[str]:
     The attention backend is left to SGLang, which takes one that can be deterministic on that GPU (srt/arg_groups/overrides.py,
     _deterministic_attention_backend): fa3 up to Hopper, flashinfer on Blackwell, there without its prefix cache.
     """
-    static = STATIC_SHARE * config.rollout.gpu_memory_share
+    static = SGLANG_STATIC * config.rollout.gpu_memory_share
     sleep = ["--enable-memory-saver"] if config.rollout.sleep else []
     return ["--device", "cuda", "--mem-fraction-static", f"{static:.3g}", *sleep]
 

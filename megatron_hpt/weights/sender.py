@@ -167,7 +167,7 @@ class WeightSender:
             self._targets[engine].control.note_restart()
         if self._version is not None:  # else it gets its first version with all others
             self._bring(engines)
-            self.serve()
+            self._let_sample(engines)
 
     def sleep(self) -> None:
         """With `Options.sleep`: have all engines give their memory to the trainer; collective. One that is gone has none.
@@ -183,13 +183,15 @@ class WeightSender:
 
         Raises: as `sleep`.
         """
+        self._let_sample(range(len(self._targets)))
 
-        def open_(control: EngineControl) -> None:
+    def _let_sample(self, engines: Sequence[int]) -> None:
+        def take_and_sample(control: EngineControl) -> None:
             control.wake(Memory.CACHE)
             control.resume()
 
         if self._options.sleep:
-            self._on_engines(sorted(self._prepared), open_)
+            self._on_engines([engine for engine in engines if engine in self._prepared], take_and_sample)
 
     def _on_engines(self, engines: Sequence[int], action: Callable[[EngineControl], None]) -> None:
         """Rank 0 does something with engines, all at once; the others wait for it."""
