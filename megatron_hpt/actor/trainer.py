@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import os
@@ -19,7 +18,8 @@ from megatron_hpt.actor.microbatch import Cut
 from megatron_hpt.actor.offload import Offload
 from megatron_hpt.actor.precision import check_fp8, this_machine, token_multiple
 from megatron_hpt.actor.train_step import Actor, train_step
-from megatron_hpt.blackboard import NOTICE, Blackboard
+from megatron_hpt.actor.waiting import Waiting
+from megatron_hpt.blackboard import Blackboard
 from megatron_hpt.config import Config, load_yaml
 from megatron_hpt.data.checkpoints import remove, superseded
 from megatron_hpt.data.files import whole, write_whole
@@ -93,10 +93,8 @@ class Trainer:
             self._actor.entropy_coefficient = state.get("entropy_coefficient", self._actor.entropy_coefficient)
             self._actor.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self._sender = self._make_sender()
-        self._renewed = 0
-        """Engines that were started again and have got their weights."""
-        self._granted = 0
-        """Engines that were given memory to be started again."""
+        deadline = self._config.deadlines.rollout_s
+        self._waiting = Waiting(board, self._actor.ranks.is_lead, self._sender, deadline)
 
     def run(self) -> None:
         """Train every step from the start, publish every version, save, export.
@@ -107,7 +105,7 @@ class Trainer:
         self._publish(self._start)
         for step in range(self._start, config.trainer.steps):
             self._actor.offload.sleep()
-            is_batch = self._wait_for(f"batch/{step}")
+            is_batch = self._waiting.until(f"batch/{step}")
             self._take_memory()
             if not is_batch:
                 return self._stop(step)
@@ -121,7 +119,7 @@ class Trainer:
             self._publish(step + 1)
         self._finish_saving()
         # An engine may die under the last evaluation too; a notice does not end it, since the run ends with it.
-        self._wait_for("evaluated", heeds_notice=False)
+        self._waiting.until("evaluated", heeds_notice=False)
         self._take_memory()
         if config.trainer.export:
             shape = run_shape(config)
@@ -180,39 +178,6 @@ class Trainer:
             self._actor.offload.sleep()  # caches take the memory that this rank needs for a step
             self._sender.serve()
         self._tell(f"published/{version}", {"time/transfer_s": time.monotonic() - started, **steps})
-
-    def _wait_for(self, key: str, heeds_notice: bool = True) -> bool:
-        """Wait for the coordinator, and give its weights to every engine that has been started again meanwhile.
-
-        One on the same GPUs may be started again while this waits, and not after it.
-
-        Returns:
-            False: a notice came first.
-        """
-        for turn in itertools.count():
-            came = self._what_came(key, turn, heeds_notice)
-            if came.startswith("wanted/"):
-                self._tell(f"granted/{self._granted}", True)
-                self._granted += 1
-                continue
-            if not came.startswith("returned/"):
-                return came == key
-            url = self._board.get(came)
-            logger.info("engine %s has been started again: it gets the last published weights", url)
-            self._sender.renew(url)
-            self._renewed += 1
-
-    def _what_came(self, key: str, turn: int, heeds_notice: bool) -> str:
-        """The first key to see to. Rank 0 decides, so that all ranks do the same."""
-        config, board = self._config, self._board
-        decided = f"go/{key}/{turn}"
-        if self._actor.ranks.is_lead:
-            keys = [f"returned/{self._renewed}"]
-            if self._granted == self._renewed:  # else one is starting, and measures what is free
-                keys += [f"wanted/{self._granted}", key]
-            keys = [NOTICE, *keys] if heeds_notice else keys
-            board.put(decided, board.wait_any(keys, config.deadlines.rollout_s, "the coordinator"))
-        return board.wait(decided, config.deadlines.rollout_s, "rank 0")
 
     def _stop(self, step: int) -> None:
         """Save what has been trained and say so; the supervisor ends the run."""

@@ -160,7 +160,8 @@ class Supervisor:
         self._restarted += 1
         died = f"{child.name} died ({describe_exit(child.exit_code)})"
         count = f"restart {self._restarted} of {self._config.rollout.max_restarts}"
-        if self._config.rollout.sleep:
+        # One that dies while it starts has been given memory already, and the trainer waits for it.
+        if self._config.rollout.sleep and url not in self._returning:
             self._board.put(f"wanted/{self._granted + len(self._wanting)}", url)
             self._wanting.append(url)
             progress.status(f"{died} and is started again when the trainer's GPUs are free; {count}")
