@@ -39,6 +39,11 @@ class Grade:
     cause: Cause | None = None
     detail: str = ""
 
+    @property
+    def reason(self) -> str | None:
+        """Cause and detail in one line; None: graded."""
+        return f"{self.cause}: {self.detail}" if self.cause else None
+
 
 def graded(score: float) -> Grade:
     """The verifier's number.

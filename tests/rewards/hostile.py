@@ -39,6 +39,23 @@ TRUTHS = (
 )
 
 
+PAIRS = (
+    ("{", "}"),
+    ("(", ")"),
+    ("[", "]"),
+    ("-(", ")"),
+    ("\\{", "\\}"),
+    ("\\left(", "\\right)"),
+    ("\\frac{1}{1+", "}"),
+    ("\\sqrt{1+", "}"),
+    ("2^{", "}"),
+    ("\\sin(", ")"),
+    ("\\log_{2}(", ")"),
+    ("\\text{", "}"),
+    ("\\overline{", "}"),
+)
+
+
 @dataclass(frozen=True)
 class Case:
     """One hostile answer."""
@@ -80,18 +97,7 @@ def _factorial(r: random.Random) -> str:
 
 def _nested(r: random.Random) -> str:
     depth = r.choice([30, 100, 1000, 20_000])
-    opening, closing = r.choice(
-        [
-            ("{", "}"),
-            ("(", ")"),
-            ("\\frac{1}{1+", "}"),
-            ("\\sqrt{1+", "}"),
-            ("\\left(", "\\right)"),
-            ("\\text{", "}"),
-            ("[", "]"),
-        ]
-        + [("\\sin(", ")"), ("2^{", "}"), ("\\{", "\\}"), ("\\log_{2}(", ")"), ("-(", ")"), ("\\overline{", "}")]
-    )
+    opening, closing = r.choice(PAIRS)
     return _box(opening * depth + str(r.randint(50, 99)) + closing * r.choice([depth, depth, depth - 1]))
 
 
