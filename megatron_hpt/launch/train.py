@@ -17,7 +17,7 @@ from megatron_hpt.launch.launchers import Launcher, LocalLauncher
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.run import RunDir, create, newest, open_run
 from megatron_hpt.telemetry import metrics
-from megatron_hpt.telemetry.report import write_report
+from megatron_hpt.telemetry.report.write import write_report
 
 logger = logging.getLogger(__name__)
 Launch = Callable[[Config, RunDir], Launcher]
@@ -114,6 +114,6 @@ def _report(run: RunDir) -> None:
     """Draw what there is; a failure to draw must not hide how the run ended."""
     try:
         if metrics.read(run.metrics):
-            write_report(run)
+            write_report([run])
     except Exception:
         logger.exception("the report of %s could not be drawn", run.path)

@@ -1,0 +1,95 @@
+"""Write the report of one or several runs: the page and the picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_hpt.data.files import whole, write_whole
+from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.run import RunDir
+from megatron_hpt.telemetry.report import answers, charts, panels, record, visits
+from megatron_hpt.telemetry.report.page import VEGA_LITE, page
+from megatron_hpt.telemetry.report.record import Record
+
+ANSWERS = 2_500_000
+"""Bytes of the answers of all runs together; the rest of a page is about 1 MB of Vega and less than half of that a run."""
+
+
+def write_report(runs: Sequence[RunDir], target: Path | None = None) -> Path:
+    """Write the page, and beside it the picture: the same name with ``.png``.
+
+    The cost does not grow with the answers: of the ledger's rows only those that are shown are read.
+
+    Args:
+        target: file of the page; default: ``report.html`` of the run, or of the current folder if there are several.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        DataError: a run has no finished step yet.
+    """
+    target = target or (runs[0].report if len(runs) == 1 else Path(runs[0].report.name))
+    records = [record.read(run, label) for run, label in zip(runs, record.labels(runs), strict=True)]
+    training = panels.training(records)
+    with whole(target.with_suffix(".png")) as temporary:
+        temporary.write_bytes(picture(records, training))
+    payload = {
+        "runs": [_of_run(one, index, ANSWERS // len(records)) for index, one in enumerate(records)],
+        "training": training,
+        "evaluation": panels.evaluations(records),
+        "differences": record.differences(records),
+    }
+    settings = [(one.label, one.run.config.read_text()) for one in records]
+    write_whole(target, page(_title(records), f"megatron_hpt, {time.strftime('%Y-%m-%d %H:%M')}", payload, settings))
+    return target
+
+
+def _title(records: Sequence[Record]) -> str:
+    return records[0].label if len(records) == 1 else f"{len(records)} runs: " + ", ".join(one.label for one in records)
+
+
+def _of_run(one: Record, index: int, budget: int) -> dict[str, Any]:
+    color, dash = charts.style(index)
+    decided = visits.read(Ledger(one.run.batches))
+    reading = answers.read(one, decided.all, budget) if decided.all else answers.Reading([])
+    missing = [] if decided.all else [f"{one.label} has no ledger (batches/ is empty or gone): curves only."]
+    sampled = [f"Decisions of every {decided.every}th step."] if decided.every > 1 else []
+    return {
+        "label": one.label,
+        "style": {"color": color, "dash": dash},
+        "facts": record.facts(one),
+        "notes": record.notes(one),
+        "depth": {"charts": panels.depth(one, decided.all), "notes": [*missing, *sampled, *_short(decided.unreadable)]},
+        "answers": {"steps": reading.steps, "notes": [*missing, *_short(reading.problems)]},
+    }
+
+
+def _short(messages: Sequence[str], most: int = 3) -> list[str]:
+    return [*messages[:most], *([f"… and {len(messages) - most} more"] if len(messages) > most else [])]
+
+
+def picture(records: Sequence[Record], training: Sequence[dict[str, Any]]) -> bytes:
+    """Six of the curves as a PNG."""
+    import vl_convert
+
+    names = [one.label for one in records]
+    drawn = [panel for panel in training if panel["key"] in panels.PICTURE and panel["spec"]]
+    spec = {
+        "concat": [charts.still(panel["spec"], _points(panel), names, panel["title"], width=330) for panel in drawn],
+        "columns": 3,
+        "config": {**charts.theme(False), "background": "white"},
+        "padding": 14,
+    }
+    return vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=1.6)
+
+
+def _points(panel: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"x": point["step"], "y": point["y"], "series": f"s{index}", "lone": point["lone"]}
+        for index, curve in enumerate(panel["curves"])
+        for point in curve
+    ]
