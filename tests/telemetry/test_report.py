@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -15,10 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
+from megatron_hpt.cli import app
 from megatron_hpt.config import Config, DataConfig, ModelConfig
 from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.errors import DataError
+from megatron_hpt.errors import ConfigError, DataError
 from megatron_hpt.objective.gate import Choice
 from megatron_hpt.run import RunDir, create
 from megatron_hpt.telemetry import metrics
@@ -179,10 +179,11 @@ def test_what_is_missing_is_said(chromium: Page, runs: list[RunDir], tmp_path: P
     page = opened(chromium, write_report([RunDir(tmp_path / "bare")]))
     text = page.run("document.body.innerText")
     assert "23 of 40 steps are finished" in text
-    assert "2 of the steps were not taken (step 7, 8). the gradient norm is nan" in text
+    assert "2 of the steps were not taken (step 7, 8): the gradient norm is nan" in text
     assert "Nothing was evaluated on held-out problems" in text
     assert "bare has no ledger" in text
     assert "no answers to read" in text
+    assert not page.run("stepper.getClientRects().length")
     assert page.complaints == []
 
 
@@ -202,18 +203,16 @@ def test_one_run_has_its_page_in_its_folder(runs: list[RunDir]) -> None:
     assert picture.is_file()
 
 
-def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    program = [sys.executable, "-m", "megatron_hpt.cli", "report", *arguments]
-    return subprocess.run(program, capture_output=True, text=True, timeout=120, cwd=folder)
-
-
-def test_the_command_writes_one_page_of_several_runs_and_refuses_what_is_none(runs: list[RunDir], tmp_path: Path) -> None:
-    done = command(*(str(run.path) for run in runs), folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_the_command_writes_one_page_of_several_runs_and_refuses_what_is_none(
+    runs: list[RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["report", *(str(run.path) for run in runs)])
+    assert done.stdout == "wrote report.html\n"
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.png"}
-    refused = command(str(runs[0].path), str(tmp_path), folder=tmp_path)
-    assert refused.returncode == 1
-    assert "not a run directory (it has no config.yaml)" in refused.stderr
+    refused = CliRunner().invoke(app, ["report", str(runs[0].path), str(tmp_path)])
+    assert isinstance(refused.exception, ConfigError)
+    assert f"{tmp_path}: not a run directory (it has no config.yaml)" in str(refused.exception)
 
 
 def test_no_step_no_page(tmp_path: Path) -> None:
@@ -231,9 +230,9 @@ def test_long_runs_are_averaged_and_the_last_point_is_the_last_step(
     monkeypatch.setattr(record, "MOST_POINTS", 7)
     one = record.read(runs[0], "hpt")
     curve = one.curve("rollout/accuracy")
-    assert (len(curve), curve[0]["step"], curve[-1]["step"]) == (7, 5, 39)
-    assert curve[0]["y"] == pytest.approx(sum(line["rollout/accuracy"] for line in one.lines[:6]) / 6)
-    assert curve[-1]["hours"] == pytest.approx(
+    assert (len(curve), one.grid.step[0], one.grid.step[-1]) == (7, 5, 39)
+    assert curve[0] == pytest.approx(sum(line["rollout/accuracy"] for line in one.lines[:6]) / 6)
+    assert one.grid.hours[-1] == pytest.approx(
         sum(line["time/step_s"] + line.get("time/eval_s", 0) for line in one.lines) / 3600
     )
     assert "mean of 6 steps" in " ".join(record.notes(one))
@@ -241,10 +240,10 @@ def test_long_runs_are_averaged_and_the_last_point_is_the_last_step(
 
 def test_an_evaluation_stands_where_its_version_was_made(runs: list[RunDir]) -> None:
     one = record.read(runs[0], "hpt")
-    points = one.evaluations("eval/heldout/avg@8")
-    assert [point["step"] for point in points] == list(range(0, 40, 5))
-    assert points[0]["tokens"] == 0
-    assert points[1]["tokens"] == one.grid[4]["tokens"]  # version 5 is there after step 4
+    grid, values = one.evaluations("eval/heldout/avg@8")
+    assert grid.step == list(range(0, 40, 5))
+    assert grid.tokens[:2] == [0, one.spent.tokens[4]]  # version 5 is there after step 4
+    assert values == [line["eval/heldout/avg@8"] for line in one.lines[::5]]
 
 
 def test_names_tell_the_runs_apart(runs: list[RunDir], tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def read(record: Record, visits: Sequence[Visit], budget: int) -> Reading:
             problems.append(str(error))
             continue
         entry = {"step": step, "version": version, "prompts": [asdict(prompt) for prompt in asked]}
-        budget -= len(json.dumps(entry).encode())
+        budget -= len(json.dumps(entry, ensure_ascii=False).encode())
         if budget < 0:
             break
         found.append(entry)

@@ -97,11 +97,19 @@ def _faded(points: Points, colors: Mapping[str, str], mark: Spec, encoding: Spec
 
 
 def segments(values: Points, colors: Mapping[str, str], rows: int) -> Spec:
-    """A heat map: one line a prompt, coloured by its state. Values: ``{row, start, end, state, prompt, …}``."""
-    shown = ("prompt", "state", "from step", "to step", "visits", "last answers")
+    """A heat map: one line a prompt, coloured by its state. Values: ``{row, start, end, state, prompt, visits, last}``."""
+    shown = {
+        "prompt": "prompt",
+        "state": "state",
+        "start": "from step",
+        "to": "to step",
+        "visits": "visits",
+        "last": "last answers",
+    }
     return {
         "data": {"values": list(values)},
         "height": rows * max(2, min(14, 420 // max(1, rows))),
+        "transform": [{"calculate": "datum.row + 1", "as": "below"}, {"calculate": "datum.end - 1", "as": "to"}],
         "mark": {"type": "rect"},
         "encoding": {
             "x": {**_x("step"), "field": "start", "scale": {"nice": False}},
@@ -118,7 +126,7 @@ def segments(values: Points, colors: Mapping[str, str], rows: int) -> Spec:
                 "scale": {"domain": list(colors), "range": list(colors.values())},
                 "legend": {"title": None},
             },
-            "tooltip": [{"field": name, "title": name} for name in shown],
+            "tooltip": [{"field": field, "title": title} for field, title in shown.items()],
         },
     }
 

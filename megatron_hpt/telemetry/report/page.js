@@ -47,13 +47,21 @@
     return result.view;
   }
 
-  // A mean over the points around each, as many on both sides; gaps stay gaps.
-  function smoothed(curve, width) {
-    return curve.map((point, index) => {
-      const reach = Math.min(Math.floor(width / 2), index, curve.length - 1 - index);
-      const around = curve.slice(index - reach, index + reach + 1).map(({ y }) => y).filter((y) => y !== null);
-      return { ...point, y: point.y === null ? null : around.reduce((sum, y) => sum + y, 0) / around.length };
+  // A mean over the values around each, as many on both sides; gaps stay gaps.
+  function smoothed(ys, width) {
+    return ys.map((y, index) => {
+      const reach = Math.min(Math.floor(width / 2), index, ys.length - 1 - index);
+      const around = ys.slice(index - reach, index + reach + 1).filter((value) => value !== null);
+      return y === null ? null : around.reduce((sum, value) => sum + value, 0) / around.length;
     });
+  }
+
+  // Points of a curve; lone ones, which a line would not show, get a dot, and so do all of an evaluation.
+  function points(curve, index, axis, width) {
+    const xs = (curve.grid ?? payload.runs[index].grid)[axis];
+    const isGap = (place) => (curve.y[place] ?? null) === null;
+    return smoothed(curve.y, width).map((y, place) => (
+      { x: xs[place], y, series: `s${index}`, lone: curve.grid !== null || (isGap(place - 1) && isGap(place + 1)) }));
   }
 
   function overlaid(panel) {
@@ -63,9 +71,7 @@
     spec.encoding.x.title = axes[axis];
     spec.layer.at(-1).encoding.tooltip[0].title = axes[axis];
     if (axis === "tokens") spec.encoding.x.axis.format = "~s";
-    const points = panel.curves.flatMap((curve, index) =>
-      smoothed(curve, width).map((point) => ({ x: point[axis], y: point.y, series: `s${index}`, lone: point.lone })));
-    spec.data = { name: "points", values: points };
+    spec.data = { name: "points", values: panel.curves.flatMap((curve, index) => points(curve, index, axis, width)) };
     spec.params[0].value = [...hidden];
     return spec;
   }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_hpt.telemetry.report import charts, visits
-from megatron_hpt.telemetry.report.record import Record, evaluation_title
+from megatron_hpt.telemetry.report.record import Grid, Record, evaluation_title
 from megatron_hpt.telemetry.report.visits import State, Visit
 
 PHASES = ("rollout", "reward", "train", "transfer", "eval")
@@ -58,8 +58,11 @@ PICTURE = ("rollout/accuracy", "gate/sft_share", "rollout/response_tokens", "tra
 
 
 def training(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The overlaid curves of the steps: ``{key, title, about, smooth, spec, curves}``; spec None: nothing is recorded."""
-    drawn = [_drawn(panel, [record.curve(panel.key) for record in records], records) for panel in TRAINING]
+    """The overlaid curves of the steps: ``{key, title, about, smooth, spec, curves}``; spec None: nothing is recorded.
+
+    A curve is ``{grid, y}``; grid None: that of its run.
+    """
+    drawn = [_drawn(panel, [(None, record.curve(panel.key)) for record in records], records) for panel in TRAINING]
     return [panel for panel, declared in zip(drawn, TRAINING, strict=True) if panel["spec"] or not declared.optional]
 
 
@@ -67,42 +70,42 @@ def evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
     """As `training`, of the evaluations that any of the runs has."""
     keys = sorted({key for record in records for key in record.evaluated})
     panels = [Panel(key, evaluation_title(key), _measured(key), ".3f", share=True) for key in keys]
-    return [_drawn(panel, [record.evaluations(panel.key) for record in records], records, dots=True) for panel in panels]
+    return [_drawn(panel, [record.evaluations(panel.key) for record in records], records) for panel in panels]
 
 
 def _measured(key: str) -> str:
-    return {"avg": "mean reward", "maj": "share of problems"}.get(key.rsplit("/", 1)[-1].partition("@")[0], "share of problems")
+    return "mean reward" if "/avg@" in key else "share of problems"
 
 
-def _drawn(panel: Panel, curves: list[list[dict[str, Any]]], records: Sequence[Record], dots: bool = False) -> dict[str, Any]:
-    values = [point["y"] for curve in curves for point in curve if point["y"] is not None]
+def _drawn(panel: Panel, curves: Sequence[tuple[Grid | None, list]], records: Sequence[Record]) -> dict[str, Any]:
+    values = [value for _, curve in curves for value in curve if value is not None]
     log = panel.log and any(value > 0 for value in values)
-    cleaned = [_marked(curve, log, dots) for curve in curves]
     beyond = any(not 0 <= value <= 1 for value in values)  # a user's reward
     spec = charts.overlay([record.label for record in records], panel.unit, panel.form, log, panel.share and not beyond)
     return {
         "key": panel.key,
         "title": panel.title,
         "about": panel.about,
-        "smooth": not dots,
+        "smooth": panel in TRAINING,
         "spec": spec if values else None,
-        "curves": cleaned,
+        "curves": [
+            {"grid": grid and columns(grid), "y": [short(y) if not log or (y or 0) > 0 else None for y in curve]}
+            for grid, curve in curves
+        ],
     }
 
 
-def _marked(curve: list[dict[str, Any]], log: bool, dots: bool) -> list[dict[str, Any]]:
-    """Values in short; those without a neighbour, which a line would not show, are lone."""
-    ys = [point["y"] if not log or (point["y"] or 0) > 0 else None for point in curve]
-    around = [None, *ys, None]
+def columns(grid: Grid) -> dict[str, list[Any]]:
+    """A grid as the page reads it."""
+    return {**asdict(grid), "hours": [short(value) for value in grid.hours]}
+
+
+def points(panel: dict[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """What page.js makes of the curves of a panel of `training`, by step."""
     return [
-        {
-            "step": point["step"],
-            "hours": short(point["hours"]),
-            "tokens": point["tokens"],
-            "y": short(y),
-            "lone": y is not None and (dots or around[index] is None is around[index + 2]),
-        }
-        for index, (point, y) in enumerate(zip(curve, ys, strict=True))
+        {"x": x, "y": y, "series": f"s{index}", "lone": before is None is after}
+        for index, (curve, record) in enumerate(zip(panel["curves"], records, strict=True))
+        for x, before, y, after in zip(record.grid.step, [None, *curve["y"]], curve["y"], [*curve["y"][1:], None], strict=False)
     ]
 
 
@@ -122,17 +125,20 @@ def depth(record: Record, decided: Sequence[Visit]) -> list[dict[str, Any]]:
 def seconds(record: Record) -> dict[str, Any]:
     """Seconds per phase, stacked."""
     names = [*PHASES, "other"]
-    curves = {phase: record.curve(f"time/{phase}_s") for phase in (*PHASES, "step")}
-    points = []
-    for place, total in enumerate(curves["step"]):
-        spent = {phase: curves[phase][place]["y"] or 0.0 for phase in PHASES}
-        known = sum(spent.values()) - spent["eval"]
-        spent["other"] = max(0.0, (total["y"] or 0.0) - known)
-        points += [{"x": total["step"], "y": short(spent[name]), "series": f"s{index}"} for index, name in enumerate(names)]
+    curves = {phase: [value or 0.0 for value in record.curve(f"time/{phase}_s")] for phase in (*PHASES, "step")}
+    within = [phase for phase in PHASES if phase != "eval"]  # a step's seconds are without its evaluation
+    curves["other"] = [
+        max(0.0, whole - sum(curves[phase][place] for phase in within)) for place, whole in enumerate(curves["step"])
+    ]
+    values = [
+        {"x": step, "y": short(curves[name][place]), "series": f"s{index}"}
+        for place, step in enumerate(record.grid.step)
+        for index, name in enumerate(names)
+    ]
     colors = dict(zip(names, charts.COLORS, strict=False))
     colors["other"] = charts.COLORS[-1]
     about = "what waits: rollouts, graders, training, the weights' way to the engines, evaluation"
-    return _chart("Seconds per phase", about, charts.stacked(points, colors, "seconds", ".2f"))
+    return _chart("Seconds per phase", about, charts.stacked(values, colors, "seconds", ".2f"))
 
 
 def _chart(title: str, about: str, spec: charts.Spec | None, empty: str = "", wide: bool = False) -> dict[str, Any]:
@@ -186,15 +192,12 @@ def _ways(decided: Sequence[Visit]) -> dict[str, Any]:
     values = [
         {
             "row": row,
-            "below": row + 1,
             "start": segment.start,
             "end": segment.end,
             "state": segment.state,
             "prompt": timeline.prompt_id,
-            "from step": segment.start,
-            "to step": segment.end - 1,
             "visits": segment.visits,
-            "last answers": f"{segment.solved} of {segment.graded} right" if segment.graded else "none",
+            "last": f"{segment.solved} of {segment.graded} right" if segment.graded else "none",
         }
         for row, timeline in enumerate(found.shown)
         for segment in timeline.segments

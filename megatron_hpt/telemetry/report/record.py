@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,28 @@ _EVALUATED = re.compile(r"eval/.+/[a-z]+@\d+")
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Where points stand, by each of the axes that can be chosen."""
+
+    step: list[int]
+    hours: list[float]
+    tokens: list[int]
+    """Generated and trained."""
+
+    def at(self, places: Sequence[int]) -> Grid:
+        """Some of the points."""
+        return Grid(*([column[place] for place in places] for column in (self.step, self.hours, self.tokens)))
+
+    def plus(self, other: Grid) -> Grid:
+        """These points and then the others."""
+        return Grid(self.step + other.step, self.hours + other.hours, self.tokens + other.tokens)
+
+
+def _cumulated(values: Sequence[float]) -> list[Any]:
+    return list(itertools.accumulate(values))
+
+
+@dataclass(frozen=True)
 class Record:
     """One run: its name in the report, configuration and lines of metrics."""
 
@@ -35,35 +58,36 @@ class Record:
     lines: Lines
 
     @cached_property
-    def grid(self) -> list[dict[str, float]]:
-        """What was used up to the end of each step: ``step``, ``hours`` and ``tokens`` (generated and trained), cumulated."""
-        grid, seconds, tokens = [], 0.0, 0.0
-        for line in self.lines:
-            seconds += (line.get("time/step_s") or 0.0) + (line.get("time/eval_s") or 0.0)
-            tokens += (line.get("rollout/tokens") or 0) + (line.get("train/tokens") or 0)
-            grid.append({"step": line["step"], "hours": seconds / 3600, "tokens": tokens})
-        return grid
+    def spent(self) -> Grid:
+        """What was used up to the end of each step, cumulated."""
+        seconds = _cumulated([(line.get("time/step_s") or 0.0) + (line.get("time/eval_s") or 0.0) for line in self.lines])
+        tokens = _cumulated([(line.get("rollout/tokens") or 0) + (line.get("train/tokens") or 0) for line in self.lines])
+        return Grid([line["step"] for line in self.lines], [value / 3600 for value in seconds], tokens)
 
     @property
     def per_point(self) -> int:
         """Steps that are averaged into one point of a curve."""
         return -(-len(self.lines) // MOST_POINTS)
 
-    def curve(self, key: str) -> list[dict[str, Any]]:
-        """Points ``{step, hours, tokens, y}`` of a metric; y is None where no step of the point has a value."""
-        points = []
-        for first in range(0, len(self.lines), self.per_point):
-            values = [v for line in self.lines[first : first + self.per_point] if (v := line.get(key)) is not None]
-            last = min(first + self.per_point, len(self.lines)) - 1
-            points.append({**self.grid[last], "y": sum(values) / len(values) if values else None})
-        return points
+    @cached_property
+    def grid(self) -> Grid:
+        """Where the points of a curve stand: at the end of each `per_point` steps, and of the last."""
+        ends = [min(first + self.per_point, len(self.lines)) - 1 for first in range(0, len(self.lines), self.per_point)]
+        return self.spent.at(ends)
 
-    def evaluations(self, key: str) -> list[dict[str, Any]]:
-        """Points ``{step, hours, tokens, y}`` of an evaluation, by the version that was evaluated."""
-        spent = [{"step": 0, "hours": 0.0, "tokens": 0.0}, *self.grid]
-        first = self.lines[0]["step"]
+    def curve(self, key: str) -> list[float | None]:
+        """A metric on the grid; None where no step of the point has a value."""
+        groups = (self.lines[first : first + self.per_point] for first in range(0, len(self.lines), self.per_point))
+        values = ([value for line in group if (value := line.get(key)) is not None] for group in groups)
+        return [sum(there) / len(there) if there else None for there in values]
+
+    def evaluations(self, key: str) -> tuple[Grid, list[float]]:
+        """An evaluation on a grid of its own, by the version that was evaluated."""
         found = [(line["eval/version"], line[key]) for line in self.lines if line.get(key) is not None]
-        return [{**spent[min(max(version - first, 0), len(spent) - 1)], "step": version, "y": y} for version, y in found]
+        start = self.lines[0]["step"]
+        before = Grid([start], [0.0], [0]).plus(self.spent)
+        places = [min(max(version - start, 0), len(self.lines)) for version, _ in found]
+        return replace(before.at(places), step=[version for version, _ in found]), [value for _, value in found]
 
     @property
     def evaluated(self) -> list[str]:
@@ -122,7 +146,7 @@ def facts(record: Record) -> dict[str, str]:
     found["steps not taken"] = str(len(record.not_taken))
     found["tokens generated"] = f"{sum(line.get('rollout/tokens') or 0 for line in lines):,}"
     found["tokens trained"] = f"{sum(line.get('train/tokens') or 0 for line in lines):,}"
-    found["time"] = duration(record.grid[-1]["hours"] * 3600)
+    found["time"] = duration(record.spent.hours[-1] * 3600)
     return found
 
 
@@ -151,7 +175,7 @@ def _notes(record: Record) -> Iterator[str]:
     if taken:
         shown = ", ".join(map(str, taken[:8])) + (" …" if len(taken) > 8 else "")
         reasons = sorted({line["train/skip_reason"] for line in record.lines if line.get("train/skip_reason")})
-        yield f"{len(taken)} of the steps were not taken (step {shown}). {'; '.join(reasons[:3])}"
+        yield f"{len(taken)} of the steps were not taken (step {shown}): {'; '.join(reasons[:3]) or 'no reason recorded'}"
     if not record.evaluated:
         yield "Nothing was evaluated on held-out problems (evaluation.sets)."
     if record.per_point > 1:

@@ -16,6 +16,7 @@ MOST_DECISIONS = 300_000
 """That are read; of a longer run's ledger every second, third … step."""
 _MOST_BINS = 60
 _MOST_PROMPTS = 150
+_MOST_SEGMENTS = 2_000
 DIFFICULTIES = ("never solved", "up to 25 % solved", "25 to 50 % solved", "50 to 75 % solved", "75 to 100 % solved")
 
 
@@ -210,7 +211,9 @@ def timelines(visits: Sequence[Visit], most: int = _MOST_PROMPTS) -> Timelines:
     repeated = [prompt for prompt, own in by_prompt.items() if len(own) > 1]
     end = visits[-1].step + 1 if visits else 0
     chosen = [Timeline(prompt, _segments(by_prompt[prompt], end)) for prompt in evenly(repeated or list(by_prompt), most)]
-    return Timelines(sorted(chosen, key=_way), len(by_prompt), len(repeated))
+    total = sum(len(timeline.segments) for timeline in chosen)
+    shown = evenly(chosen, max(1, len(chosen) * _MOST_SEGMENTS // max(_MOST_SEGMENTS, total)))
+    return Timelines(sorted(shown, key=_way), len(by_prompt), len(repeated))
 
 
 def _segments(visits: Sequence[Visit], end: int) -> list[Segment]:
