@@ -24,6 +24,7 @@ CHOICES = {
     Choice.SKIPPED: {"name": "nothing", "color": "#6b6b6b"},
 }
 """For people; the colours are dark enough for white text."""
+_SCRIPTS = ("base.js", "charts.js", "answers.js", "page.js")
 _SETTINGS = Template('<details class="config"><summary>configuration of $name</summary><pre>$text</pre></details>')
 
 
@@ -31,7 +32,7 @@ def page(title: str, subtitle: str, payload: Mapping[str, Any], settings: Sequen
     """The whole page.
 
     Args:
-        payload: what page.js shows.
+        payload: what the scripts show.
         settings: name and configuration of every run.
     """
     import vl_convert
@@ -44,7 +45,7 @@ def page(title: str, subtitle: str, payload: Mapping[str, Any], settings: Sequen
         settings="".join(_SETTINGS.substitute(name=html.escape(name), text=html.escape(text)) for name, text in settings),
         vega=_script(vl_convert.javascript_bundle(vl_version=VEGA_LITE)),
         payload=_script(json.dumps({**payload, **own}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
-        script=_part("page.js"),
+        script=f"(() => {{\n'use strict';\n{''.join(map(_part, _SCRIPTS))}}})();",
     )
 
 

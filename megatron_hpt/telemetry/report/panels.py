@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_hpt.telemetry.report import charts, visits
+from megatron_hpt.telemetry.report import charts, visits, ways
 from megatron_hpt.telemetry.report.record import Grid, Record, evaluation_title
 from megatron_hpt.telemetry.report.visits import State, Visit
 
@@ -101,7 +101,7 @@ def columns(grid: Grid) -> dict[str, list[Any]]:
 
 
 def points(panel: dict[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """What page.js makes of the curves of a panel of `training`, by step."""
+    """What charts.js makes of the curves of a panel of `training`, by step."""
     return [
         {"x": x, "y": y, "series": f"s{index}", "lone": before is None is after}
         for index, (curve, record) in enumerate(zip(panel["curves"], records, strict=True))
@@ -188,7 +188,7 @@ def _share_lines(shares: visits.Shares, colors: dict[str, str]) -> charts.Spec |
 
 
 def _ways(decided: Sequence[Visit]) -> dict[str, Any]:
-    found = visits.timelines(decided)
+    found = ways.timelines(decided)
     values = [
         {
             "row": row,

@@ -1,4 +1,4 @@
-"""The gate's decisions of a run, read from its ledger, and what they tell: by source, by difficulty, prompt by prompt."""
+"""The gate's decisions of a run, read from its ledger, and what they tell: by source, by difficulty, over the steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from megatron_hpt.objective.gate import Choice
 MOST_DECISIONS = 300_000
 """That are read; of a longer run's ledger every second, third … step."""
 _MOST_BINS = 60
-_MOST_PROMPTS = 150
-_MOST_SEGMENTS = 2_000
 DIFFICULTIES = ("never solved", "up to 25 % solved", "25 to 50 % solved", "50 to 75 % solved", "75 to 100 % solved")
 
 
@@ -169,73 +167,6 @@ def population(visits: Sequence[Visit]) -> Iterator[tuple[int, dict[State, float
         counts[visit.state] += 1
         if index + 1 == len(visits) or binned[visits[index + 1].step] != binned[visit.step]:
             yield binned[visit.step], {state: counts[state] / len(states) for state in State if counts[state] > 0}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A prompt stands in a state from a step on, until another."""
-
-    start: int
-    end: int
-    state: State
-    visits: int
-    solved: int
-    graded: int
-    """Of its last visit in the segment."""
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """A prompt's way through the run."""
-
-    prompt_id: str
-    segments: Sequence[Segment]
-
-
-@dataclass(frozen=True)
-class Timelines:
-    """Some prompts, those that were solved first before."""
-
-    shown: Sequence[Timeline]
-    prompts: int
-    """That the run has seen."""
-    repeated: int
-    """That it has seen more than once."""
-
-
-def timelines(visits: Sequence[Visit], most: int = _MOST_PROMPTS) -> Timelines:
-    """Ways of at most `most` prompts, evenly chosen of those that were visited more than once (of all, if none was)."""
-    by_prompt: dict[str, list[Visit]] = defaultdict(list)
-    for visit in visits:
-        by_prompt[visit.prompt_id].append(visit)
-    repeated = [prompt for prompt, own in by_prompt.items() if len(own) > 1]
-    end = visits[-1].step + 1 if visits else 0
-    chosen = [Timeline(prompt, _segments(by_prompt[prompt], end)) for prompt in evenly(repeated or list(by_prompt), most)]
-    total = sum(len(timeline.segments) for timeline in chosen)
-    shown = evenly(chosen, max(1, len(chosen) * _MOST_SEGMENTS // max(_MOST_SEGMENTS, total)))
-    return Timelines(sorted(shown, key=_way), len(by_prompt), len(repeated))
-
-
-def _segments(visits: Sequence[Visit], end: int) -> list[Segment]:
-    segments: list[Segment] = []
-    for visit, until in zip(visits, [*(later.step for later in visits[1:]), end], strict=True):
-        if until == visit.step:
-            continue  # the prompt occurs again in this step
-        last = segments[-1] if segments else None
-        if last and last.state is visit.state:
-            segments[-1] = Segment(last.start, until, last.state, last.visits + 1, visit.solved, visit.graded)
-        else:
-            segments.append(Segment(visit.step, until, visit.state, 1, visit.solved, visit.graded))
-    return segments
-
-
-def _way(timeline: Timeline) -> tuple[int, ...]:
-    """What prompts are sorted by: when one stays solved, when it leaves SFT, when it is first seen."""
-    segments = timeline.segments
-    late = segments[-1].end + 1
-    solved = segments[-1].start if segments[-1].state is State.SOLVED else late
-    left = next((segment.start for segment in segments if segment.state is not State.SFT), late)
-    return solved, left, segments[0].start
 
 
 def transitions(visits: Sequence[Visit]) -> Counter[tuple[State, State]]:
