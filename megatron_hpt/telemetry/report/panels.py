@@ -137,7 +137,7 @@ def seconds(record: Record) -> dict[str, Any]:
     ]
     colors = dict(zip(names, charts.COLORS, strict=False))
     colors["other"] = charts.COLORS[-1]
-    about = "what waits: rollouts, graders, training, the weights' way to the engines, evaluation"
+    about = "where the time of a step goes; an evaluation comes on top"
     return _chart("Seconds per phase", about, charts.stacked(values, colors, "seconds", ".2f"))
 
 
