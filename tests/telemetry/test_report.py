@@ -210,6 +210,8 @@ def test_the_command_writes_one_page_of_several_runs_and_refuses_what_is_none(
     done = CliRunner().invoke(app, ["report", *(str(run.path) for run in runs)])
     assert done.stdout == "wrote report.html\n"
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.png"}
+    refused = CliRunner().invoke(app, ["report", str(runs[0].path), "--out", "curves.png"])
+    assert "given curves.png; the page's name ends in .html" in str(refused.exception)
     refused = CliRunner().invoke(app, ["report", str(runs[0].path), str(tmp_path)])
     assert isinstance(refused.exception, ConfigError)
     assert f"{tmp_path}: not a run directory (it has no config.yaml)" in str(refused.exception)

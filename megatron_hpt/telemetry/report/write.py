@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_hpt.data.files import whole, write_whole
 from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.errors import ConfigError
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry.report import answers, charts, panels, record, visits
 from megatron_hpt.telemetry.report.page import VEGA_LITE, page
@@ -36,9 +37,12 @@ def write_report(runs: Sequence[RunDir], target: Path | None = None) -> Path:
         Path of the page.
 
     Raises:
+        ConfigError: the target is no ``.html``.
         DataError: a run has no finished step yet.
     """
     target = target or (runs[0].report if len(runs) == 1 else Path(runs[0].report.name))
+    if target.suffix != ".html":
+        raise ConfigError(f"--out: given {target}; the page's name ends in .html (the picture beside it has .png)")
     records = [record.read(run, label) for run, label in zip(runs, record.labels(runs), strict=True)]
     training = panels.training(records)
     with whole(target.with_suffix(".png")) as temporary:
