@@ -66,9 +66,7 @@ def generate(task: str, rows: int, seed: int, parameters: Mapping[str, Any]) -> 
     except ImportError as error:
         raise DataError(f"reasoning-gym is not installed ({error}): pip install --no-deps -r requirements/host.txt") from None
     if task not in DATASETS:
-        raise DataError(
-            f"reasoning-gym has no task {task!r}{did_you_mean(task, DATASETS)}; it has {', '.join(sorted(DATASETS))}"
-        )
+        raise DataError(f"reasoning-gym: given {task!r}; it has {', '.join(sorted(DATASETS))}{did_you_mean(task, DATASETS)}")
     try:
         dataset = reasoning_gym.create_dataset(task, size=rows, seed=seed, **parameters)
     except (TypeError, ValueError, AssertionError) as error:  # how its configurations refuse
