@@ -28,8 +28,8 @@ def value(fields: Mapping[str, Any], path: str) -> Any:
     for name in path.split("."):
         if found is None:
             return None
-        if not isinstance(found, Mapping) or name not in found:
-            has = ", ".join(found) if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        if not isinstance(found, dict) or name not in found:
+            has = ", ".join(found) if isinstance(found, dict) else f"a {type(found).__name__}"
             raise Unfit(f"{path}: missing; there is {has}")
         found = found[name]
     return found
@@ -45,7 +45,7 @@ def text(given: Any, field: str) -> str:
         raise Unfit(f"{field}: null")
     if not isinstance(given, str):
         raise Unfit(f"{field}: given {_shown(given)} ({type(given).__name__}), expected text")
-    if not given.strip():
+    if not given or given.isspace():
         raise Unfit(f"{field}: empty")
     try:
         given.encode()
@@ -98,19 +98,19 @@ def demonstrations(given: Any, field: str) -> list[str]:
     Raises:
         Unfit: another type, a list with something empty.
     """
-    if given is None or given == [] or (isinstance(given, str) and not given.strip()):
+    if given is None or given == [] or (isinstance(given, str) and (not given or given.isspace())):
         return []
     if not isinstance(given, list):
         return [text(given, field)]
-    if all(isinstance(one, Mapping) for one in given):
+    if all(isinstance(one, dict) for one in given):
         if len(given) > 1:
             raise Unfit(f"{field}: {len(given)} messages; a demonstration is one message")
         return [messages(given, field)[0]["content"]]
     return [one for each in given for one in (demonstrations(each, field) or [text(None, field)])]
 
 
-def _record(given: Any, field: str) -> Mapping[str, Any]:
-    if not isinstance(given, Mapping):
+def _record(given: Any, field: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
         raise Unfit(f"{field}: given {_shown(given)}, expected messages with role and content")
     return given
 

@@ -34,18 +34,24 @@ class Summary:
     def take(self, item: Item, drop: frozenset[Kind]) -> bool:
         """Count an item; whether it becomes a row."""
         self.read += 1
+        if item.findings and self._costs_its_place(item, drop):
+            return False
+        self.written += 1
+        self.prompt_lengths[item.prompt_length] += 1
+        self.with_demonstration += bool(item.demonstration_lengths)
+        for length in item.demonstration_lengths:
+            self.demonstration_lengths[length] += 1
+        return True
+
+    def _costs_its_place(self, item: Item, drop: frozenset[Kind]) -> bool:
         for finding in item.findings:
             self.examples.setdefault(finding.kind, f"{item.record.file}, row {item.record.row}: {finding.detail}")
         kinds = dict.fromkeys(finding.kind for finding in item.findings)
         self.found.update(kinds.keys())
-        if reason := next((kind for kind in kinds if kind in drop), None):
+        reason = next((kind for kind in kinds if kind in drop), None)
+        if reason is not None:
             self.dropped[reason] += 1
-            return False
-        self.written += 1
-        self.prompt_lengths[item.prompt_length] += 1
-        self.with_demonstration += bool(item.problem.demonstration)
-        self.demonstration_lengths.update(item.demonstration_lengths)
-        return True
+        return reason is not None
 
 
 def percentiles(lengths: Mapping[int, int]) -> list[int]:
