@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from megatron_hpt.config import Config, GateConfig, SourceGateConfig
-from megatron_hpt.data.prompts import Limits, load_prompts
+from megatron_hpt.data.prompts import load_prompts
+from megatron_hpt.data.source import held_out_limits
 from megatron_hpt.data.tokenizer import load_tokenizer
-from megatron_hpt.errors import ConfigError, DataError, ModelError
+from megatron_hpt.errors import ConfigError, ModelError
+from megatron_hpt.launch.inspection import check_training_data
 from megatron_hpt.launch.layout import check_layout, check_lengths
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
@@ -109,7 +111,22 @@ def check_engine(config: Config, shape: ModelShape) -> None:
                 f"({config.model.path}/config.json); allowed: {', '.join(map(str, allowed))}, or another engine"
             )
     check_transport(config.transfer.transport)
+    check_sleep(config, torch.cuda.is_available())
     _check_engine_model(config, shape)
+
+
+def check_sleep(config: Config, on_gpus: bool) -> None:
+    """Engines on a host keep their memory: vLLM's worker there ignores sleep (v1/worker/cpu_worker.py) and its configuration
+    refuses it (config/model.py); SGLang's memory saver is a CUDA library.
+
+    Raises:
+        ConfigError: they are to sleep on a host.
+    """
+    if config.rollout.sleep and not on_gpus:
+        raise ConfigError(
+            f"rollout.sleep: {config.rollout.engine} gives memory back on GPUs only, and this machine has none; set "
+            "rollout.sleep=false"
+        )
 
 
 def _check_engine_model(config: Config, shape: ModelShape) -> None:
@@ -142,24 +159,22 @@ def _check_reference_model(config: Config, shape: ModelShape) -> None:
 
 
 def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
-    """Every row of every file loads."""
+    """Every row can be read and used; the first ones that are taken are tokenised too."""
     tokenizer = load_tokenizer(config)
     if len(tokenizer) > shape.vocab:
         raise ModelError(
             f"model.path: the tokenizer has {len(tokenizer)} tokens, the model in {config.model.path} only {shape.vocab}"
         )
-    limits = Limits(config.data.max_prompt_length, config.data.max_response_length)
-    for path in config.evaluation.sets.values():
-        load_prompts(path, tokenizer, limits)
-    prompts = load_prompts(config.data.train, tokenizer, limits)
-    sources = {prompt.data_source for prompt in prompts}
-    for name in config.algorithm.gate.by_source.keys() - sources:
+    _check_curriculum(config)
+    limits = held_out_limits(config)
+    for paths in config.evaluation.sets.values():
+        load_prompts(paths, tokenizer, limits)
+    check_training_data(config, tokenizer, gate)
+
+
+def _check_curriculum(config: Config) -> None:
+    if config.data.curriculum.keep_failed < 1 and config.rollout.cancel_decided:
         raise ConfigError(
-            f"algorithm.gate.by_source.{name}: no row of {config.data.train} is of that data_source; it has "
-            f"{', '.join(sorted(map(repr, sources)))}"
-        )
-    if gate.needs_demonstrations and not any(prompt.demonstration for prompt in prompts):
-        raise DataError(
-            f"{config.data.train}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "
-            "add targets, or choose an algorithm that learns from rollouts alone (grpo, dr_grpo)"
+            f"data.curriculum.keep_failed: given {config.data.curriculum.keep_failed:g}; needs rollout.cancel_decided=false: "
+            "which rollouts are graded before the rest is cancelled depends on the clock, and so would the data order"
         )
