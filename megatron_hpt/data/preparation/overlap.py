@@ -1,9 +1,9 @@
 """Training prompts that share text with test problems.
 
 The rule of GPT-3 (arXiv 2005.14165, appendix C): a prompt is contaminated if it has n consecutive words in common with a test
-problem, n = 13; a shorter test problem of at least 8 words is looked for whole. Words are without case and punctuation. A
-sequence of words that more than 10 different prompts have is a phrase of the trade ("where m and n are relatively prime
-positive integers, find m + n") and says nothing. Test problems of fewer than 8 words count where the whole prompt is equal.
+problem, n = 13; a shorter test problem of at least 8 words is looked for whole. Words are without case and punctuation. What
+more than 10 different problems have, training and test together, is a phrase ("where m and n are relatively prime positive
+integers, find m + n") and says nothing. A test problem of fewer than 8 words counts where the whole prompt is equal.
 """
 
 from __future__ import annotations
@@ -69,8 +69,10 @@ class HeldOut:
     _starts: dict[Gram, set[int]] = field(default_factory=dict)
     """First words of a sequence → lengths: one look at a place of a prompt instead of one for every length."""
     _short: dict[str, list[int]] = field(default_factory=dict)
-    _prompts: Counter[Gram] = field(default_factory=Counter)
-    """Sequence → how many different prompts have it."""
+    _problems: Counter[Gram] = field(default_factory=Counter)
+    """Sequence → how many different problems have it."""
+    _texts: set[str] = field(default_factory=set)
+    """Different test problems."""
 
     @property
     def shortest(self) -> int:
@@ -79,8 +81,8 @@ class HeldOut:
 
     @property
     def phrases(self) -> list[str]:
-        """What turned out to be in more than 10 prompts."""
-        return [" ".join(gram) for gram in self._prompts if self._phrase(gram)]
+        """What turned out to be in more than 10 problems."""
+        return [" ".join(gram) for gram in self._problems if self._phrase(gram)]
 
     def add(self, test_set: str, row: int, text: str) -> None:
         """Take up a test problem."""
@@ -92,6 +94,9 @@ class HeldOut:
         for gram in grams:
             self._grams.setdefault(gram, []).append(len(self._places))
             self._starts.setdefault(gram[: self.shortest], set()).add(length)
+        if canonical(text) not in self._texts:
+            self._problems.update(grams)
+            self._texts.add(canonical(text))
         self._places.append((test_set, row, len(grams)))
 
     def hits(self, text: str, new: bool) -> Hits:
@@ -111,7 +116,7 @@ class HeldOut:
             if (gram := tuple(found[place : place + length])) in self._grams
         )
         if new:
-            self._prompts.update(grams.keys())
+            self._problems.update(grams.keys())
         return Hits(tuple(gram for gram in grams if not self._phrase(gram)), equal)
 
     def matches(self, hits: Hits) -> list[Match]:
@@ -124,7 +129,7 @@ class HeldOut:
         return sorted((self._match(*one) for one in shared.items()), key=lambda match: -match.share)
 
     def _phrase(self, gram: Gram) -> bool:
-        return self._prompts[gram] > PHRASE
+        return self._problems[gram] > PHRASE
 
     def _match(self, problem: int, grams: Sequence[Gram]) -> Match:
         test_set, row, total = self._places[problem]

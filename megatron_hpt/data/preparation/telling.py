@@ -24,7 +24,7 @@ def told(summary: Summary, out: Path, rejects: Path, unit: str, seconds: float) 
     if summary.contaminated:
         lines.append("  in common with " + ", ".join(f"{name} {rows:,}" for name, rows in summary.contaminated.most_common()))
     if summary.phrases:
-        lines.append(f"  {len(summary.phrases):,} phrases say nothing (in more than 10 prompts), e.g. '{summary.phrases[0]}'")
+        lines.append(f"  {len(summary.phrases):,} phrases of more than 10 problems say nothing, e.g. '{summary.phrases[0]}'")
     lines.append(f"  prompt, {unit}: {_lengths(summary.prompt_lengths)}")
     if summary.demonstration_lengths:
         lines.append(f"  demonstration, {unit}: {_lengths(summary.demonstration_lengths)}")
@@ -37,7 +37,8 @@ def _found(kind: Kind, summary: Summary) -> str:
     found, dropped = summary.found[kind], summary.dropped[kind]
     fate = "left out" if dropped == found else f"{dropped:,} left out" if dropped else "kept"
     hint = f"; --drop {kind.value} leaves them out" if not dropped and kind not in UNUSABLE else ""
-    return f"  {kind.value}: {found:,} rows, {fate}{hint}; the first: {summary.examples[kind]}"
+    rows = "1 row" if found == 1 else f"{found:,} rows"
+    return f"  {kind.value}: {rows}, {fate}{hint}; the first: {summary.examples[kind]}"
 
 
 def _lengths(lengths: Counter[int]) -> str:

@@ -25,6 +25,9 @@ def found(tests: list[str], prompts: list[str], length: int) -> list[set[int]]:
 
 
 def by_definition(tests: list[str], prompts: list[str], length: int) -> list[set[int]]:
+    def different(texts: list[str]) -> list[str]:
+        return list({canonical(text): text for text in reversed(texts)}.values())
+
     def grams(text: str, size: int) -> set[tuple[str, ...]]:
         split = words(text)
         return {tuple(split[place : place + size]) for place in range(len(split) - size + 1)}
@@ -35,8 +38,10 @@ def by_definition(tests: list[str], prompts: list[str], length: int) -> list[set
         size = min(length, len(words(text)))
         looked_for[row] = grams(text, size) if size >= shortest else set()
     everything = set().union(*looked_for.values())
-    different = {canonical(prompt): prompt for prompt in reversed(prompts)}.values()
-    counts = Counter(gram for prompt in different for gram in everything & {g for n in range(15) for g in grams(prompt, n)})
+    sizes = range(length + 1)
+    counts = Counter(
+        gram for one in different(prompts) for gram in everything & {gram for size in sizes for gram in grams(one, size)}
+    ) + Counter(gram for one in different(tests) for gram in grams(one, min(length, len(words(one)))) & everything)
     return [
         {
             row

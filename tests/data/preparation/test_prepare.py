@@ -139,9 +139,7 @@ def test_long_rows_are_left_out_when_asked(tool, tmp_path: Path, tiny_model: Pat
     source = write(tmp_path / "a.parquet", [openr1_row(1), openr1_row(2, **long)])
     out = tmp_path / "out.parquet"
     options = ("--tokenizer", tiny_model, "--max-response", 30)
-    assert "long-demonstration: 1 rows, kept; --drop long-demonstration leaves them out" in tool(
-        "openr1", source, out, *options
-    )
+    assert "long-demonstration: 1 row, kept; --drop long-demonstration leaves them out" in tool("openr1", source, out, *options)
     tool("openr1", source, out, *options, "--drop", "long-demonstration")
     assert pq.read_metadata(out).num_rows == 1
     assert findings(out)[0]["detail"] == "44 tokens, not long: 30"
