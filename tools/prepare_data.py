@@ -228,10 +228,18 @@ def word_problems(out: Folder, train: int = 2000, held_out: int = 48) -> None:
 
 def _prepare(files: Files, form: Format, out: Path, options: Options, split: str = "train") -> None:
     files.require(form.needed)
-    _write(files.batches(form.columns), files.nbytes, form, out, options, split)
+    _write(files.batches(form.columns), files.nbytes, form, out, options, split, files.paths)
 
 
-def _write(batches: Iterable[Batch], total: int, form: Format, out: Path, options: Options, split: str = "train") -> None:
+def _write(
+    batches: Iterable[Batch],
+    total: int,
+    form: Format,
+    out: Path,
+    options: Options,
+    split: str = "train",
+    sources: Sequence[Path] = (),
+) -> None:
     started = time.monotonic()
     with ExitStack() as stack:
         plan = Plan(
@@ -239,7 +247,7 @@ def _write(batches: Iterable[Batch], total: int, form: Format, out: Path, option
             options.split or split,
             options.instruction,
             options.lengths(),
-            held_out(options.against, options.words) if options.against else None,
+            held_out(options.against, options.words, {out, *sources}) if options.against else None,
             stack.enter_context(_graders(options.reward, options.workers)) if options.reward else None,
             frozenset(Kind(one.value) for one in options.drop or ()),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_hpt.data.preparation.fields import Unfit, chat, value
@@ -33,26 +33,30 @@ def _name(path: Path) -> str:
     return path.parent.name if path.stem == "test" else path.stem
 
 
-def held_out(sources: Sequence[Path], words: int) -> HeldOut:
+def held_out(sources: Sequence[Path], words: int, own: Collection[Path] = ()) -> HeldOut:
     """The prompts of test sets, as JSON or in the project's schema.
 
     Args:
         words: of the sequences that are compared.
+        own: files that are prepared, which are no test sets though they may lie beside them.
 
     Raises:
-        DataError: with file and row: a prompt that is none.
+        DataError: no test set; with file and row: a prompt that is none.
     """
-    found = HeldOut(words)
-    for source in sources:
-        for name, files in sets_in(source).items():
-            files.require(["prompt"])
-            for record in (record for batch in files.batches(["prompt"]) for record in batch.records):
-                where = f"{record.file}, row {record.row}"
-                if record.damage:
-                    raise DataError(f"{where}: {record.damage}")
-                try:
-                    _, question = chat(value(record.fields, "prompt"), "prompt")
-                except Unfit as why:
-                    raise DataError(f"{where}, {why}") from None
-                found.add(name, record.row, question)
+    found, prepared = HeldOut(words), {path.resolve() for path in own}
+    sets = [(name, files) for source in sources for name, files in sets_in(source).items()]
+    others = [(name, files) for name, files in sets if files.paths[0].resolve() not in prepared]
+    if not others:
+        raise DataError(f"{', '.join(map(str, sources))}: no test set but what is prepared here")
+    for name, files in others:
+        files.require(["prompt"])
+        for record in (record for batch in files.batches(["prompt"]) for record in batch.records):
+            where = f"{record.file}, row {record.row}"
+            if record.damage:
+                raise DataError(f"{where}: {record.damage}")
+            try:
+                _, question = chat(value(record.fields, "prompt"), "prompt")
+            except Unfit as why:
+                raise DataError(f"{where}, {why}") from None
+            found.add(name, record.row, question)
     return found

@@ -231,3 +231,13 @@ def test_planted_test_problems_are_found_and_left_out(tool, sets: Path, tmp_path
     assert [(one["row"], one["dropped"]) for one in findings(out)] == [(5, True), (700, True), (1499, True)]
     assert findings(out)[0]["detail"].startswith("100% of aime24, row 0: 'every morning aya goes")
     assert pq.read_metadata(out).num_rows == 1497
+
+
+def test_a_file_is_not_compared_with_itself(tool, tmp_path: Path) -> None:
+    question = "Add one to the square of two, then divide by three, and round the result to the nearest whole number."
+    (tmp_path / "test.json").write_text(json.dumps([{"prompt": question, "answer": "2"}]))
+    source = write(tmp_path / "train.parquet", [openr1_row(1, prompt=[{"role": "user", "content": question}])])
+    tool("openr1", source, tmp_path / "out.parquet")
+    assert f"in common with {tmp_path.name} 1\n" in tool("openr1", source, tmp_path / "out.parquet", "--against", tmp_path)
+    with pytest.raises(HptError, match="no test set but what is prepared here"):
+        tool("openr1", source, tmp_path / "out.parquet", "--against", source)
