@@ -24,7 +24,9 @@ def told(summary: Summary, out: Path, rejects: Path, unit: str, seconds: float) 
     if summary.contaminated:
         lines.append("  in common with " + ", ".join(f"{name} {rows:,}" for name, rows in summary.contaminated.most_common()))
     if summary.phrases:
-        lines.append(f"  {len(summary.phrases):,} phrases of more than 10 problems say nothing, e.g. '{summary.phrases[0]}'")
+        number = len(summary.phrases)
+        what = "1 phrase says" if number == 1 else f"{number:,} phrases say"
+        lines.append(f"  {what} nothing, being in more than 10 problems, e.g. '{summary.phrases[0]}'")
     lines.append(f"  prompt, {unit}: {_lengths(summary.prompt_lengths)}")
     if summary.demonstration_lengths:
         lines.append(f"  demonstration, {unit}: {_lengths(summary.demonstration_lengths)}")
