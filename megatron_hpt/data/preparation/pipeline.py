@@ -71,7 +71,6 @@ class Preparation:
                 settle([item for item in items if not item.hits])
                 advance(batch.nbytes)
             settle(self._judge())
-            said.flush()
             if not self._summary.written:
                 raise DataError(_nothing_left(self._summary))
         return self._summary
