@@ -293,6 +293,10 @@ class RolloutConfig(Section):
     """Tensor parallel ranks of one engine server."""
     kv_cache_gib: PositiveInt = 1
     """Memory for the KV cache of one server, in GiB (host engines)."""
+    gpu_memory_share: typing.Annotated[float, Field(gt=0, lt=1)] = 0.92
+    """Share of a GPU's memory that an engine takes: weights, workspaces, and the rest for its cache (engines on GPUs)."""
+    sleep: bool = False
+    """Engines on the trainer's GPUs give their memory back while it trains, and take it again for the next rollouts."""
     max_running: PositiveInt = 256
     """Sequences that one server decodes at the same time."""
     max_restarts: NonNegativeInt = 3
@@ -315,6 +319,11 @@ class TransferConfig(Section):
     """Folder for versions on a file system that trainer and engines share (files)."""
     full_every: PositiveInt = 1
     """Every k-th version is written whole, those between hold only what changed (files)."""
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Engines are on the trainer's GPUs: they read its memory."""
+        return self.transport == "cuda_ipc"
 
     @model_validator(mode="after")
     def _folder_of_files(self) -> TransferConfig:

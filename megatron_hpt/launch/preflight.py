@@ -111,7 +111,22 @@ def check_engine(config: Config, shape: ModelShape) -> None:
                 f"({config.model.path}/config.json); allowed: {', '.join(map(str, allowed))}, or another engine"
             )
     check_transport(config.transfer.transport)
+    check_sleep(config, torch.cuda.is_available())
     _check_engine_model(config, shape)
+
+
+def check_sleep(config: Config, on_gpus: bool) -> None:
+    """Engines on a host keep their memory: vLLM's worker there ignores sleep (v1/worker/cpu_worker.py) and its configuration
+    refuses it (config/model.py); SGLang's memory saver is a CUDA library.
+
+    Raises:
+        ConfigError: they are to sleep on a host.
+    """
+    if config.rollout.sleep and not on_gpus:
+        raise ConfigError(
+            f"rollout.sleep: {config.rollout.engine} gives memory back on GPUs only, and this machine has none; set "
+            "rollout.sleep=false"
+        )
 
 
 def _check_engine_model(config: Config, shape: ModelShape) -> None:

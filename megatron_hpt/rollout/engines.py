@@ -25,14 +25,28 @@ SGLANG_ENVIRONMENT = ".venv-sglang"
 
 
 @dataclass(frozen=True)
+class Start:
+    """One server that is to be started."""
+
+    model: str
+    """Folder of its model."""
+    port: int
+    folder: Path
+    """For private files."""
+    on_gpus: bool
+    """On GPUs; else on the host."""
+
+
+@dataclass(frozen=True)
 class Kind:
     """One inference server."""
 
     python: Callable[[], str]
     """Interpreter of its environment where the recipe names none."""
-    command: Callable[[Config, str, str, int, Path], list[str]]
-    """(config, interpreter, model folder, port, folder for private files) → command line."""
-    environment: Callable[[Config], dict[str, str]]
+    command: Callable[[Config, str, Start], list[str]]
+    """(config, interpreter, start) → command line."""
+    environment: Callable[[Config, bool], dict[str, str]]
+    """(config, on GPUs) → environment, on top of this process's."""
     client: Callable[[Config, str], HttpEngine]
     """(config, url) → client."""
     install: str
@@ -41,15 +55,16 @@ class Kind:
     """Head sizes that its attention has without a GPU; none: any."""
 
 
-def _vllm_command(config: Config, python: str, model: str, port: int, _: Path) -> list[str]:
-    return vllm.server_command(config, python, model, port)
+def _vllm_command(config: Config, python: str, start: Start) -> list[str]:
+    return vllm.server_command(config, python, start.model, start.port, on_gpus=start.on_gpus)
 
 
-def _sglang_command(config: Config, python: str, model: str, port: int, folder: Path) -> list[str]:
+def _sglang_command(config: Config, python: str, start: Start) -> list[str]:
     """The token goes by a private file: a command line can be read by every user of the machine."""
-    command = sglang.server_command(config, python, model, port, cache_tokens(config))
+    host_cache = None if start.on_gpus else cache_tokens(config)
+    command = sglang.server_command(config, python, start.model, start.port, host_cache)
     if own := token():
-        file = folder / f"sglang_{port}.yaml"
+        file = start.folder / f"sglang_{start.port}.yaml"
         write_private(file, f"api-key: {own}\n")
         command += ["--config", str(file)]
     return command
@@ -129,6 +144,7 @@ def transfer_options(config: Config) -> Options:
         folder=transfer.folder,
         full_every=transfer.full_every,
         fp8=fp8_format(read_config(config.engine_model)),
+        sleep=config.rollout.sleep,
     )
 
 

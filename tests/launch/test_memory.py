@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from megatron_hpt.launch.layout import check_layout
 from megatron_hpt.launch.memory import (
     GIB,
     STATE_BYTES,
+    EngineMemory,
     engine_memory,
     engine_weights,
     heaviest_stage,
@@ -41,6 +40,7 @@ from megatron_hpt.launch.published import PUBLISHED
 from megatron_hpt.weights.hf_config import ModelShape, model_shape, shape_of_any
 from megatron_hpt.weights.layouts import EngineLayout, actor_holdings, engine_holdings
 from megatron_hpt.weights.mapping import hf_tensor_shapes
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).parent / "memory_worker.py"
 LLAMA_70B = model_shape(PUBLISHED / "Llama-3.1-70B")
@@ -151,13 +151,17 @@ def test_early_stages_keep_more_micro_batches_and_few_micro_batches_keep_less() 
     assert trainer_memory(LLAMA_70B, config, 0, 2).activations == pytest.approx(first / 2)
 
 
-def test_engines_have_room_for_what_the_trainer_leaves() -> None:
-    config = recipe(ParallelConfig(), rollout={"tensor_parallel": 8})
-    alone = engine_memory(LLAMA_70B, config, 2, 79.1 * GIB, 0)
-    beside = engine_memory(LLAMA_70B, config, 2, 79.1 * GIB, 30 * GIB)
-    assert alone.token == 40 * 1024  # 2 · 80 layers · one head of 128 · two bytes
-    assert alone.cache - beside.cache == 30 * GIB
-    assert engine_memory(LLAMA_70B, config, 2, 79.1 * GIB, 70 * GIB).tokens == 0
+def test_engines_have_room_in_their_share() -> None:
+    def engine(share: float, kind: str = "vllm") -> EngineMemory:
+        rollout = {"tensor_parallel": 8, "gpu_memory_share": share, "engine": kind}
+        return engine_memory(LLAMA_70B, recipe(ParallelConfig(), rollout=rollout), 2, 80 * GIB)
+
+    assert engine(0.9).token == 40 * 1024  # 2 · 80 layers · one head of 128 · two bytes
+    assert engine(0.9).total == pytest.approx(72 * GIB)
+    assert engine(0.9).cache - engine(0.5).cache == pytest.approx(32 * GIB)
+    assert engine(0.2).tokens == 0
+    assert engine(0.9, "sglang").allowance == pytest.approx(7.2 * GIB)
+    assert engine(0.9, "sglang").total == pytest.approx(72 * GIB)
 
 
 def row(prompt_id: int) -> Row:
@@ -186,10 +190,8 @@ def test_a_real_rank_holds_what_was_predicted(tmp_path: Path, moe: bool, dtype: 
     config.data.max_prompt_length, config.data.max_response_length = 8, 24
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     Ledger(tmp_path / "ledger").write(Batch(0, [row(i) for i in range(4)]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.parallel.ranks}"]
-    arguments = [WORKER, tmp_path / "config.yaml", tmp_path / "ledger", tmp_path / "out.json"]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [tmp_path / "config.yaml", tmp_path / "ledger", tmp_path / "out.json"]
+    run_ranks(WORKER, *arguments, ranks=config.parallel.ranks)
     shape = model_shape(tmp_path / "model")
     for found in json.loads((tmp_path / "out.json").read_text()):
         expected = trainer_memory(shape, config, found["stage"], 1)
