@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from megatron_hpt.config import Config
 from megatron_hpt.data.files import write_private
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.process import token
 from megatron_hpt.rollout import sglang, vllm
+from megatron_hpt.rollout.engine import Weights
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 from megatron_hpt.weights.control import CONTROLS, EngineControl, InFlight
 from megatron_hpt.weights.hf_config import read_config, run_shape
@@ -24,30 +26,56 @@ SGLANG_ENVIRONMENT = ".venv-sglang"
 """What `make sglang-env` builds, beside the environment of the trainer."""
 
 
+class Command(Protocol):
+    """Makes the command line of a server."""
+
+    def __call__(
+        self, config: Config, python: str, model: str, port: int, folder: Path, weights: Weights = Weights.NONE
+    ) -> list[str]:
+        """
+        Args:
+            python: interpreter of the server's environment.
+            model: folder.
+            folder: for private files.
+        """
+
+
+class Client(Protocol):
+    """Makes the client of a server."""
+
+    def __call__(self, config: Config, url: str, own: str | None = None) -> HttpEngine:
+        """
+        Args:
+            own: label of the weights that the server was started with, where they count (`HttpEngine`).
+        """
+
+
 @dataclass(frozen=True)
 class Kind:
     """One inference server."""
 
     python: Callable[[], str]
     """Interpreter of its environment where the recipe names none."""
-    command: Callable[[Config, str, str, int, Path], list[str]]
-    """(config, interpreter, model folder, port, folder for private files) → command line."""
+    command: Command
     environment: Callable[[Config], dict[str, str]]
-    client: Callable[[Config, str], HttpEngine]
-    """(config, url) → client."""
+    client: Client
     install: str
     """What to do when the interpreter is missing."""
     host_head_dims: tuple[int, ...] = ()
     """Head sizes that its attention has without a GPU; none: any."""
 
 
-def _vllm_command(config: Config, python: str, model: str, port: int, _: Path) -> list[str]:
-    return vllm.server_command(config, python, model, port)
+def _vllm_command(
+    config: Config, python: str, model: str, port: int, folder: Path, weights: Weights = Weights.NONE
+) -> list[str]:
+    return vllm.server_command(config, python, model, port, weights)
 
 
-def _sglang_command(config: Config, python: str, model: str, port: int, folder: Path) -> list[str]:
+def _sglang_command(
+    config: Config, python: str, model: str, port: int, folder: Path, weights: Weights = Weights.NONE
+) -> list[str]:
     """The token goes by a private file: a command line can be read by every user of the machine."""
-    command = sglang.server_command(config, python, model, port, cache_tokens(config))
+    command = sglang.server_command(config, python, model, port, cache_tokens(config), weights)
     if own := token():
         file = folder / f"sglang_{port}.yaml"
         write_private(file, f"api-key: {own}\n")
@@ -55,13 +83,13 @@ def _sglang_command(config: Config, python: str, model: str, port: int, folder: 
     return command
 
 
-def _vllm_client(config: Config, url: str) -> HttpEngine:
-    return vllm.VllmEngine(url, config.deadlines.rollout_s, config.deadlines.health_s, _connections(config))
+def _vllm_client(config: Config, url: str, own: str | None = None) -> HttpEngine:
+    return vllm.VllmEngine(url, config.deadlines.rollout_s, config.deadlines.health_s, _connections(config), own)
 
 
-def _sglang_client(config: Config, url: str) -> HttpEngine:
+def _sglang_client(config: Config, url: str, own: str | None = None) -> HttpEngine:
     vocab, deadlines = run_shape(config).vocab, config.deadlines
-    return sglang.SglangEngine(url, deadlines.rollout_s, deadlines.health_s, vocab, _connections(config))
+    return sglang.SglangEngine(url, deadlines.rollout_s, deadlines.health_s, vocab, _connections(config), own)
 
 
 def _connections(config: Config) -> int:
