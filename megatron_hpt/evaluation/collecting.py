@@ -65,19 +65,22 @@ class Collection:
         """
         missing = self.missing
         left = {name: sum(one.benchmark == name for one in missing) for name in self._journals}
-        async with asyncio.TaskGroup() as grading:
-            for name in [name for name, number in left.items() if not number]:
-                grading.create_task(self._complete(name, graders))
+        try:
+            async with asyncio.TaskGroup() as grading:
+                for name in [name for name, number in left.items() if not number]:
+                    grading.create_task(self._complete(name, graders))
 
-            def found(one: Wanted, row: SampleRow) -> None:
-                self._journals[one.benchmark].add(row)
-                progress(row)
-                left[one.benchmark] -= 1
-                if not left[one.benchmark]:
-                    grading.create_task(self._complete(one.benchmark, graders))
+                def found(one: Wanted, row: SampleRow) -> None:
+                    self._journals[one.benchmark].add(row)
+                    progress(row)
+                    left[one.benchmark] -= 1
+                    if not left[one.benchmark]:  # graded while the other sets are sampled
+                        grading.create_task(self._complete(one.benchmark, graders))
 
-            if source is not None and missing:
-                await draw(source.engine, missing, self._evaluation.protocol, source.tokenizer, source.at_once, found)
+                if source is not None and missing:
+                    await draw(source.engine, missing, self._evaluation.protocol, source.tokenizer, source.at_once, found)
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
 
     async def _complete(self, name: str, graders: Graders) -> None:
         rows = self._journals[name].ordered((p.problem_id for p in self._sets[name]), self._samples(name))
