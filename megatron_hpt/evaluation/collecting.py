@@ -53,7 +53,9 @@ class Collection:
             for one in wanted(name, self._sets[name], self._samples(name), seed, journal.rows)
         ]
 
-    async def fill(self, source: Source | None, graders: Graders, progress: Callable[[SampleRow], None]) -> None:
+    async def fill(
+        self, source: Source | None, graders: Graders, progress: Callable[[SampleRow], None] = lambda _: None
+    ) -> None:
         """Draw what is missing, and grade. Afterwards every set has its file.
 
         Args:

@@ -96,7 +96,7 @@ def _collect(job: Job, collection: Collection, console: Console) -> None:
     reward, missing = job.config.reward, len(collection.missing)
     with Counter(missing, console) as counter, Graders(reward.workers, reward.deadline_s) as graders:
         if not missing:
-            asyncio.run(collection.fill(None, graders, lambda row: None))
+            asyncio.run(collection.fill(None, graders))
         elif job.servers:
             asyncio.run(_ask(job, lambda: _clients_of_running(job), collection, graders, counter))
         else:
