@@ -371,7 +371,7 @@ class EvaluationConfig(Section):
     @property
     def held_out(self) -> dict[str, str]:
         """Every set that is evaluated: name → parquet file."""
-        return {**self.validation, **self.sets}
+        return {**self.sets, **self.validation}
 
     @model_validator(mode="after")
     def _reported_or_selecting(self) -> EvaluationConfig:

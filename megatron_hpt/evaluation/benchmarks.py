@@ -29,9 +29,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "aime25": Benchmark("AIME 25", 30, samples=32, aliases=("aime2025",)),
     "amc": Benchmark("AMC", 83, samples=32, aliases=("amc12",)),
     "amc23": Benchmark("AMC 23", 40, samples=32, aliases=("amc2023",)),
-    "math-500": Benchmark("MATH-500", 500, aliases=("math500",)),
+    "math-500": Benchmark("MATH-500", 500),
     "minerva": Benchmark("Minerva", 272, aliases=("minerva-math",)),
-    "olympiad-bench": Benchmark("Olympiad", 674, aliases=("olympiadbench", "olympiad")),
+    "olympiad-bench": Benchmark("Olympiad", 674, aliases=("olympiad",)),
     "gpqa": Benchmark("GPQA-Diamond", 198, aliases=("gpqa-diamond",)),
 }
 """`amc` is the set that the paper reports, AMC 12 of 2022 and 2023; `amc23` the one that its repository holds."""
