@@ -58,9 +58,9 @@ class SampleRow:
     answer: str | None
     tokens: int
     truncated: bool
-    score: float | None
-    ungraded_reason: str | None
-    grader: str
+    score: float | None = None
+    ungraded_reason: str | None = None
+    grader: str = ""
 
 
 @dataclass(frozen=True)

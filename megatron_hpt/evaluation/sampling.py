@@ -99,7 +99,4 @@ def as_row(one: Wanted, sample: Sample, tokenizer: Any) -> SampleRow:
         answer=answer_of(response),
         tokens=len(sample.tokens),
         truncated=sample.finish_reason == "length",
-        score=None,
-        ungraded_reason=None,
-        grader="",
     )
