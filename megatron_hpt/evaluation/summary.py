@@ -84,5 +84,5 @@ def table(summaries: Mapping[str, Summary], titles: Mapping[str, str]) -> Table:
 
 
 def percent(value: Estimate | None) -> str:
-    """``52.7 (44.1–61.2)``."""
-    return "-" if value is None else f"{100 * value.value:.1f} ({100 * value.low:.1f}–{100 * value.high:.1f})"
+    """``52.7 (44–61)``."""
+    return "-" if value is None else f"{100 * value.value:.1f} ({100 * value.low:.0f}–{100 * value.high:.0f})"
