@@ -12,7 +12,7 @@ from typing import Any
 from megatron_hpt.evaluation.grading import Graders
 from megatron_hpt.evaluation.journal import Journal
 from megatron_hpt.evaluation.problems import Problem
-from megatron_hpt.evaluation.samples import Evaluation, SampleRow, read_samples, samples_file, write_samples
+from megatron_hpt.evaluation.samples import Evaluation, SampleRow, count_samples, read_samples, samples_file, write_samples
 from megatron_hpt.evaluation.sampling import Wanted, draw, wanted
 from megatron_hpt.rollout.engine import Sampler
 
@@ -95,7 +95,7 @@ class Collection:
 
     def _is_complete(self, name: str) -> bool:
         path = samples_file(self._folder, name)
-        return path.is_file() and len(read_samples(path)) == len(self._sets[name]) * self._samples(name)
+        return path.is_file() and count_samples(path) == len(self._sets[name]) * self._samples(name)
 
     def _take_over(self, name: str) -> None:
         """Samples of an evaluation that wanted fewer a problem."""

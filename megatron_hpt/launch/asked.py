@@ -14,8 +14,8 @@ from megatron_hpt.evaluation.benchmarks import Chosen, choose
 from megatron_hpt.evaluation.grading import check_grader
 from megatron_hpt.evaluation.problems import SYSTEM_PROMPTS, Problem, load_problems, sha256_of
 from megatron_hpt.evaluation.samples import Evaluation, Protocol, SetRecord
+from megatron_hpt.launch.preflight import check_started_engine
 from megatron_hpt.launch.subject import Subject, dtype_of, resolve
-from megatron_hpt.rollout.engines import interpreter
 from megatron_hpt.rollout.running import Running, look
 from megatron_hpt.weights.hf_config import read_config
 
@@ -69,7 +69,7 @@ def prepare(model: str, benchmarks: Sequence[str], options: Options) -> Job:
     servers = tuple(look(url) for url in subject.urls)
     config = _settings(subject, servers, options)
     if not servers:
-        interpreter(config)
+        check_started_engine(config, _head_dim(read_config(config.model.path)))
     tokenizer = load_tokenizer(config)
     system = SYSTEM_PROMPTS.get(options.system_prompt or "", options.system_prompt)
     sets = {one.name: load_problems(one.file, tokenizer, system) for one in chosen}
@@ -110,12 +110,28 @@ def _settings(subject: Subject, servers: Sequence[Running], options: Options) ->
         engine = {"urls": [server.url for server in servers], "engine": servers[0].kind}
     else:
         model = str(subject.path)
-        engine = {"urls": [], "model": "", "servers": max(1, gpus() // config.rollout.tensor_parallel)}
+        engine = {"urls": [], "model": "", "host": "127.0.0.1"}
     own = {"path": model, "overrides": {}}  # checkpoints and exports of a run have its overrides in them
     if subject.run is None and not servers:
         own["dtype"] = dtype_of(read_config(model))
     changes = {"model": config.model.model_copy(update=own), "rollout": config.rollout.model_copy(update=engine)}
-    return apply_overrides(config.model_copy(update=changes), list(options.overrides))
+    config = apply_overrides(config.model_copy(update=changes), list(options.overrides))
+    return config if servers else _placed(config, any(given.startswith("rollout.servers=") for given in options.overrides))
+
+
+def _placed(config: Config, chosen: bool) -> Config:
+    """With as many engines as there are GPUs for, unless their number was chosen.
+
+    Raises:
+        ConfigError: there are too few GPUs.
+    """
+    width, there = config.rollout.tensor_parallel, gpus()
+    number = config.rollout.servers if chosen else max(1, there // width)
+    if there and number * width > there:
+        raise ConfigError(
+            f"rollout.servers={number} of rollout.tensor_parallel={width} need {number * width} GPUs; this machine has {there}"
+        )
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"servers": number})})
 
 
 def _model_of(servers: Sequence[Running]) -> str:
@@ -127,6 +143,12 @@ def _model_of(servers: Sequence[Running]) -> str:
             f"{servers[0].url} serves {servers[0].model}, which is no folder of this machine: give --tokenizer FOLDER"
         )
     return servers[0].model
+
+
+def _head_dim(contents: dict[str, Any]) -> int | None:
+    """Size of an attention head, from a config.json of any family; None: it does not say."""
+    heads, hidden = contents.get("num_attention_heads"), contents.get("hidden_size")
+    return contents.get("head_dim") or (hidden // heads if heads and hidden else None)
 
 
 def gpus() -> int:

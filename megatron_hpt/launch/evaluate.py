@@ -169,6 +169,8 @@ def _interruptible() -> Iterator[None]:
     """SIGINT and SIGTERM are raised as `Interrupted`."""
 
     def interrupt(number: int, _: Any) -> NoReturn:
+        for each in previous:  # engines take seconds to end
+            signal.signal(each, signal.SIG_IGN)
         raise Interrupted(f"ended by {signal.Signals(number).name}; the same command continues the evaluation")
 
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}

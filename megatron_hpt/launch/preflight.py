@@ -101,20 +101,32 @@ def check_engine(config: Config, shape: ModelShape) -> None:
     Raises:
         ConfigError: it is not, or they cannot; says what to do.
     """
-    import torch
-
     from megatron_hpt.weights.transports import check_transport
 
     if not config.rollout.urls:
-        interpreter(config)
-        allowed = () if torch.cuda.is_available() else ENGINES[config.rollout.engine].host_head_dims
-        if allowed and shape.head_dim not in allowed:
-            raise ConfigError(
-                f"rollout.engine={config.rollout.engine}: its attention on the host has no heads of {shape.head_dim} "
-                f"({config.model.path}/config.json); allowed: {', '.join(map(str, allowed))}, or another engine"
-            )
+        check_started_engine(config, shape.head_dim)
     check_transport(config.transfer.transport)
     _check_engine_model(config, shape)
+
+
+def check_started_engine(config: Config, head_dim: int | None) -> None:
+    """The engine can be started here.
+
+    Args:
+        head_dim: of the model; None: not known.
+
+    Raises:
+        ConfigError: its environment is missing, or its attention; says what to do.
+    """
+    import torch
+
+    interpreter(config)
+    allowed = () if torch.cuda.is_available() else ENGINES[config.rollout.engine].host_head_dims
+    if allowed and head_dim is not None and head_dim not in allowed:
+        raise ConfigError(
+            f"rollout.engine={config.rollout.engine}: its attention on the host has no heads of {head_dim} "
+            f"({config.model.path}/config.json); allowed: {', '.join(map(str, allowed))}, or another engine"
+        )
 
 
 def _check_engine_model(config: Config, shape: ModelShape) -> None:
