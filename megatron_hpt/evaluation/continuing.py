@@ -45,7 +45,7 @@ def continued(folder: Path, record: Evaluation) -> Evaluation:
 
 def differences(before: Evaluation, now: Evaluation) -> list[str]:
     """Why one cannot go on as the other. More samples a problem, and other benchmarks, are no reason."""
-    pairs = [(key, getattr(before, key), getattr(now, key)) for key in ("model", "weights")]
+    pairs = [(key, getattr(before, key), getattr(now, key)) for key in ("model", "weights", "engine", "dtype", "overrides")]
     pairs += [(f.name, getattr(before.protocol, f.name), getattr(now.protocol, f.name)) for f in fields(Protocol)]
     found = [f"{key} was {one!r}, now {other!r}" for key, one, other in pairs if one != other]
     for name in [name for name in now.benchmarks if name in before.benchmarks]:

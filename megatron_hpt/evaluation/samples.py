@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,11 @@ class Evaluation:
     """By name, in the order of the table."""
     step: int | None = None
     """Optimizer steps in the weights, where they are a run's."""
+    engine: str = ""
+    dtype: str = ""
+    """Of the computation; empty: that of a server, which does not say."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Keys of config.json that were given other values."""
 
 
 def write_record(folder: Path, evaluation: Evaluation) -> None:

@@ -90,6 +90,9 @@ def prepare(model: str, benchmarks: Sequence[str], options: Options) -> Job:
         protocol=protocol,
         benchmarks={one.name: _set_record(one, len(sets[one.name])) for one in chosen},
         step=subject.step,
+        engine=config.rollout.engine,
+        dtype="" if servers else config.model.dtype,
+        overrides=config.model.overrides,
     )
     return Job(config, subject, servers, tokenizer, sets, record, options.out or OUT / subject.name)
 

@@ -38,6 +38,8 @@ class Evaluations:
             weights="",
             protocol=_protocol(config),
             benchmarks={name: self._set_record(name, path) for name, path in sets.items()},
+            engine=config.rollout.engine,
+            dtype=config.model.dtype,
         )
 
     async def evaluate(self, version: int, engine: Sampler, engines: int) -> dict[str, Any]:
