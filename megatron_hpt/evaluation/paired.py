@@ -1,0 +1,119 @@
+"""Two models on the same problems: what each solves that the other does not, and whether the difference is more than chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_hpt.evaluation.statistics import CONFIDENCE, Scores, graded, student_quantile
+
+EXHAUSTIVE_UP_TO = 16
+"""Problems that differ, for which every assignment of signs is tried; of more, DRAWS assignments are drawn."""
+DRAWS = 50_000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First model minus second, over the problems for which both have a grade."""
+
+    plus: float
+    """Problems that only the first solves; with several samples, expected with one sample of each."""
+    minus: float
+    """Problems that only the second solves, likewise."""
+    value: float
+    """Difference of avg@k."""
+    low: float
+    high: float
+    p_value: float
+    """Of a difference as large, in either direction, if the two models were equally good at every problem."""
+    test: str
+    problems: int
+    left_out: int
+    """Problems for which one has no graded sample."""
+
+
+def difference(first: Scores, second: Scores, confidence: float = CONFIDENCE) -> Difference | None:
+    """Compare two models, problem by problem (both in the same order).
+
+    Returns:
+        None if there is no problem for which both have a grade.
+    """
+    pairs = [(graded(a), graded(b)) for a, b in zip(first, second, strict=True)]
+    known = [(float(np.mean(a)), float(np.mean(b))) for a, b in pairs if a and b]
+    if not known:
+        return None
+    a, b = np.array(known).T
+    low, high = paired_interval(a - b, confidence)
+    p_value, test = paired_test(a - b)
+    return Difference(
+        plus=float((a * (1 - b)).sum()),
+        minus=float((b * (1 - a)).sum()),
+        value=float((a - b).mean()),
+        low=low,
+        high=high,
+        p_value=p_value,
+        test=test,
+        problems=len(known),
+        left_out=len(pairs) - len(known),
+    )
+
+
+def paired_interval(differences: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Confidence interval of the mean of independent differences.
+
+    Student's over problems (Miller 2024, arXiv 2411.00640, section 4.2). Where a problem is won, lost or neither (one sample
+    of each), half a problem won, half a problem lost and one that is neither are added first (Agresti and Min 2005, doi
+    10.1002/sim.1781), so that models that differ nowhere do not have an interval of length 0.
+
+    Args:
+        differences: float64 [problems], in [-1, 1].
+    """
+    n, mean, square = differences.size, float(differences.mean()), float((differences**2).mean())
+    if np.isin(differences, (-1.0, 0.0, 1.0)).all():
+        mean, square, n = mean * n / (n + 2), (square * n + 1) / (n + 2), n + 2
+    if n == 1:
+        return -1.0, 1.0
+    half = student_quantile(0.5 + confidence / 2, n - 1) * math.sqrt(max(0.0, square - mean * mean) / (n - 1))
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
+def paired_test(differences: np.ndarray) -> tuple[float, str]:
+    """Two-sided p-value of "each difference could as well have the other sign", and how it was had.
+
+    Were both models equally good at every problem, exchanging them there would change nothing: so the sum of the differences
+    is compared with its distribution over random signs (Fisher's test). With one sample of each this is McNemar's exact test.
+    """
+    sizes = np.abs(differences[differences != 0])
+    if not sizes.size:
+        return 1.0, "no problem differs"
+    if (sizes == sizes[0]).all():
+        name = "McNemar, exact" if sizes[0] == 1 else "random signs, exact"
+        return binomial_test(int((differences > 0).sum()), sizes.size), name
+    observed = abs(float(differences.sum())) - 1e-9
+    if sizes.size <= EXHAUSTIVE_UP_TO:
+        signs = 1 - 2.0 * (np.arange(2**sizes.size)[:, None] >> np.arange(sizes.size) & 1)
+        return float((np.abs(signs @ sizes) >= observed).mean()), "random signs, exact"
+    draws = np.random.default_rng(0)
+    hits = sum(
+        int((np.abs((1 - 2.0 * draws.integers(0, 2, (1000, sizes.size))) @ sizes) >= observed).sum())
+        for _ in range(DRAWS // 1000)
+    )
+    return (hits + 1) / (DRAWS + 1), f"random signs, {DRAWS:,} draws"
+
+
+def binomial_test(wins: int, games: int) -> float:
+    """Two-sided exact p-value of so many heads of a fair coin."""
+    tail = sum(math.comb(games, heads) for heads in range(min(wins, games - wins) + 1))
+    return min(1.0, 2 * tail / 2**games)
+
+
+def by_group(groups: Sequence[str | None]) -> dict[str, list[int]]:
+    """Places of the problems of each group, groups in natural order; empty if no problem has one."""
+    found: dict[str, list[int]] = {}
+    for place, group in enumerate(groups):
+        if group is not None:
+            found.setdefault(group, []).append(place)
+    return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))
