@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hpt.errors import DataError
-from megatron_hpt.evaluation.comparison import Reached, draw, reached, table
+from megatron_hpt.evaluation.runs import Reached, draw, reached, table
 
 
 def line(step: int, **values) -> dict:
