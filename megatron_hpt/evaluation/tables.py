@@ -62,14 +62,14 @@ def _exclusive(comparison: Comparison) -> Grid:
             [Cell(name) for name in (*names, group)] + _counts(one) + [Cell("")] * 3 for group, one in versus.groups.items()
         ]
         total = versus.total
-        difference = Cell(f"{100 * total.value:+.1f}", f"{100 * total.low:+.1f} to {100 * total.high:+.1f}")
+        difference = Cell(_signed(total.value), f"{_signed(total.low)} to {_signed(total.high)}")
         verdict = [difference, Cell(_p_value(total.p_value)), Cell(total.test)]
         rows.append([*(Cell(name) for name in (*names, "all")), *_counts(total), *verdict])
     title = f"Exclusive solves of {comparison.entries[0].label}"
     caption = (
         "+ solved by it alone, − by the other alone, in problems and percent of them; with several samples a problem, "
-        "as expected with one sample of each. Difference of avg@k in points, with its 95% interval. p: of a difference as large "
-        "between models that are equally good at every problem, not corrected for the number of rows"
+        "as expected with one sample of each. Difference of avg@k in points, with its 95% interval. p: how likely a difference as "
+        "large is between models that are equally good at every problem, not corrected for the number of rows"
     )
     columns = ["against", "benchmark", "group", "problems", "+", "−", "+ %", "− %", "difference", "p", "test"]
     return Grid(title, columns, rows, left=3, caption=caption)
@@ -84,6 +84,10 @@ def _counts(one: Difference) -> list[Cell]:
 
 def _count(number: float) -> str:
     return f"{number:.0f}" if abs(number - round(number)) < 1e-9 else f"{number:.1f}"
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _p_value(p: float) -> str:
