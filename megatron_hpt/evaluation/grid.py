@@ -73,7 +73,7 @@ def _escaped(text: str) -> str:
 
 def html_table(grid: Grid) -> str:
     """A heading and a table; names are left, numbers right by the classes of their cells."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in grid.columns)
+    head = "".join(f'<th class="{_kind(i < grid.left)}">{html.escape(column)}</th>' for i, column in enumerate(grid.columns))
     body = "".join(f"<tr>{''.join(_html_cell(cell, i < grid.left) for i, cell in enumerate(row))}</tr>" for row in grid.rows)
     caption = f"<p>{html.escape(grid.caption)}</p>" if grid.caption else ""
     return f"<h2>{html.escape(grid.title)}</h2><table><tr>{head}</tr>{body}</table>{caption}"
@@ -82,4 +82,8 @@ def html_table(grid: Grid) -> str:
 def _html_cell(cell: Cell, is_name: bool) -> str:
     text = f"<b>{html.escape(cell.text)}</b>" if cell.best else html.escape(cell.text)
     detail = f"<br><small>{html.escape(cell.detail)}</small>" if cell.detail else ""
-    return f'<td class="{"name" if is_name else "number"}">{text}{detail}</td>'
+    return f'<td class="{_kind(is_name)}">{text}{detail}</td>'
+
+
+def _kind(is_name: bool) -> str:
+    return "name" if is_name else "number"

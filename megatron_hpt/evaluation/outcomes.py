@@ -118,16 +118,22 @@ def _read(path: Path, label: str | None) -> Entry:
 def _evaluation(path: Path, label: str | None) -> Entry:
     record = read_record(path)
     outcomes: dict[str, Outcome] = {}
-    for name, one in record.benchmarks.items():
-        column = column_of(name)
-        if column in outcomes:
-            raise DataError(f"{path}: {outcomes[column].name} and {name} are both the table's column {column}")
+    for name, column in _columns(list(record.benchmarks)).items():
         file = samples_file(path, name)
         if not file.is_file():
             raise DataError(f"{path}: not finished, {name} has no samples yet; the command that wrote it continues it")
-        outcomes[column] = Outcome(name, one, read_problems(file))
+        outcomes[column] = Outcome(name, record.benchmarks[name], read_problems(file))
     step = "" if record.step is None else f" @{record.step}"
     return Entry(label or Path(record.model.rstrip("/")).name + step, outcomes, protocol=record.protocol)
+
+
+def _columns(names: Sequence[str]) -> dict[str, str]:
+    """Column of every benchmark of one evaluation. Of two that share one (amc and amc23) the second has one of its own."""
+    columns: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: name.lower() != column_of(name).lower()):
+        column = column_of(name)
+        columns[name] = name if column in columns.values() else column
+    return columns
 
 
 def read_problems(file: Path) -> tuple[Problem, ...]:

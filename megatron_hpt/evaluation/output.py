@@ -64,8 +64,8 @@ _PAGE = """<!doctype html>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; color: #222; padding: 0 1em }}
 table {{ border-collapse: collapse }} th, td {{ padding: .25em .9em .25em 0; vertical-align: top }}
-th {{ text-align: left; border-bottom: 1px solid #999 }} tr + tr td {{ border-bottom: 1px solid #eee }}
-.number {{ text-align: right }} small, p {{ color: #666 }} img {{ width: 100% }}
+th {{ border-bottom: 1px solid #999 }} tr + tr td {{ border-bottom: 1px solid #eee }}
+.name {{ text-align: left }} .number {{ text-align: right }} small, p {{ color: #666 }} img {{ width: 100% }}
 h2 {{ margin: 1.6em 0 .4em; font-size: 1.15em }}
 </style>
 <h1>{title}</h1>

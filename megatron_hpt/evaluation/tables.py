@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from megatron_hpt.evaluation import runs
 from megatron_hpt.evaluation.comparison import Comparison, Score
@@ -43,7 +43,7 @@ def _results(comparison: Comparison) -> Grid:
     return Grid("Results", ["model", *(column.title for column in comparison.columns)], rows, caption=caption)
 
 
-def _own(comparison: Comparison):
+def _own(comparison: Comparison) -> Iterator[tuple[str, Mapping[str, Score]]]:
     return ((label, scores) for label, scores in comparison.scores.items() if label not in comparison.published)
 
 
@@ -68,8 +68,8 @@ def _exclusive(comparison: Comparison) -> Grid:
     title = f"Exclusive solves of {comparison.entries[0].label}"
     caption = (
         "+ solved by it alone, − by the other alone, in problems and percent of them; with several samples a problem, "
-        "as expected with one sample of each. Difference of avg@k in points, with its 95% interval. p: how likely a difference as "
-        "large is between models that are equally good at every problem, not corrected for the number of rows"
+        "as expected with one sample of each. Difference of avg@k in points, with its 95% interval. p: how likely a difference "
+        "as large is between models that are equally good at every problem, not corrected for the number of rows"
     )
     columns = ["against", "benchmark", "group", "problems", "+", "−", "+ %", "− %", "difference", "p", "test"]
     return Grid(title, columns, rows, left=3, caption=caption)

@@ -35,7 +35,9 @@ class Drawn:
     """The first so many samples of the first problem."""
 
 
-def write(folder: Path, model: str, benchmarks: Mapping[str, Drawn], seed: int = 0, **protocol) -> Path:
+def write(
+    folder: Path, model: str, benchmarks: Mapping[str, Drawn], seed: int = 0, step: int | None = None, **protocol
+) -> Path:
     """An evaluation whose samples are drawn; wrong answers are one of three."""
     draws = np.random.default_rng(seed)
     for name, one in benchmarks.items():
@@ -43,7 +45,7 @@ def write(folder: Path, model: str, benchmarks: Mapping[str, Drawn], seed: int =
             samples_file(folder, name), [row for place in range(len(one.probabilities)) for row in _rows(one, place, draws)]
         )
     records = {name: _record(one) for name, one in benchmarks.items()}
-    write_record(folder, Evaluation(model, "digest", replace(PROTOCOL, **protocol), records))
+    write_record(folder, Evaluation(model, "digest", replace(PROTOCOL, **protocol), records, step))
     return folder
 
 
