@@ -1,6 +1,6 @@
 """What models did, read for a comparison: evaluation folders with every sample, and runs.
 
-A run's newest evaluation folder is taken; a run without one has only the means in its metrics.
+A run's newest complete evaluation folder is taken; a run without one has only the means in its metrics.
 """
 
 from __future__ import annotations
@@ -109,10 +109,15 @@ def _read(path: Path, label: str | None) -> Entry:
     from megatron_hpt.telemetry import metrics  # TensorBoard and torch, seconds that evaluations do without
 
     lines = metrics.read(run.metrics)
-    folders = sorted(path.glob(f"evaluations/*/{RECORD}"), key=lambda found: read_record(found.parent).step or 0)
-    if folders:
-        return replace(_evaluation(folders[-1].parent, label or path.name), lines=lines)
+    complete = [folder for record in path.glob(f"evaluations/*/{RECORD}") if _is_complete(folder := record.parent)]
+    if complete:
+        newest = max(complete, key=lambda folder: read_record(folder).step or 0)
+        return replace(_evaluation(newest, label or path.name), lines=lines)
     return _summary(path, label or path.name, lines)
+
+
+def _is_complete(folder: Path) -> bool:
+    return all(samples_file(folder, name).is_file() for name in read_record(folder).benchmarks)
 
 
 def _evaluation(path: Path, label: str | None) -> Entry:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hpt.evaluation.statistics import CONFIDENCE, Scores, graded, student_quantile
+from megatron_hpt.evaluation.statistics import CONFIDENCE, CORRECT, Scores, graded, student_quantile
 
 EXHAUSTIVE_UP_TO = 16
 """Problems that differ, for which every assignment of signs is tried; of more, DRAWS assignments are drawn."""
@@ -44,11 +44,12 @@ def difference(first: Scores, second: Scores, confidence: float = CONFIDENCE) ->
     a, b = _means(first, second)
     if not a.size:
         return None
+    solved_a, solved_b = _means(_correct(first), _correct(second))
     low, high = paired_interval(a - b, confidence)
     p_value, test = paired_test(a - b)
     return Difference(
-        plus=float((a * (1 - b)).sum()),
-        minus=float((b * (1 - a)).sum()),
+        plus=float((solved_a * (1 - solved_b)).sum()),
+        minus=float((solved_b * (1 - solved_a)).sum()),
         value=float((a - b).mean()),
         low=low,
         high=high,
@@ -80,6 +81,11 @@ def mean_difference(pairs: Sequence[tuple[Scores, Scores]], confidence: float = 
     return Difference(value=value, low=value - down, high=value + up, p_value=p_value, test=test, **sums)
 
 
+def _correct(scores: Scores) -> Scores:
+    """1 for a correct sample, 0 for any other, whatever it scored."""
+    return [[None if score is None else float(score == CORRECT) for score in problem] for problem in scores]
+
+
 def _means(first: Scores, second: Scores) -> tuple[np.ndarray, np.ndarray]:
     """Mean scores of the problems for which both have a grade."""
     pairs = [(graded(a), graded(b)) for a, b in zip(first, second, strict=True)]
@@ -96,15 +102,16 @@ def paired_interval(differences: np.ndarray, confidence: float = CONFIDENCE) -> 
     10.1002/sim.1781), so that models that differ nowhere do not have an interval of length 0.
 
     Args:
-        differences: float64 [problems], in [-1, 1].
+        differences: float64 [problems].
     """
     n, mean, square = differences.size, float(differences.mean()), float((differences**2).mean())
     if np.isin(differences, (-1.0, 0.0, 1.0)).all():
         mean, square, n = mean * n / (n + 2), (square * n + 1) / (n + 2), n + 2
+    largest = 1.0 if (np.abs(differences) <= 1).all() else math.inf
     if n == 1:
-        return -1.0, 1.0
+        return -largest, largest
     half = student_quantile(0.5 + confidence / 2, n - 1) * math.sqrt(max(0.0, square - mean * mean) / (n - 1))
-    return max(-1.0, mean - half), min(1.0, mean + half)
+    return max(-largest, mean - half), min(largest, mean + half)
 
 
 def paired_test(differences: np.ndarray) -> tuple[float, str]:

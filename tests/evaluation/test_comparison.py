@@ -213,6 +213,8 @@ def test_a_runs_newest_evaluation_is_taken(tmp_path: Path) -> None:
     assert found.scores["run"]["heldout"].value == 1.0
     assert found.scores["before"]["heldout"].value == 0.0
     assert found.versus[0].total.plus == 4
+    samples_file(run / "evaluations" / "step_000020", "heldout").unlink()  # as while it is being written
+    assert compared(run).scores["run"]["heldout"].value == 0.0
 
 
 def shown(comparison) -> str:

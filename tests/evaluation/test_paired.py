@@ -96,3 +96,10 @@ def test_the_difference_of_averages_weighs_benchmarks_alike() -> None:
     sums = [abs(sum(row[:2]) / 4 + sum(row[2:]) / 32) for row in itertools.product((-1, 1), repeat=10)]
     assert found.p_value == pytest.approx(np.mean([total >= 0.25 - 1e-12 for total in sums]))
     assert mean_difference([small, ([[None]], [[1.0]])]) is None
+
+
+def test_partial_and_negative_scores_solve_nothing() -> None:
+    found = difference([[0.5, 1.0], [-1.0, -1.0]], [[0.0, 0.0], [0.5, 1.5]])
+    assert (found.plus, found.minus) == (0.5, 0.0)  # half of the first one's samples are correct, none of the other's
+    assert found.value == pytest.approx((0.75 - 2.0) / 2)
+    assert found.low < -2.0 < found.high
