@@ -1,6 +1,6 @@
 # make train [RECIPE=quickstart] [ARGS="trainer.steps=20"]   trains a recipe; the first call installs everything
-# make test                                                  all tests but Slurm's; SGLang's and NeMo-Run's where their environments are
-# make test-slurm                                            a real Slurm of emulated nodes (root; installs Debian packages)
+# make test                                                  all tests; SGLang's, NeMo-Run's and Slurm's where these can be had, else it says why not
+# make test-slurm                                            of these, a real Slurm of emulated nodes (root; installs Debian packages)
 # make test-fast                                             without Megatron ranks and engines
 # make sglang-env                                            the environment of rollout.engine=sglang, beside the first
 # make nemo-env                                              the environment of megatron-hpt launch, beside the first
@@ -27,7 +27,7 @@ train: $(READY)
 	$(BIN)/megatron-hpt train recipes/$(RECIPE).py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slurm"
+	$(BIN)/python -m pytest
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest tests/slurm

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config
-from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import ConfigError, DeadlineError, HptError, RequeueRequested
 from megatron_hpt.launch.slurm import Job, SlurmLauncher, describe, imagined, job_of, settings_on, step, topology_on
 from megatron_hpt.launch.supervisor import Interrupted, RunFailed
 from megatron_hpt.launch.train import resume_point, resume_run, start_run
+from megatron_hpt.launch.tries import Tries, Try
 from megatron_hpt.run import RunDir, newest
 
-HOPELESS = 3
-"""Tries in a row without a newer checkpoint after which a job is not started again."""
 HEALTH_S = 300
 """Seconds that the health check of a node may take."""
 _HEALTHY = "HEALTHY"
@@ -61,18 +58,6 @@ class Site:
     """Command that fails on a sick node."""
 
 
-@dataclass(frozen=True)
-class Try:
-    """One try that did not finish the run."""
-
-    job: int
-    attempt: int
-    nodes: tuple[str, ...]
-    reason: str
-    checkpoint: int
-    """Newest one when it ended; 0: none."""
-
-
 def run_job(source: str, overrides: list[str], root: Path, site: Site) -> RunDir:
     """Start the run of this job, or continue it: the run's name says which.
 
@@ -85,13 +70,19 @@ def run_job(source: str, overrides: list[str], root: Path, site: Site) -> RunDir
     signal.signal(signal.SIGUSR1, _noticed_early)
     config = recipes.load(source, overrides).config
     folder, job = root / f"{config.name}.slurm", _job(site)
+    tries = Tries(folder)
+    if reason := tries.begin(job.number, job.attempt, job.nodes, _newest_checkpoint(config.name, root)):
+        raise Hopeless(f"{reason}; see {tries.file}")
     try:
         job = _without_sick(config, job, site.health, folder, overrides)
-        return _train(source, [*overrides, *settings_on(config, job)], root, job)
+        run = _train(source, [*overrides, *settings_on(config, job)], root, job)
     except HandedOver:
+        tries.end()
         raise
     except (RunFailed, DeadlineError, RequeueRequested) as error:
-        _start_again(error, job, _newest_checkpoint(config.name, root), folder)
+        _start_again(error, job, _newest_checkpoint(config.name, root), tries)
+    tries.end()
+    return run
 
 
 def plan_job(source: str, overrides: list[str], site: Site) -> str:
@@ -188,29 +179,15 @@ def _submit_without(sick: Sequence[str], name: str, job: Job, folder: Path, over
 # Once more, or not.
 
 
-def hopeless(tries: Sequence[Try]) -> str | None:
-    """Why a job is not started again; None: it is."""
-    newest_, without = 0, 0
-    for each in tries:
-        without = 0 if each.checkpoint > newest_ else without + 1
-        newest_ = max(newest_, each.checkpoint)
-    if without < HOPELESS:
-        return None
-    return f"{without} tries in a row without a checkpoint after step {newest_}: the job is not started again"
-
-
-def _start_again(error: HptError, job: Job, checkpoint: int, folder: Path) -> NoReturn:
+def _start_again(error: HptError, job: Job, checkpoint: int, tries: Tries) -> NoReturn:
     """Requeue the job, unless Slurm is ending it or it is hopeless."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     state = _ask("squeue", "-h", "-j", str(job.number), "-o", "%T")
     if state != "RUNNING":  # scancel and lost nodes end parts before this process hears of it
         raise Interrupted(f"Slurm is ending job {job.number} ({state}); what was seen of it: {str(error).partition(';')[0]}")
-    file = folder / "tries.json"
-    tries = [Try(**each) for each in json.loads(file.read_text())] if file.is_file() else []
-    tries.append(Try(job.number, job.attempt, job.nodes, str(error).splitlines()[0], checkpoint))
-    write_whole(file, json.dumps([asdict(each) for each in tries], indent=1))
-    if reason := hopeless(tries):
-        raise Hopeless(f"{error}\n{reason}; see {file}") from error
+    failed = Try(job.number, job.attempt, tuple(job.nodes), str(error).splitlines()[0], checkpoint)
+    if reason := tries.fail(failed):
+        raise Hopeless(f"{error}\n{reason}; see {tries.file}") from error
     _ask("scontrol", "requeue", str(job.number))
     raise RequeueRequested(f"{error}\njob {job.number} is requeued, checkpoint {checkpoint}") from error
 

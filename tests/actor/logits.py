@@ -1,4 +1,4 @@
-"""Logits of real Megatron ranks for one model after another. Started by torchrun.
+"""Logits of real Megatron ranks for one model after another. Started by run_ranks.
 
 usage: logits.py LAYOUT.json MODEL [MODEL ...]        writes MODEL.logits.pt beside every Hugging Face folder MODEL
 """

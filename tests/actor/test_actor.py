@@ -1,10 +1,8 @@
-"""The real actor under torchrun against plain transformers and torch, and against itself in other layouts."""
+"""The real actor against plain transformers and torch, and against itself in other layouts."""
 
 import json
 import random
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from megatron_hpt.config import (
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Batch, Row, Source
 from megatron_hpt.weights.conversion import ToMegatron
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -71,10 +70,8 @@ class Layouts:
         out.mkdir()
         config = self.config(budget, **parallel).model_copy(update=sections or {})
         (out / "config.yaml").write_text(dump_yaml(config))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.parallel.ranks}"]
-        arguments = [WORKER, out / "config.yaml", self.folder / ledger, out, first, last, *options]
-        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = [out / "config.yaml", self.folder / ledger, out, first, last, *options]
+        run_ranks(WORKER, *arguments, ranks=config.parallel.ranks)
         metrics = json.loads((out / "metrics.json").read_text())
         return Outcome(metrics, load_file(out / "hf" / "model.safetensors"))
 

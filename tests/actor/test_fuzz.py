@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from megatron_hpt.config import dump_yaml
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Batch, Row, Source
 from megatron_hpt.examples import tiny_llama
+from tests.ranks import run_ranks
 
 from .test_actor import WORKER, Layouts
 
@@ -59,10 +58,8 @@ class Fuzz(Layouts):
         out.mkdir()
         config = self.config(random.Random(name).choice([30, 64, 200]), **parallel)
         (out / "config.yaml").write_text(dump_yaml(config))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.parallel.ranks}"]
-        arguments = [WORKER, out / "config.yaml", self.folder / "ledger", out, 0, BATCHES, "--each"]
-        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = [out / "config.yaml", self.folder / "ledger", out, 0, BATCHES, "--each"]
+        run_ranks(WORKER, *arguments, ranks=config.parallel.ranks)
         sums = json.loads((out / "metrics.json").read_text())
         return [(sums[step], load_file(out / f"batch_{step}" / "model.safetensors")) for step in range(BATCHES)]
 

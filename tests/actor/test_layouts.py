@@ -1,8 +1,6 @@
 """The parity matrix: one model, one ragged batch of rollouts and demonstrations, every layout against one rank."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,6 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_hpt.config import ActorConfig, dump_yaml
 from megatron_hpt.examples import tiny_families, tiny_llama
+from tests.ranks import run_ranks
 
 from .test_actor import WORKER, Layouts
 
@@ -78,10 +77,8 @@ class Matrix(Layouts):
         # With the usual epsilon, elements whose gradient is mere rounding move as far as all others in Adam's first steps.
         config.optimizer.eps = 1e-6
         (out / "config.yaml").write_text(dump_yaml(config))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.parallel.ranks}"]
-        arguments = [WORKER, out / "config.yaml", self.folder / "ledger", out, 0, 3, "--probe"]
-        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = [out / "config.yaml", self.folder / "ledger", out, 0, 3, "--probe"]
+        run_ranks(WORKER, *arguments, ranks=config.parallel.ranks)
         gradients = [load_file(out / f"after_{n}" / "model.safetensors") for n in (1, 3)]
         return Probe(json.loads((out / "metrics.json").read_text()), gradients)
 

@@ -1,8 +1,6 @@
 """Logits of every family in every kind of layout equal those of transformers on the same weights."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from megatron_hpt.config import ParallelConfig
 from megatron_hpt.examples import smollm2
 from megatron_hpt.examples.tiny_families import MODELS
+from tests.ranks import run_ranks
 
 from .logits import LENGTHS, rows
 
@@ -30,10 +29,7 @@ LAYOUTS = {
 def run(layout: ParallelConfig, folders: list[Path]) -> None:
     description = folders[0].with_name("layout.json")
     description.write_text(json.dumps(layout.model_dump()))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.ranks}"]
-    command = [*torchrun, Path(__file__).with_name("logits.py"), description, *folders]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(Path(__file__).with_name("logits.py"), description, *folders, ranks=layout.ranks)
 
 
 def error(folder: Path) -> float:

@@ -1,4 +1,4 @@
-"""One rank of the real actor, without engines: trains batches of a ledger and reports. Started by torchrun.
+"""One rank of the real actor, without engines: trains batches of a ledger and reports. Started by run_ranks.
 
 usage: worker.py CONFIG.yaml LEDGER OUT FIRST LAST [--load CHECKPOINT] [--save CHECKPOINT]
 """

@@ -1,4 +1,4 @@
-"""One rank of the real actor after a training step: bytes of the tensors that it holds. Started by torchrun.
+"""One rank of the real actor after a training step: bytes of the tensors that it holds. Started by run_ranks.
 
 usage: memory_worker.py CONFIG.yaml LEDGER OUT
 """

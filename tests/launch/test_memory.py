@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -41,6 +39,7 @@ from megatron_hpt.launch.published import PUBLISHED
 from megatron_hpt.weights.hf_config import ModelShape, model_shape, shape_of_any
 from megatron_hpt.weights.layouts import EngineLayout, actor_holdings, engine_holdings
 from megatron_hpt.weights.mapping import hf_tensor_shapes
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).parent / "memory_worker.py"
 LLAMA_70B = model_shape(PUBLISHED / "Llama-3.1-70B")
@@ -186,10 +185,8 @@ def test_a_real_rank_holds_what_was_predicted(tmp_path: Path, moe: bool, dtype: 
     config.data.max_prompt_length, config.data.max_response_length = 8, 24
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     Ledger(tmp_path / "ledger").write(Batch(0, [row(i) for i in range(4)]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.parallel.ranks}"]
-    arguments = [WORKER, tmp_path / "config.yaml", tmp_path / "ledger", tmp_path / "out.json"]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [tmp_path / "config.yaml", tmp_path / "ledger", tmp_path / "out.json"]
+    run_ranks(WORKER, *arguments, ranks=config.parallel.ranks)
     shape = model_shape(tmp_path / "model")
     for found in json.loads((tmp_path / "out.json").read_text()):
         expected = trainer_memory(shape, config, found["stage"], 1)

@@ -11,7 +11,7 @@ import pytest
 from megatron_hpt.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, TransferConfig
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch.children import Child, failure_of
-from megatron_hpt.launch.job import Try, hopeless, put_logs_aside
+from megatron_hpt.launch.job import put_logs_aside
 from megatron_hpt.launch.slurm import (
     Job,
     coordinator_command,
@@ -23,6 +23,7 @@ from megatron_hpt.launch.slurm import (
     trainer_command,
 )
 from megatron_hpt.launch.task import environment
+from megatron_hpt.launch.tries import LOST, Tries, Try, hopeless
 from megatron_hpt.run import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +116,21 @@ def test_a_task_learns_its_rank_and_its_gpus() -> None:
 def test_a_job_is_given_up_after_three_tries_that_saved_nothing(checkpoints: list[int], given_up: bool) -> None:
     tries = [Try(1, attempt, ("a",), "died", checkpoint) for attempt, checkpoint in enumerate(checkpoints)]
     assert (hopeless(tries) is not None) == given_up
+
+
+def test_a_try_that_was_lost_with_its_node_counts_and_a_cancelled_job_does_not(tmp_path: Path) -> None:
+    tries = Tries(tmp_path)
+    assert tries.begin(job=7, attempt=0, nodes=["a", "b"], checkpoint=0) is None
+    assert tries.begin(job=7, attempt=1, nodes=["b", "c"], checkpoint=4) is None
+    assert tries.all() == [Try(7, 0, ("a", "b"), LOST, 4)]
+    assert tries.begin(job=8, attempt=0, nodes=["a"], checkpoint=4) is None  # job 7 was cancelled
+    assert len(tries.all()) == 1
+    assert tries.fail(Try(8, 0, ("a",), "died", 4)) is None
+    assert tries.begin(job=8, attempt=1, nodes=["a"], checkpoint=4) is None
+    assert tries.begin(job=8, attempt=2, nodes=["a"], checkpoint=4) is None
+    assert "3 tries in a row without a checkpoint after step 4" in tries.begin(job=8, attempt=3, nodes=["a"], checkpoint=4)
+    tries.end()
+    assert [each.reason for each in tries.all()] == [LOST, "died", LOST, LOST]
 
 
 def test_logs_of_every_try_are_kept(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Real Megatron ranks that load converted checkpoints, one model after another. Started by torchrun.
+"""Real Megatron ranks that load converted checkpoints, one model after another. Started by run_ranks.
 
 usage: converted.py LAYOUT.json MODEL [MODEL ...]
 

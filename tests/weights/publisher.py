@@ -1,4 +1,4 @@
-"""Ranks of the real actor that publish to running engines from one layout after the other. Started by torchrun.
+"""Ranks of the real actor that publish to running engines from one layout after the other. Started by run_ranks.
 
 usage: publisher.py MODEL LAYOUTS.json OUT.json KIND URL… ; of each layout first doubled weights, then the model's own.
 """
@@ -41,8 +41,7 @@ def main() -> None:
     path, layouts, out, kind, *urls = sys.argv[1:]
     where, outcome, version = platform.detect(threads=1), {}, 0
     for name, layout in json.loads(Path(layouts).read_text()).items():
-        # A second process group needs a store of its own: keys of the first are still in torchrun's.
-        os.environ |= {"MASTER_PORT": str(layout.pop("port")), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        os.environ["MASTER_PORT"] = str(layout.pop("port"))  # a store for each process group
         transfer = layout.pop("transfer", {})
         config = engine_config(kind, Path(path))
         config.rollout.tensor_parallel = int(layout.pop("engine_tensor", 1))

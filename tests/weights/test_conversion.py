@@ -26,6 +26,7 @@ from megatron_hpt.weights.checkpoint_layout import chunks_by_rank
 from megatron_hpt.weights.conversion import ToHf, ToMegatron, compare
 from megatron_hpt.weights.hf_config import SUPPORTED, model_shape
 from megatron_hpt.weights.mapping import hf_tensor_shapes
+from tests.ranks import run_ranks
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_hf.py"
 SPARSE = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
@@ -593,10 +594,7 @@ def test_megatron_reads_what_is_converted_and_writes_what_can_be(tmp_path: Path,
             write(models[-1])
             ToMegatron(models[-1], ParallelConfig(tensor=2, pipeline=2), None).write(models[-1].with_suffix(".megatron"))
     (tmp_path / "layout.json").write_text(json.dumps(chosen.model_dump()))
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={chosen.ranks}"]
-    worker = Path(__file__).with_name("converted.py")
-    done = subprocess.run([*run, worker, tmp_path / "layout.json", *models], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(Path(__file__).with_name("converted.py"), tmp_path / "layout.json", *models, ranks=chosen.ranks)
     for folder in models:
         own = folder.with_suffix(".own")
         shape = model_shape(folder)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hpt.examples import tiny_families, tiny_llama
+from tests.ranks import run_ranks
 
 from .servers import Server, free_port
 
@@ -104,18 +103,8 @@ def publish(folder: Path, model: Path, layouts: dict, kind: str, *urls: str) -> 
     layouts = {name: {**layout, "port": free_port()} for name, layout in layouts.items()}
     (folder / "layouts.json").write_text(json.dumps(layouts))
     out = folder / "out.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "--max-restarts=0"]
-    command = [
-        *torchrun,
-        str(Path(__file__).with_name("publisher.py")),
-        str(model),
-        str(folder / "layouts.json"),
-        str(out),
-        kind,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *urls], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
+    publisher = Path(__file__).with_name("publisher.py")
+    run_ranks(publisher, model, folder / "layouts.json", out, kind, *urls, ranks=4, timeout=280)
     return json.loads(out.read_text())
 
 

@@ -1,0 +1,127 @@
+"""Ranks of the real actor for tests, without the ten seconds of imports that each would begin with.
+
+One process imports torch and Megatron once and forks the ranks of every test; it computes nothing itself. What a rank
+runs is a script as torchrun would start it. Runs from end to end start their trainers by torchrun, as users do.
+"""
+
+import atexit
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_ranks(script: Path, *arguments: object, ranks: int, timeout: float = 300, **environment: str) -> None:
+    """Run a script on so many ranks of one process group.
+
+    Raises:
+        AssertionError: a rank failed, or they took longer; with what they wrote last.
+    """
+    server = _server()
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        job = {
+            "script": str(script),
+            "arguments": [str(argument) for argument in arguments],
+            "ranks": ranks,
+            "timeout": timeout,
+            "environment": {**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            "folder": str(Path.cwd()),
+            "log": log.name,
+        }
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, "the process that forks ranks has died"
+        failure = json.loads(answer)
+        assert failure is None, f"{failure}\n{log.read()[-4000:]}"
+
+
+@cache
+def _server() -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__))]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    atexit.register(lambda: (server.stdin.close(), server.wait(10)))
+    return server
+
+
+def _serve() -> None:
+    """A job a line; the answer is null, or what went wrong."""
+    import megatron_hpt.actor.trainer  # what takes long, also for scripts that need less
+    import megatron_hpt.weights.megatron_files  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        answers.write(json.dumps(_run(**json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _run(ranks: int, timeout: float, **job) -> str | None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = {}
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            _rank(rank, ranks, port, **job)
+        running[child] = rank
+    deadline, failure = time.monotonic() + timeout, None
+    while running and failure is None:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child == 0:
+            failure = f"ranks {sorted(running.values())} have not ended in {timeout} s" if time.monotonic() > deadline else None
+            time.sleep(0.02)
+        elif status:
+            failure = f"rank {running.pop(child)} ended with exit code {os.waitstatus_to_exitcode(status)}"
+        else:
+            del running[child]
+    for child in running:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return failure
+
+
+def _rank(
+    rank: int, ranks: int, port: int, script: str, arguments: list[str], environment: dict, folder: str, log: str
+) -> None:
+    """Never returns."""
+    import runpy
+    import traceback
+
+    from megatron_hpt.process import die_with_parent, log_to
+
+    code = 1
+    try:
+        die_with_parent()
+        log_to(Path(log))
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(folder)
+        os.environ |= environment | {
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        }
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:  # whatever it is, it belongs into the log, and the process ends here
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
