@@ -128,8 +128,14 @@ def _evaluation(path: Path, label: str | None) -> Entry:
         if not file.is_file():
             raise DataError(f"{path}: not finished, {name} has no samples yet; the command that wrote it continues it")
         outcomes[column] = Outcome(name, record.benchmarks[name], read_problems(file))
-    step = "" if record.step is None else f" @{record.step}"
-    return Entry(label or Path(record.model.rstrip("/")).name + step, outcomes, protocol=record.protocol)
+    return Entry(label or _label(path, record.step), outcomes, protocol=record.protocol)
+
+
+def _label(path: Path, step: int | None) -> str:
+    """A folder is called as its evaluation is, or, in a run, as the run."""
+    folder = path.resolve()
+    run = folder.parent.parent
+    return f"{run.name} @{step}" if RunDir(run).config.is_file() else folder.name
 
 
 def _columns(names: Sequence[str]) -> dict[str, str]:

@@ -174,7 +174,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     folders.write(tmp_path / "e", "m", {"own": Drawn(np.full(4, 0.5))})
     with pytest.raises(DataError, match="two entries are called"):
         compared(tmp_path / "e", tmp_path / "e")
-    assert [e.label for e in read_entries([str(tmp_path / "e"), f"again={tmp_path / 'e'}"])] == ["m", "again"]
+    assert [e.label for e in read_entries([str(tmp_path / "e"), f"again={tmp_path / 'e'}"])] == ["e", "again"]
     file = samples_file(tmp_path / "e", "own")
     file.write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"own\.parquet: not a readable file of samples"):
@@ -209,9 +209,9 @@ def test_a_runs_newest_evaluation_is_taken(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", 0.75)
     for step, p in ((5, 0.0), (20, 1.0)):
         folders.write(run / "evaluations" / f"step_{step:06d}", "m", {"heldout": Drawn(np.full(4, p))}, step=step)
-    found = compared(run, f"before={run / 'evaluations' / 'step_000005'}")
+    found = compared(run, run / "evaluations" / "step_000005")
     assert found.scores["run"]["heldout"].value == 1.0
-    assert found.scores["before"]["heldout"].value == 0.0
+    assert found.scores["run @5"]["heldout"].value == 0.0
     assert found.versus[0].total.plus == 4
     samples_file(run / "evaluations" / "step_000020", "heldout").unlink()  # as while it is being written
     assert compared(run).scores["run"]["heldout"].value == 0.0
