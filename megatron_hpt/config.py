@@ -352,7 +352,11 @@ class OptimizerConfig(Section):
 
 class EvaluationConfig(Section):
     sets: dict[str, str] = {}
-    """Held-out sets: name → parquet file."""
+    """Held-out sets whose results are reported: name → parquet file. None of them can choose a checkpoint."""
+    validation: dict[str, str] = {}
+    """Held-out sets that may choose one, and are evaluated like the others: name → parquet file."""
+    select: str | None = None
+    """The set in `validation` whose avg@k chooses the best checkpoint (RUN/best.json), which then stays; default: none."""
     every: NonNegativeInt = 0
     """Evaluate before every k-th step too (0: only before the first and after the last)."""
     samples: PositiveInt = 8
@@ -361,6 +365,32 @@ class EvaluationConfig(Section):
     """Sampling temperature of the evaluation."""
     top_p: typing.Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus of the evaluation."""
+    keep_samples: PositiveInt = 3
+    """Newest evaluations whose samples stay in RUN/evaluations; those of the best checkpoint stay too."""
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """Every set that is evaluated: name → parquet file."""
+        return {**self.sets, **self.validation}
+
+    @model_validator(mode="after")
+    def _reported_or_selecting(self) -> EvaluationConfig:
+        both = {name for name, path in self.validation.items() if name in self.sets or path in self.sets.values()}
+        if both:
+            raise ValueError(
+                f"{', '.join(sorted(both))} is in sets and in validation; a set is reported, or it may choose a checkpoint"
+            )
+        if self.select is not None and self.select in self.sets:
+            raise ValueError(
+                f"select={self.select} is a reported set (sets): a checkpoint that it chose would score too well on it; choose "
+                "on a set of validation"
+            )
+        if self.select is not None and self.select not in self.validation:
+            known = ", ".join(self.validation) or "empty"
+            raise ValueError(
+                f"select={self.select} is no set of validation ({known}){did_you_mean(self.select, self.validation)}"
+            )
+        return self
 
 
 class TrainerConfig(Section):
@@ -502,7 +532,7 @@ def _parse(key: str, text: str) -> Any:
 
 _NAMED_SECTIONS = (["algorithm", "gate", "by_source"],)
 """Mappings from the user's own names to sections."""
-_FREE_MAPPINGS = (*_NAMED_SECTIONS, ["evaluation", "sets"], ["model", "overrides"])
+_FREE_MAPPINGS = (*_NAMED_SECTIONS, ["evaluation", "sets"], ["evaluation", "validation"], ["model", "overrides"])
 """Their keys are not this tree's."""
 
 

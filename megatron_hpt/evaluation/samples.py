@@ -9,8 +9,9 @@ EVALUATION/samples/<benchmark>.parquet    one row a sample (SCHEMA), problems in
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ class SampleRow:
     answer: str | None
     tokens: int
     truncated: bool
-    score: float | None
-    ungraded_reason: str | None
-    grader: str
+    score: float | None = None
+    ungraded_reason: str | None = None
+    grader: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ class Evaluation:
     """By name, in the order of the table."""
     step: int | None = None
     """Optimizer steps in the weights, where they are a run's."""
+    engine: str = ""
+    dtype: str = ""
+    """Of the computation; empty: that of a server, which does not say."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Keys of config.json that were given other values."""
 
 
 def write_record(folder: Path, evaluation: Evaluation) -> None:
@@ -145,10 +151,22 @@ def read_samples(path: Path) -> list[SampleRow]:
     Raises:
         DataError: no such file, or not one of samples; names it.
     """
-    try:
+    with _readable(path):
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: not a readable file of samples: {error}") from None
     if missing := [name for name in SCHEMA.names if name not in table.column_names]:
         raise DataError(f"{path}: not a file of samples: it has no column {', '.join(missing)}")
     return [SampleRow(**row) for row in table.select(SCHEMA.names).to_pylist()]
+
+
+def count_samples(path: Path) -> int:
+    """How many samples a file has. Raises as `read_samples`."""
+    with _readable(path):
+        return pq.read_metadata(path).num_rows
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: not a readable file of samples: {error}") from None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 from megatron_hpt.config import Config, GateConfig, SourceGateConfig
-from megatron_hpt.data.prompts import Limits, load_prompts
+from megatron_hpt.data.prompts import Limits, Prompt, load_prompts
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError, DataError, ModelError
+from megatron_hpt.evaluation.benchmarks import canonical
 from megatron_hpt.launch.layout import check_layout, check_lengths
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
@@ -33,6 +37,7 @@ def check(config: Config) -> None:
     check_precision(config)
     check_lengths(config, shape)
     check_engine(config, shape)
+    check_selection(config)
     _check_data(config, shape, algorithm.gate)
 
 
@@ -96,20 +101,32 @@ def check_engine(config: Config, shape: ModelShape) -> None:
     Raises:
         ConfigError: it is not, or they cannot; says what to do.
     """
-    import torch
-
     from megatron_hpt.weights.transports import check_transport
 
     if not config.rollout.urls:
-        interpreter(config)
-        allowed = () if torch.cuda.is_available() else ENGINES[config.rollout.engine].host_head_dims
-        if allowed and shape.head_dim not in allowed:
-            raise ConfigError(
-                f"rollout.engine={config.rollout.engine}: its attention on the host has no heads of {shape.head_dim} "
-                f"({config.model.path}/config.json); allowed: {', '.join(map(str, allowed))}, or another engine"
-            )
+        check_started_engine(config, shape.head_dim)
     check_transport(config.transfer.transport)
     _check_engine_model(config, shape)
+
+
+def check_started_engine(config: Config, head_dim: int | None) -> None:
+    """The engine can be started here.
+
+    Args:
+        head_dim: of the model; None: not known.
+
+    Raises:
+        ConfigError: its environment is missing, or its attention; says what to do.
+    """
+    import torch
+
+    interpreter(config)
+    allowed = () if torch.cuda.is_available() else ENGINES[config.rollout.engine].host_head_dims
+    if allowed and head_dim is not None and head_dim not in allowed:
+        raise ConfigError(
+            f"rollout.engine={config.rollout.engine}: its attention on the host has no heads of {head_dim} "
+            f"({config.model.path}/config.json); allowed: {', '.join(map(str, allowed))}, or another engine"
+        )
 
 
 def _check_engine_model(config: Config, shape: ModelShape) -> None:
@@ -123,6 +140,44 @@ def _check_engine_model(config: Config, shape: ModelShape) -> None:
         raise ConfigError(
             f"rollout.model: the model in {config.rollout.model} has another shape than that in {config.model.path}"
         )
+
+
+def check_selection(config: Config) -> None:
+    """With `evaluation.select`: evaluations come where checkpoints are, and a validation set is no test set.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    evaluation, every = config.evaluation, config.trainer.save_every
+    for name, path in evaluation.validation.items():
+        if known := canonical(name) or canonical(Path(path).stem):
+            raise ConfigError(
+                f"evaluation.validation.{name}: {known} is a test set; one that chose a checkpoint could not be reported. Put "
+                "it into evaluation.sets, and problems of your own into evaluation.validation"
+            )
+        if Path(path).resolve() == Path(config.data.train).resolve():
+            raise ConfigError(f"evaluation.validation.{name}: {path} is data.train; choose on problems that are not trained on")
+    if evaluation.select is not None and (not every or not evaluation.every or evaluation.every % every):
+        raise ConfigError(
+            f"evaluation.select={evaluation.select}: every evaluation must find a checkpoint to choose, so evaluation.every "
+            f"(given {evaluation.every}) must be a multiple of trainer.save_every (given {every}), and neither may be 0"
+        )
+
+
+def _check_validation(config: Config, held_out: Mapping[str, Sequence[Prompt]]) -> None:
+    """No problem of a validation set is in a reported one.
+
+    Raises:
+        DataError: names both and how many.
+    """
+    evaluation = config.evaluation
+    reported = {tuple(prompt.tokens): name for name in evaluation.sets for prompt in held_out[name]}
+    for name in evaluation.validation:
+        if shared := [reported[key] for prompt in held_out[name] if (key := tuple(prompt.tokens)) in reported]:
+            raise DataError(
+                f"evaluation.validation.{name}: {len(shared)} of its {len(held_out[name])} problems are also in "
+                f"evaluation.sets.{shared[0]}, which could not be reported any more; leave them out of one of the two"
+            )
 
 
 def _check_reference_model(config: Config, shape: ModelShape) -> None:
@@ -149,8 +204,8 @@ def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
             f"model.path: the tokenizer has {len(tokenizer)} tokens, the model in {config.model.path} only {shape.vocab}"
         )
     limits = Limits(config.data.max_prompt_length, config.data.max_response_length)
-    for path in config.evaluation.sets.values():
-        load_prompts(path, tokenizer, limits)
+    held_out = {name: load_prompts(path, tokenizer, limits) for name, path in config.evaluation.held_out.items()}
+    _check_validation(config, held_out)
     prompts = load_prompts(config.data.train, tokenizer, limits)
     sources = {prompt.data_source for prompt in prompts}
     for name in config.algorithm.gate.by_source.keys() - sources:
