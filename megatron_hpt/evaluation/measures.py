@@ -21,7 +21,11 @@ class Measures:
     """pass@k for k = 1, 2, 4 … n."""
     majority: Mapping[int, Estimate]
     """maj@k likewise."""
+    problems: int
+    k: int
+    """Samples a problem."""
     samples: int
+    """Of all problems."""
     ungraded: int
     truncated: float
     """Share of all samples."""
@@ -42,6 +46,8 @@ def measured(problems: Sequence[Problem]) -> Measures:
         average=average_at_k(scores),
         passed=passed,
         majority=_majorities(problems, ks),
+        problems=len(problems),
+        k=max((len(one) for one in scores), default=0),
         samples=samples,
         ungraded=ungraded(scores),
         truncated=sum(sum(problem.truncated) for problem in problems) / max(1, samples),
