@@ -35,6 +35,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def command(config, python, model, port, folder, weights):
+        (folder / f"private_{port}").write_text("as SGLang's token")
         return [python, "-c", SERVER, str(port)]
 
     serving = replace(ENGINES["vllm"], command=command, environment=lambda config: dict(os.environ))
