@@ -11,6 +11,8 @@ from megatron_hpt.evaluation.outcomes import Entry, Outcome
 SAMPLING = ("temperature", "top_p", "max_tokens")
 PROMPTING = ("system_prompt", "chat_template")
 """Differs with good reason: a base model has no chat template."""
+COMPUTING = ("engine", "dtype")
+"""Moves last bits, and the odd token."""
 
 
 def comparable(entries: Sequence[Entry], intersect: bool, across_protocols: bool) -> tuple[list[Entry], list[str]]:
@@ -33,6 +35,7 @@ def comparable(entries: Sequence[Entry], intersect: bool, across_protocols: bool
         )
     notes += [f"not the same protocol: {difference}" for difference in differences]
     notes += [f"not the same prompts: {difference}" for difference in _differing(entries, PROMPTING)]
+    notes += [f"not computed the same way: {difference}" for difference in _differing(entries, COMPUTING)]
     restricted = {entry.label: dict(entry.outcomes) for entry in entries}
     for column in dict.fromkeys(column for entry in entries for column in entry.outcomes):
         having = {entry.label: entry.outcomes[column] for entry in entries if column in entry.outcomes}
@@ -62,9 +65,13 @@ def _protocol_differences(entries: Sequence[Entry]) -> list[str]:
 
 
 def _differing(entries: Sequence[Entry], names: Sequence[str]) -> list[str]:
+    """Fields of the records, or of their protocols, that are not the same for all."""
+    records = {entry.label: entry.record for entry in entries if entry.record is not None}
     found = []
     for name in names:
-        values = {entry.label: getattr(entry.protocol, name) for entry in entries if entry.protocol is not None}
+        values = {
+            label: getattr(record if hasattr(record, name) else record.protocol, name) for label, record in records.items()
+        }
         if len(set(values.values())) > 1:
             found.append(f"{name}: {_listed(values)}")
     return found

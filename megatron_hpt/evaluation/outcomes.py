@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from megatron_hpt.errors import DataError
 from megatron_hpt.evaluation.paper import column_of
-from megatron_hpt.evaluation.samples import RECORD, Protocol, SetRecord, read_record, samples_file
+from megatron_hpt.evaluation.samples import RECORD, Evaluation, SetRecord, read_record, samples_file
 from megatron_hpt.run import RunDir
 
 _COLUMNS = ("problem_id", "level", "ground_truth", "answer", "tokens", "truncated", "score")
@@ -59,7 +59,8 @@ class Entry:
     """By column of the table (`paper.column_of`)."""
     reported: Mapping[str, float] = field(default_factory=dict)
     """Mean scores without their samples, by column: what is known of a run that kept no samples, or of a paper."""
-    protocol: Protocol | None = None
+    record: Evaluation | None = None
+    """None: no samples were kept."""
     lines: Sequence[dict[str, Any]] = ()
     """Metrics, if it is a run."""
     notes: tuple[str, ...] = ()
@@ -128,7 +129,7 @@ def _evaluation(path: Path, label: str | None) -> Entry:
         if not file.is_file():
             raise DataError(f"{path}: not finished, {name} has no samples yet; the command that wrote it continues it")
         outcomes[column] = Outcome(name, record.benchmarks[name], read_problems(file))
-    return Entry(label or _label(path, record.step), outcomes, protocol=record.protocol)
+    return Entry(label or _label(path, record.step), outcomes, record=record)
 
 
 def _label(path: Path, step: int | None) -> str:

@@ -119,8 +119,7 @@ def _json(comparison: Comparison) -> bytes:
             {
                 "label": entry.label,
                 "published": entry.label in comparison.published,
-                "protocol": asdict(entry.protocol) if entry.protocol else None,
-                "benchmarks": {column: asdict(outcome.record) for column, outcome in entry.outcomes.items()},
+                "evaluation": asdict(entry.record) if entry.record else None,
                 "scores": {column: asdict(score) for column, score in comparison.scores[entry.label].items()},
             }
             for entry in comparison.entries

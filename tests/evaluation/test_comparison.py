@@ -5,7 +5,7 @@ import io
 import json
 import re
 import xml.dom.minidom
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from megatron_hpt.evaluation.comparison import compare
 from megatron_hpt.evaluation.outcomes import read_entries
 from megatron_hpt.evaluation.output import WRITERS, check, show, write
 from megatron_hpt.evaluation.paper import column_of
-from megatron_hpt.evaluation.samples import samples_file
+from megatron_hpt.evaluation.samples import read_record, samples_file, write_record
 
 from . import folders
 from .folders import Drawn
@@ -159,11 +159,13 @@ def test_another_protocol_is_refused_or_named(tmp_path: Path, protocol: dict, to
     assert f"not the same protocol: {told}" in compared(tmp_path / "a", tmp_path / "b", across=True).notes
 
 
-def test_prompts_and_numbers_of_samples_may_differ_and_are_named(tmp_path: Path) -> None:
+def test_prompts_precision_and_numbers_of_samples_may_differ_and_are_named(tmp_path: Path) -> None:
     folders.write(tmp_path / "a", "a", {"own": Drawn(np.full(4, 0.5), 2)})
     folders.write(tmp_path / "b", "b", {"own": Drawn(np.full(4, 0.5), 4)}, system_prompt="Think.")
+    write_record(tmp_path / "b", replace(read_record(tmp_path / "b"), dtype="bfloat16"))
     notes = " ".join(compared(tmp_path / "a", tmp_path / "b").notes)
     assert "system_prompt: none in a, 'Think.' in b" in notes
+    assert "dtype: '' in a, 'bfloat16' in b" in notes
     assert "own: samples a problem: 2 in a, 4 in b" in notes
 
 
@@ -250,7 +252,7 @@ def test_files_hold_the_same_numbers(evaluations: Path, tmp_path: Path) -> None:
     assert float(passed["value"]) == found.measures["AIME24"]["good"].passed[8].value
     tree = json.loads((tmp_path / "c.json").read_text())
     assert tree["versus"][0]["total"] == asdict(found.versus[0].total)
-    assert tree["entries"][0]["protocol"]["temperature"] == 0.6
+    assert tree["entries"][0]["evaluation"]["protocol"]["temperature"] == 0.6
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     xml.dom.minidom.parse(str(tmp_path / "c.svg"))
     page = (tmp_path / "c.html").read_text()
