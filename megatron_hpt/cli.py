@@ -199,6 +199,34 @@ def _print_evaluation(folder: Path) -> None:
 
 
 @app.command()
+def compare(
+    entries: Annotated[list[str], typer.Argument(help="folders of evaluations and run directories, as PATH or NAME=PATH")],
+    paper: Annotated[
+        str | None, typer.Option(help="show the paper's rows too: Qwen2.5-Math-7B, Qwen2.5-Math-1.5B or Llama-3.1-8B")
+    ] = None,
+    intersect: Annotated[
+        bool, typer.Option("--intersect", help="where problems differ, compare on those that all have")
+    ] = False,
+    across_protocols: Annotated[
+        bool, typer.Option("--across-protocols", help="compare what was sampled or graded differently")
+    ] = False,
+    output: Annotated[
+        list[Path] | None, typer.Option(help="write a file too: .md, .html, .csv, .json, .png or .svg; may be repeated")
+    ] = None,
+) -> None:
+    """Compare models: a table of results, pass@k and maj@k, and what the first solves that each of the others does not."""
+    from megatron_hpt.evaluation.comparison import compare
+    from megatron_hpt.evaluation.output import check, show, write
+
+    check(output or [])
+    found = compare(entries, paper, intersect, across_protocols)
+    show(found, _wide_console())
+    for path in output or []:
+        write(found, path)
+        Console().print(f"wrote {path}", highlight=False)
+
+
+@app.command()
 def config(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
     overrides: Overrides = None,
