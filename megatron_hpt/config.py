@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from megatron_hpt.errors import ConfigError, did_you_mean
 
@@ -38,18 +49,66 @@ class ModelConfig(Section):
     {rope_theta: 40000}."""
 
 
+Share = typing.Annotated[float, Field(ge=0, le=1)]
+_Path = typing.Annotated[str, Tag("path")]
+_PathList = typing.Annotated[list[str], Field(min_length=1), Tag("paths")]
+Paths = typing.Annotated[_Path | _PathList, Discriminator(lambda given: "paths" if isinstance(given, list) else "path")]
+"""A file, a folder, a pattern such as data/**/*.parquet, or several of these; paths or URLs."""
+
+
+def files_of(paths: str | list[str]) -> list[str]:
+    """What `Paths` names, as a list."""
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+class SourceConfig(Section):
+    path: Paths
+    """Its files, as data.train names them."""
+    weight: PositiveFloat
+    """How much of the prompts comes from it, in proportion to the other sources' weights."""
+
+
+def _kind_of_data(given: Any) -> str:
+    """Which of the forms of data.train is meant: an error is then about that one alone."""
+    if not isinstance(given, list):
+        return "path"
+    return "sources" if any(isinstance(each, dict | SourceConfig) for each in given) else "paths"
+
+
+_SourceList = typing.Annotated[list[SourceConfig], Field(min_length=1), Tag("sources")]
+TrainingData = typing.Annotated[_Path | _PathList | _SourceList, Discriminator(_kind_of_data)]
+
+
+class CurriculumConfig(Section):
+    visits: PositiveInt = 3
+    """Last visits to a prompt that are looked at."""
+    keep_solved: Share = 1.0
+    """Share of its turns at which a prompt is taken that all rollouts of these visits solved; 0: dropped."""
+    keep_failed: Share = 1.0
+    """As keep_solved, for a prompt that none of them solved; below 1 it needs rollout.cancel_decided=false."""
+
+    @property
+    def is_on(self) -> bool:
+        """Some prompts are passed over."""
+        return self.keep_solved < 1 or self.keep_failed < 1
+
+
 class DataConfig(Section):
-    train: str
-    """Parquet file of prompts and demonstrations (columns: docs/data.md)."""
+    train: TrainingData
+    """Prompts and demonstrations (docs/data.md): a parquet or JSONL file, a folder, a pattern, a list of these, or a list of
+    {path, weight}."""
     chat_template: str | None = None
     """Jinja template that renders a prompt's `messages`, for a base model without one; default: the tokenizer's own."""
     max_prompt_length: PositiveInt = 1024
-    """Longest prompt in tokens; a longer one is refused at load."""
+    """Longest prompt in tokens."""
     max_response_length: PositiveInt = 1024
-    """Longest rollout or demonstration in tokens, end-of-sequence included; a longer demonstration is refused."""
-
-
-Share = typing.Annotated[float, Field(ge=0, le=1)]
+    """Longest rollout or demonstration in tokens, end-of-sequence included."""
+    long_prompts: Literal["drop", "refuse"] = "drop"
+    """What becomes of a longer prompt: left out and counted, or an error."""
+    long_demonstrations: Literal["drop", "cut", "refuse"] = "drop"
+    """What becomes of a longer demonstration: left out and counted, cut without its end and counted, or an error."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """Prompts that are passed over because they were always solved lately, or never."""
 
 
 def _count_or_share(value: float) -> float:
@@ -239,6 +298,10 @@ class RolloutConfig(Section):
     """Tensor parallel ranks of one engine server."""
     kv_cache_gib: PositiveInt = 1
     """Memory for the KV cache of one server, in GiB (host engines)."""
+    gpu_memory_share: typing.Annotated[float, Field(gt=0, lt=1)] = 0.92
+    """Share of a GPU's memory that an engine takes: weights, workspaces, and the rest for its cache (engines on GPUs)."""
+    sleep: bool = False
+    """Engines on the trainer's GPUs give their memory back while it trains, and take it again for the next rollouts."""
     max_running: PositiveInt = 256
     """Sequences that one server decodes at the same time."""
     max_restarts: NonNegativeInt = 3
@@ -261,6 +324,11 @@ class TransferConfig(Section):
     """Folder for versions on a file system that trainer and engines share (files)."""
     full_every: PositiveInt = 1
     """Every k-th version is written whole, those between hold only what changed (files)."""
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Engines are on the trainer's GPUs: they read its memory."""
+        return self.transport == "cuda_ipc"
 
     @model_validator(mode="after")
     def _folder_of_files(self) -> TransferConfig:
@@ -351,10 +419,10 @@ class OptimizerConfig(Section):
 
 
 class EvaluationConfig(Section):
-    sets: dict[str, str] = {}
-    """Held-out sets whose results are reported: name → parquet file. None of them can choose a checkpoint."""
-    validation: dict[str, str] = {}
-    """Held-out sets that may choose one, and are evaluated like the others: name → parquet file."""
+    sets: dict[str, Paths] = {}
+    """Held-out sets that are reported, and cannot choose a checkpoint: name → files, as data.train names them."""
+    validation: dict[str, Paths] = {}
+    """Held-out sets that may choose one, and are evaluated like the others: name → files."""
     select: str | None = None
     """The set in `validation` whose avg@k chooses the best checkpoint (RUN/best.json), which then stays; default: none."""
     every: NonNegativeInt = 0
@@ -369,13 +437,14 @@ class EvaluationConfig(Section):
     """Newest evaluations whose samples stay in RUN/evaluations; those of the best checkpoint stay too."""
 
     @property
-    def held_out(self) -> dict[str, str]:
-        """Every set that is evaluated: name → parquet file."""
+    def held_out(self) -> dict[str, Paths]:
+        """Every set that is evaluated: name → files."""
         return {**self.sets, **self.validation}
 
     @model_validator(mode="after")
     def _reported_or_selecting(self) -> EvaluationConfig:
-        both = {name for name, path in self.validation.items() if name in self.sets or path in self.sets.values()}
+        reported = {file for paths in self.sets.values() for file in files_of(paths)}
+        both = {name for name, paths in self.validation.items() if name in self.sets or reported & set(files_of(paths))}
         if both:
             raise ValueError(
                 f"{', '.join(sorted(both))} is in sets and in validation; a set is reported, or it may choose a checkpoint"
@@ -482,6 +551,8 @@ def unknown_key(path: list[str]) -> str:
         if path[:depth] in _FREE_MAPPINGS:
             section = typing.get_args(section)[1]
             continue
+        if section is SourceConfig and (part.isdigit() or part == "sources"):
+            continue  # pydantic's way to an element of data.train
         fields = getattr(section, "model_fields", {})
         if part not in fields:
             where = ".".join(path[:depth]) or "the configuration"
@@ -493,11 +564,16 @@ def unknown_key(path: list[str]) -> str:
 
 
 def _section_type(annotation: Any) -> Any:
-    """The Section inside an annotation such as ``Section | None``; else the annotation itself."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        sections = [a for a in typing.get_args(annotation) if hasattr(a, "model_fields")]
-        return sections[0] if sections else annotation
-    return annotation
+    """The Section inside an annotation such as ``Section | None`` or ``str | list[Section]``; else the annotation itself."""
+    return next(_sections_in(annotation), annotation)
+
+
+def _sections_in(annotation: Any) -> Iterator[Any]:
+    if hasattr(annotation, "model_fields"):
+        yield annotation
+    elif typing.get_origin(annotation) in (types.UnionType, typing.Union, typing.Annotated, list):
+        for inner in typing.get_args(annotation):
+            yield from _sections_in(inner)
 
 
 def apply_overrides(config: Config, overrides: list[str]) -> Config:

@@ -27,6 +27,11 @@ class RunDir:
         return self.path / "config.yaml"
 
     @property
+    def data(self) -> Path:
+        """Files of the training data with their rows, when the run started."""
+        return self.path / "data.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.path / "metrics.jsonl"

@@ -6,8 +6,8 @@ megatron-hpt train recipes/llama_3_1.py size=70B                            # 12
         before   SFT  GRPO  LUFFY   HPT
 8B         4.6   5.9   9.6   13.2  18.2        (SFT, GRPO and LUFFY are the LUFFY paper's)
 
-The 8B's numbers are the paper's; none of these runs has been made with this project. The 70B has no published result: its
-settings are the 8B's, a start.
+The 8B's numbers are the paper's, whose HPT is method=hpt_reference; none of these runs has been made with this project. The 70B
+has no published result: its settings are the 8B's, a start.
 """
 
 from typing import Literal

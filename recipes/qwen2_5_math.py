@@ -7,7 +7,8 @@ megatron-hpt train recipes/qwen2_5_math.py size=1.5B method=luffy layout=one_gpu
 7B        19.3  44.5  43.1      46.5   49.8  44.2  52.7
 1.5B      15.6  36.9  34.0         –   34.7     –  41.9
 
-Those are the paper's numbers, by its evaluation (docs/recipes.md); none of these runs has been made with this project.
+Those are the paper's numbers, by its evaluation; its HPT is method=hpt_reference, the default hpt has none (docs/recipes.md).
+None of these runs has been made with this project.
 """
 
 from typing import Literal

@@ -47,6 +47,16 @@ def test_overrides_are_typed(config: Config) -> None:
     assert config.trainer.steps != 20
 
 
+@pytest.mark.parametrize(
+    "train", ["a.parquet", "[a.parquet, s3://b/*.parquet]", "[{path: a, weight: 2}, {path: [b, c], weight: 0.5}]"]
+)
+def test_training_data_is_named_in_three_forms(config: Config, train: str) -> None:
+    changed = apply_overrides(config, [f"data.train={train}", "evaluation.sets.more=[x, y]"])
+    assert validated(yaml.safe_load(dump_yaml(changed)), "saved") == changed
+    assert changed.model_dump(mode="json")["data"]["train"] == yaml.safe_load(train)
+    assert changed.evaluation.sets["more"] == ["x", "y"]
+
+
 def test_overrides_of_the_model_are_its_own_keys(config: Config) -> None:
     changed = apply_overrides(config, ["model.overrides.rope_theta=40000", "model.overrides.rope_scaling={factor: 2.0}"])
     assert changed.model.overrides == {"rope_theta": 40000, "rope_scaling": {"factor": 2.0}}
@@ -85,6 +95,12 @@ def test_overrides_of_the_model_are_saved_as_given(overrides: dict) -> None:
         ),
         ("model.overrides.rope_scaling.factor=2", r"rope_scaling has: nothing \(it is a plain value\)"),
         ("model.overrides.since=2020-01-01", r"model\.overrides\.since.*: given datetime\.date\(2020, 1, 1\); "),
+        ("data.train=5", r"data\.train\.path: given 5; input should be a valid string"),
+        ("data.train=[]", r"data\.train\.paths: given \[\]; list should have at least 1 item"),
+        ("data.train=[{path: a}]", r"data\.train\.sources\.0\.weight: missing"),
+        ("data.train=[{path: a, weight: 0}]", r"sources\.0\.weight: given 0; input should be greater than 0"),
+        ("data.train=[{path: a, wait: 3}]", r"sources\.0\.wait: unknown key; .* has: path, weight; did you mean .*\.weight\?"),
+        ("data.curriculum.keep_solved=2", r"data\.curriculum\.keep_solved: given 2; input should be less than or equal to 1"),
         ("evaluation.sets.a.b=c", r"evaluation\.sets\.a has: nothing"),
         ("trainer.steps=[", r"trainer\.steps: '\[' is not a YAML value"),
     ],

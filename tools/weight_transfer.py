@@ -67,7 +67,9 @@ def push(
         try:
             control = connect(url, deadline)
             control.prepare(contents)
-            return control.update(manifest)
+            seconds = control.update(manifest)
+            control.resume()
+            return seconds
         except HptError as error:
             return error
 

@@ -71,6 +71,7 @@ class Offload:
         kind: "none"; "optimizer": main weights and moments between optimizer steps; "all": also weights and gradients
             between `sleep` and `wake`.
         reference: the frozen reference policy's chunks.
+        shared: others want the device between `sleep` and `wake`, whatever rests: the allocator's cache is theirs too.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Offload:
         wrapped: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         reference: Sequence[torch.nn.Module] = (),
+        shared: bool = False,
     ) -> None:
         buffers = [b for chunk in wrapped for b in chunk.buffers + chunk.expert_parallel_buffers]
         frozen = [parameter for chunk in reference for parameter in chunk.parameters()]
@@ -88,6 +90,7 @@ class Offload:
         states = [t for t in _states(optimizer) if t.untyped_storage().data_ptr() not in of_model]
         self._optimizer = Resting(states if kind != "none" else ())
         self._model = [Resting(weights), Resting((b.grad_data for b in buffers), keep=False)] if kind == "all" else []
+        self._shared = shared or bool(self._model)
         self._optimizer.leave()
 
     @contextlib.contextmanager
@@ -107,7 +110,7 @@ class Offload:
         """
         for part in self._model:
             part.leave()
-        if self._model and torch.cuda.is_available():
+        if self._shared and torch.cuda.is_available():
             torch.cuda.empty_cache()
         return sum(part.nbytes for part in self._model)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import os
@@ -19,7 +18,8 @@ from megatron_hpt.actor.microbatch import Cut
 from megatron_hpt.actor.offload import Offload
 from megatron_hpt.actor.precision import check_fp8, this_machine, token_multiple
 from megatron_hpt.actor.train_step import Actor, train_step
-from megatron_hpt.blackboard import NOTICE, Blackboard
+from megatron_hpt.actor.waiting import Waiting
+from megatron_hpt.blackboard import Blackboard
 from megatron_hpt.config import Config, load_yaml
 from megatron_hpt.data.checkpoints import read_best, remove, superseded
 from megatron_hpt.data.files import whole, write_whole
@@ -71,7 +71,7 @@ def build_actor(config: Config) -> Actor:
             shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim, shape.experts_per_token or 1
         ),
         reference=reference,
-        offload=Offload(config.actor.offload, wrapped, megatron, reference or ()),
+        offload=Offload(config.actor.offload, wrapped, megatron, reference or (), shared=config.rollout.sleep),
         entropy_coefficient=algorithm.entropy.coefficient,
     )
 
@@ -84,6 +84,7 @@ class Trainer:
         self._config = load_yaml(run.config)
         self._folder = run.actor_model(self._config)
         self._ledger = Ledger(run.batches)
+        self._targets = self._await_room()
         self._actor = build_actor(self._config)
         self._saver = checkpoint.Saver(self._actor.platform, self._folder)
         if start:
@@ -92,17 +93,20 @@ class Trainer:
             self._actor.entropy_coefficient = state.get("entropy_coefficient", self._actor.entropy_coefficient)
             self._actor.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self._sender = self._make_sender()
-        self._renewed = 0
-        """Engines that were started again and have got their weights."""
+        deadline = self._config.deadlines.rollout_s
+        self._waiting = Waiting(board, self._actor.ranks.is_lead, self._sender, deadline)
 
     def run(self) -> None:
-        """Train every step from the start, publish every version, save, export."""
+        """Train every step from the start, publish every version, save, export.
+
+        Engines on the same GPUs (rollout.sleep) have the memory while this rank waits for a batch.
+        """
         config = self._config
         self._publish(self._start)
         for step in range(self._start, config.trainer.steps):
             self._actor.offload.sleep()
-            is_batch = self._wait_for(f"batch/{step}")
-            self._actor.offload.wake()
+            is_batch = self._waiting.until(f"batch/{step}")
+            self._take_memory()
             if not is_batch:
                 return self._stop(step)
             started = time.monotonic()
@@ -114,26 +118,55 @@ class Trainer:
             self._tell(f"trained/{step}", metrics)
             self._publish(step + 1)
         self._finish_saving()
+        # An engine may die under the last evaluation too; a notice does not end it, since the run ends with it.
+        self._waiting.until("evaluated", heeds_notice=False)
+        self._take_memory()
         if config.trainer.export:
             shape = run_shape(config)
             export.export_hf(
                 self._folder, self._run.export, model.contributed_views(self._actor.chunks, shape, self._actor.ranks)
             )
-        self._wait_for("evaluated")  # an engine may die under the last evaluation too
-        self._remove_superseded()  # which may have chosen another checkpoint
+        self._remove_superseded()  # the last evaluation may have chosen another checkpoint
         self._sender.close()
+
+    def _await_room(self) -> list[Target]:
+        """Wait for engines on the same GPUs: they start alone, because they measure what is free, and then sleep.
+
+        Returns:
+            The engines; none yet, where this rank may load meanwhile.
+        """
+        config, board = self._config, self._board
+        if not (config.transfer.shares_gpus or config.rollout.sleep):
+            return []
+        targets = self._await_engines()
+        if config.rollout.sleep:
+            if os.environ["RANK"] == "0":
+                for target in targets:
+                    target.control.sleep()
+                board.put("asleep", True)
+            board.wait("asleep", config.deadlines.startup_s, "rank 0")
+        return targets
+
+    def _await_engines(self) -> list[Target]:
+        config = self._config
+        urls = self._board.wait("engines", config.deadlines.startup_s, "an engine")
+        return [Target(engines.control(config, url), engines.layout(config)) for url in urls]
 
     def _make_sender(self) -> WeightSender:
         config, shape = self._config, run_shape(self._config)
         self._tell("status/trainer", "ready")
-        urls = self._board.wait("engines", config.deadlines.startup_s, "an engine")
         return WeightSender(
             model.views(self._actor.chunks, shape, self._actor.ranks),
             shape,
-            [Target(engines.control(config, url), engines.layout(config)) for url in urls],
+            self._targets or self._await_engines(),
             dist.group.WORLD,
             engines.transfer_options(config),
         )
+
+    def _take_memory(self) -> None:
+        """Nobody samples until the next version."""
+        self._sender.sleep()
+        self._actor.offload.wake()
 
     def _publish(self, version: int) -> None:
         """Send a version, unless its batch is in the ledger already: then nobody will sample from it.
@@ -143,31 +176,9 @@ class Trainer:
         started, steps = time.monotonic(), {"weights/bytes": 0}
         if version == self._config.trainer.steps or not self._ledger.has(version):
             steps = self._sender.publish(version)
+            self._actor.offload.sleep()  # caches take the memory that this rank needs for a step
+            self._sender.serve()
         self._tell(f"published/{version}", {"time/transfer_s": time.monotonic() - started, **steps})
-
-    def _wait_for(self, key: str) -> bool:
-        """Wait for the coordinator, and give its weights to every engine that has been started again meanwhile.
-
-        Returns:
-            False: a notice came first.
-        """
-        for turn in itertools.count():
-            came = self._what_came(key, turn)
-            if not came.startswith("returned/"):
-                return came == key
-            url = self._board.get(came)
-            logger.info("engine %s has been started again: it gets the last published weights", url)
-            self._sender.renew(url)
-            self._renewed += 1
-
-    def _what_came(self, key: str, turn: int) -> str:
-        """The first key to see to. Rank 0 decides, so that all ranks do the same."""
-        config, board = self._config, self._board
-        decided = f"go/{key}/{turn}"
-        if self._actor.ranks.is_lead:
-            keys = (NOTICE, f"returned/{self._renewed}", key)
-            board.put(decided, board.wait_any(keys, config.deadlines.rollout_s, "the coordinator"))
-        return board.wait(decided, config.deadlines.rollout_s, "rank 0")
 
     def _stop(self, step: int) -> None:
         """Save what has been trained and say so; the supervisor ends the run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_hpt.data import curriculum
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.objective.gate import Choice
 
@@ -16,12 +17,13 @@ def last_choices(decisions: Sequence[dict[str, Any]]) -> dict[str, Choice]:
 
 
 class History:
-    """Last decision on every prompt, and where the data goes on."""
+    """Last decision on every prompt that was seen, its streak of solved or failed visits, and where the data goes on."""
 
     def __init__(self, ledger: Ledger, start: int) -> None:
         """Read the steps before `start`."""
         self._ledger = ledger
         self.choices: dict[str, Choice] = {}
+        self.streaks: dict[str, int] = {}
         self.next_prompt = 0
         for step in range(start):
             self.add(step)
@@ -30,4 +32,5 @@ class History:
         """Take over a step that is in the ledger."""
         decisions, metrics = self._ledger.read_meta(step)
         self.choices |= last_choices(decisions)
+        curriculum.advance(self.streaks, decisions)
         self.next_prompt = metrics["data/next_prompt"]

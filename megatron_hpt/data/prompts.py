@@ -1,20 +1,20 @@
-"""Prompts and demonstrations from parquet (the seed's schema, docs/data.md), checked row by row at load."""
+"""From a row of the data (docs/data.md) to token ids: the prompt, and the demonstration as a response to it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from megatron_hpt.config import DataConfig
+from megatron_hpt.data.fields import demonstrations, ground_truth, messages
+from megatron_hpt.data.problem_set import ProblemSet, RawRow
+from megatron_hpt.data.scan import scan
 from megatron_hpt.errors import DataError
 
-COLUMNS = ("prompt", "reward_model")
-"""Needed; `target` (demonstration), `data_source` and `extra_info` are optional."""
+_THINK = "<think>"
+Long = Literal["drop", "cut", "refuse"]
 
 
 class Tokenizer(Protocol):
@@ -36,130 +36,110 @@ class Prompt:
     prompt_id: str
     tokens: list[int]
     demonstration: list[int] | None
-    """Response tokens with end-of-sequence; None if the data has none."""
+    """Response tokens with end-of-sequence; None if there is none that can be used."""
     ground_truth: str
     data_source: str
+    level: str | None = None
+    """How hard it is, in its source's words."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Longest prompt and response in tokens."""
+    """Longest prompt and response in tokens, and what becomes of longer ones."""
 
     prompt: int
     response: int
+    long_prompts: Long = "refuse"
+    long_demonstrations: Long = "refuse"
+
+    @staticmethod
+    def of(data: DataConfig) -> Limits:
+        """Of a run's training data."""
+        return Limits(data.max_prompt_length, data.max_response_length, data.long_prompts, data.long_demonstrations)
 
 
-def load_prompts(path: str, tokenizer: Tokenizer, limits: Limits) -> list[Prompt]:
-    """Load a parquet file.
+class Reader:
+    """Makes prompts of rows. What it drops or cuts is counted, under the names that docs/metrics.md has below ``data/``."""
 
-    Raises:
-        DataError: with file, row and field: missing columns, an empty prompt, a prompt or demonstration beyond its
-            limit, no ground truth, a duplicate id.
-    """
-    rows = _read(path)
-    prompts = [_prompt(row, f"{path}, row {index}", index, tokenizer, limits) for index, row in enumerate(rows)]
-    seen: dict[str, int] = {}
-    for index, prompt in enumerate(prompts):
-        if prompt.prompt_id in seen:
-            raise DataError(
-                f"{path}, row {index}, extra_info.index: {prompt.prompt_id!r} is also the id of row "
-                f"{seen[prompt.prompt_id]}; ids must be unique"
-            )
-        seen[prompt.prompt_id] = index
-    return prompts
+    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+        self._tokenizer, self._limits = tokenizer, limits
 
+    def read(self, row: RawRow, visit: float, counts: Counter[str]) -> Prompt | None:
+        """The prompt of a row; None if it is dropped.
 
-def _read(path: str) -> list[dict[str, Any]]:
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file; expected a parquet file of prompts")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}") from None
-    missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing:
-        raise DataError(
-            f"{path}: column {', '.join(missing)} missing; it has {', '.join(table.column_names)}, needed: {', '.join(COLUMNS)}"
-        )
-    if table.num_rows == 0:
-        raise DataError(f"{path}: has no rows")
-    return table.to_pylist()
+        Args:
+            visit: in [0, 1): chooses between several demonstrations.
 
+        Raises:
+            DataError: names row and field: an empty prompt, no ground truth, what is too long where that is refused.
+        """
+        fields, where = row.fields, row.where
+        chat = messages(fields["prompt"], f"{where}, prompt")
+        truth, written = ground_truth(fields, where), demonstrations(fields, where)
+        text = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        tokens = self._encode(text)
+        if len(tokens) > self._limits.prompt:
+            if self._limits.long_prompts == "refuse":
+                raise DataError(f"{where}, prompt: {len(tokens)} tokens; data.max_prompt_length allows {self._limits.prompt}")
+            counts["dropped_prompts"] += 1
+            return None
+        demonstration = self._demonstration(text, written, where, visit, counts)
+        return Prompt(row.prompt_id, tokens, demonstration, truth, fields.get("data_source") or "", row.level)
 
-def _prompt(row: dict[str, Any], where: str, index: int, tokenizer: Tokenizer, limits: Limits) -> Prompt:
-    messages = _messages(row["prompt"], f"{where}, prompt")
-    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    if len(tokens) > limits.prompt:
-        raise DataError(f"{where}, prompt: {len(tokens)} tokens; data.max_prompt_length allows {limits.prompt}")
-    truth = _record(row["reward_model"], f"{where}, reward_model").get("ground_truth")
-    if not isinstance(truth, str) or not truth:
-        raise DataError(f"{where}, reward_model.ground_truth: given {truth!r}; expected a non-empty string")
-    identity = _record(row.get("extra_info"), f"{where}, extra_info").get("index")
-    return Prompt(
-        prompt_id=str(index if identity is None else identity),
-        tokens=list(tokens),
-        demonstration=_demonstration(row.get("target"), f"{where}, target", tokenizer, limits),
-        ground_truth=truth,
-        data_source=row.get("data_source") or "",
-    )
-
-
-def _record(value: Any, where: str) -> dict[str, Any]:
-    if value is not None and not isinstance(value, dict):
-        raise DataError(f"{where}: given {value!r}; expected a record of named fields")
-    return value or {}
-
-
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: given {value!r}; expected a non-empty list of messages with role and content")
-    for message in value:
-        fields = message if isinstance(message, dict) else {}
-        if not all(isinstance(fields.get(key), str) and fields[key].strip() for key in ("role", "content")):
-            raise DataError(f"{where}: a message is empty, or has no role or no text content: {message!r}")
-    return value
-
-
-def _demonstration(value: Any, where: str, tokenizer: Tokenizer, limits: Limits) -> list[int] | None:
-    if not value:
+    def _demonstration(
+        self, prompt: str, written: Sequence[str], where: str, visit: float, counts: Counter[str]
+    ) -> list[int] | None:
+        """One of those that are written; where it is too long and such are dropped, the next that is not."""
+        limit, long = self._limits.response, self._limits.long_demonstrations
+        chosen = int(visit * len(written))
+        for text in (*written[chosen:], *written[:chosen]):
+            tokens = self._encode(without_open_think(prompt, text))
+            response = demonstration_tokens(tokens, self._tokenizer.eos_token_id, limit, long, f"{where}, target")
+            if response is not None:
+                counts["cut_demonstrations"] += len(tokens) + 1 > limit
+                return response
+        counts["dropped_demonstrations"] += bool(written)
         return None
-    messages = _messages(value, where)
-    if len(messages) != 1:
-        raise DataError(f"{where}: {len(messages)} messages; a demonstration is one message")
-    text = messages[0]["content"]
-    return demonstration_tokens(
-        tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id, limits.response, where
-    )
+
+    def _encode(self, text: str) -> list[int]:
+        """No token is added: the template has written what there is to be."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
-def demonstration_tokens(tokens: Sequence[int], end: int, limit: int, where: str) -> list[int] | None:
-    """The response that a demonstration is: its tokens and end-of-sequence; None if it is empty.
+def without_open_think(prompt: str, demonstration: str) -> str:
+    """The demonstration without the ``<think>`` that the prompt's generation prompt has already opened."""
+    opened = prompt[len(prompt.rstrip()) :]
+    if not prompt.rstrip().endswith(_THINK) or not demonstration.startswith(_THINK):
+        return demonstration
+    return demonstration.removeprefix(_THINK).removeprefix(opened)
+
+
+def demonstration_tokens(tokens: Sequence[int], end: int, limit: int, long: Long, where: str) -> list[int] | None:
+    """The response that a demonstration is: its tokens and end-of-sequence; None if it is empty, or dropped.
+
+    Args:
+        long: what becomes of one longer than `limit`. Cut, it teaches the policy not to end (the reference cuts).
 
     Raises:
-        DataError: longer than `limit`. Cut, it would teach the policy not to end (the reference does so).
+        DataError: longer than `limit` where that is refused.
     """
     if not tokens:
         return None
-    if len(tokens) + 1 > limit:
+    if len(tokens) + 1 > limit and long != "cut":
+        if long == "drop":
+            return None
         raise DataError(f"{where}: {len(tokens) + 1} tokens with end-of-sequence; data.max_response_length allows {limit}")
-    return [*tokens, end]
+    return [*tokens, end][:limit]
 
 
-class PromptSource:
-    """Prompts in a shuffled order that is a pure function of seed and position: nothing has to be saved to resume."""
+def load_prompts(paths: str | Sequence[str], tokenizer: Tokenizer, limits: Limits) -> list[Prompt]:
+    """All prompts of a set that is small enough to be held, in the order of its files.
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        self._prompts, self._seed = prompts, seed
-
-    def take(self, first: int, number: int) -> list[Prompt]:
-        """The prompts at some positions; every epoch is another permutation, and a batch may span two epochs."""
-        return [self._at(position) for position in range(first, first + number)]
-
-    def _at(self, position: int) -> Prompt:
-        epoch, place = divmod(position, len(self._prompts))
-        return self._prompts[self._order(epoch)[place]]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_cached", (None, None))[0] != epoch:
-            self._cached = (epoch, np.random.default_rng((self._seed, epoch)).permutation(len(self._prompts)))
-        return self._cached[1]
+    Raises:
+        DataError: with file, row and field: what `ProblemSet` and `Reader` refuse, and an id that occurs twice.
+    """
+    problems, reader = ProblemSet(paths), Reader(tokenizer, limits)
+    scan([problems])
+    found = (problems.row(index) for index in range(problems.rows))
+    read = (reader.read(row, 0.0, Counter()) for row in found)
+    return [prompt for prompt in read if prompt is not None]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_hpt.errors import ConfigError, DataError, did_you_mean
 
-SUFFIXES = (".parquet", ".json")
+SUFFIXES = (".parquet", ".jsonl", ".json")
 """Of files of problems: the project's schema (docs/data.md), or an array of ``{prompt, answer}`` as test sets are published."""
 
 

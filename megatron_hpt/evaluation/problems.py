@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from megatron_hpt.data.prompts import COLUMNS, Prompt, Tokenizer
+from megatron_hpt.data.fields import ground_truth, messages
+from megatron_hpt.data.locations import find
+from megatron_hpt.data.problem_set import ProblemSet, RawRow
+from megatron_hpt.data.prompts import Prompt, Tokenizer
+from megatron_hpt.data.scan import scan
 from megatron_hpt.errors import DataError
 
 SYSTEM_PROMPTS = {"simplerl": "Please reason step by step, and put your final answer within \\boxed{}."}
 """By name; ``simplerl`` is what the paper's evaluator used."""
-_OPTIONAL = ("data_source", "extra_info")
 
 
 @dataclass(frozen=True)
@@ -37,99 +37,68 @@ def load_problems(file: Path, tokenizer: Tokenizer, system_prompt: str | None = 
     """Load a set.
 
     Args:
-        file: parquet in the project's schema, or a JSON array of ``{prompt, answer[, id, source, level]}``.
+        file: in the project's schema (docs/data.md), or a JSON array of ``{prompt, answer[, source, level]}``.
         system_prompt: put before problems that have none of their own.
 
     Raises:
         DataError: with file and row: not such a file, no rows, an empty prompt, no answer, an id that occurs twice.
     """
-    rows = _json_rows(file) if file.suffix == ".json" else _parquet_rows(file)
-    problems: dict[str, Problem] = {}
-    for index, row in enumerate(rows):
-        where = f"{file}, row {index}"
-        problem = _problem(row, index, where, tokenizer, system_prompt)
-        if problem.problem_id in problems:
-            raise DataError(f"{where}: the id {problem.problem_id!r} occurs twice; ids must be unique")
-        problems[problem.problem_id] = problem
-    if not problems:
-        raise DataError(f"{file}: has no rows")
-    return list(problems.values())
+    rows = _json_rows(file) if file.suffix == ".json" else _schema_rows(file)
+    return [_problem(row, tokenizer, system_prompt) for row in rows]
 
 
 def of_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> list[Problem]:
     """Problems of prompts that are tokenised already: a run's."""
-    return [
-        Problem(p.prompt_id, p.tokens, tokenizer.decode(p.tokens), p.ground_truth, p.data_source, getattr(p, "level", None))
-        for p in prompts
-    ]
+    return [Problem(p.prompt_id, p.tokens, tokenizer.decode(p.tokens), p.ground_truth, p.data_source, p.level) for p in prompts]
 
 
-def sha256_of(file: Path) -> str:
-    """Digest of a file of problems."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def sha256_of(paths: str | Sequence[str]) -> str:
+    """Digest of the files of a set, one after the other."""
+    digest = hashlib.sha256()
+    for location in find(paths):
+        with location.open() as file:
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _schema_rows(file: Path) -> list[RawRow]:
+    rows = ProblemSet(str(file))
+    scan([rows])
+    return [rows.row(index) for index in range(rows.rows)]
+
+
+def _json_rows(file: Path) -> list[RawRow]:
+    """The rows of a published set, as they are in the project's schema."""
     try:
-        names = pq.read_schema(file).names
-        missing = [name for name in COLUMNS if name not in names]
-        if missing:
-            raise DataError(f"{file}: column {', '.join(missing)} missing; it has {', '.join(names)}")
-        table = pq.read_table(file, columns=[*COLUMNS, *(name for name in _OPTIONAL if name in names)])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{file}: not a readable parquet file: {error}") from None
-    for index, row in enumerate(table.to_pylist()):
-        extra, reward = row.get("extra_info") or {}, row["reward_model"] or {}
-        identity = extra.get("index")
-        yield {
-            "id": index if identity is None else identity,
-            "prompt": row["prompt"],
-            "answer": reward.get("ground_truth"),
-            "source": row.get("data_source"),
-            "level": extra.get("level"),
-        }
-
-
-def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Published sets have an ``id`` that is unique in the set, or none."""
-    try:
-        rows = json.loads(file.read_text())
+        records = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: not a readable JSON file: {error}") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{file}: expected an array of problems, found {type(rows).__name__}")
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{file}, row {index}: expected {{prompt, answer}}, found {row!r}")
-        prompt = row.get("prompt")
-        yield {
-            "id": f"{file.stem}-{index}",
-            "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-            "answer": row.get("answer"),
-            "source": row.get("source", file.stem),
-            "level": row.get("level"),
-        }
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{file}: expected an array of problems, found {records if records == [] else type(records).__name__}")
+    return [_json_row(record, f"{file}, row {index}", file.stem, index) for index, record in enumerate(records)]
 
 
-def _problem(row: dict[str, Any], index: int, where: str, tokenizer: Any, system_prompt: str | None) -> Problem:
-    messages, answer = row["prompt"], row["answer"]
-    if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
-        raise DataError(f"{where}, prompt: given {messages!r}; expected messages with role and content, none of them empty")
+def _json_row(record: Any, where: str, name: str, index: int) -> RawRow:
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected {{prompt, answer}}, found {record!r}")
+    prompt, answer = record.get("prompt"), record.get("answer")
     if not isinstance(answer, str) or not answer.strip():
-        raise DataError(f"{where}: the answer is {answer!r}; expected a text")
-    if system_prompt is not None and all(message["role"] != "system" for message in messages):
-        messages = [{"role": "system", "content": system_prompt}, *messages]
-    tokens = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
-    level = row["level"]
-    return Problem(
-        problem_id=str(row["id"]),
-        tokens=tokens,
-        prompt=tokenizer.decode(tokens),
-        ground_truth=answer,
-        data_source=row["source"] or "",
-        level=None if level is None else str(level),
-    )
+        raise DataError(f"{where}, answer: given {answer!r}; expected a text")
+    fields = {
+        "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+        "reward_model": {"ground_truth": answer},
+        "data_source": record.get("source", name),
+        "extra_info": {"level": record.get("level")},
+    }
+    return RawRow(fields, where, f"{name}-{index}")
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v := value.get(k), str) and v.strip() for k in ("role", "content"))
+def _problem(row: RawRow, tokenizer: Any, system_prompt: str | None) -> Problem:
+    chat = messages(row.fields["prompt"], f"{row.where}, prompt")
+    if system_prompt is not None and all(message["role"] != "system" for message in chat):
+        chat = [{"role": "system", "content": system_prompt}, *chat]
+    # As training tokenises them (`data.prompts.Reader`): the template has written what there is to be.
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    tokens = list(tokenizer.encode(text, add_special_tokens=False))
+    truth, source = ground_truth(row.fields, row.where), row.fields.get("data_source") or ""
+    return Problem(row.prompt_id, tokens, tokenizer.decode(tokens), truth, source, row.level)

@@ -43,7 +43,9 @@ class Layout:
     servers: int
     engine_tensor: int = 1
     shared: bool = True
-    """Engines run on the trainer's GPUs; else on their own, reached by messages."""
+    """Engines run on the trainer's GPUs and have their memory in turn; else on their own, reached by messages."""
+    engine_share: float = 0.85
+    """Of a GPU's memory, for an engine (megatron-hpt plan says how much fits beside a trainer)."""
     micro_batch_tokens: int = 32_768
 
 
@@ -143,7 +145,13 @@ def config(model: Model, method: Method, layout: LayoutName | None) -> Config:
         ),
         algorithm=run.algorithm,
         reward=RewardConfig(workers=8),
-        rollout=RolloutConfig(samples_per_prompt=8, servers=place.servers, tensor_parallel=place.engine_tensor),
+        rollout=RolloutConfig(
+            samples_per_prompt=8,
+            servers=place.servers,
+            tensor_parallel=place.engine_tensor,
+            gpu_memory_share=place.engine_share,
+            sleep=place.shared,
+        ),
         transfer=TransferConfig(transport="cuda_ipc" if place.shared else "nccl"),
         parallel=place.parallel,
         actor=ActorConfig(

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hpt.config import Config, apply_overrides
+from megatron_hpt.config import Config, RolloutConfig, apply_overrides
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.benchmarks import Chosen, choose
 from megatron_hpt.evaluation.grading import check_grader
 from megatron_hpt.evaluation.problems import SYSTEM_PROMPTS, Problem, load_problems, sha256_of
 from megatron_hpt.evaluation.samples import Evaluation, Protocol, SetRecord
+from megatron_hpt.launch.launchers import gpus_here
 from megatron_hpt.launch.preflight import check_started_engine
 from megatron_hpt.launch.subject import Subject, dtype_of, resolve
 from megatron_hpt.rollout.running import Running, look
@@ -98,7 +99,7 @@ def prepare(model: str, benchmarks: Sequence[str], options: Options) -> Job:
 
 
 def _set_record(one: Chosen, problems: int) -> SetRecord:
-    return SetRecord(str(one.file), sha256_of(one.file), problems, one.samples, one.grader)
+    return SetRecord(str(one.file), sha256_of(str(one.file)), problems, one.samples, one.grader)
 
 
 def _settings(subject: Subject, servers: Sequence[Running], options: Options) -> Config:
@@ -113,7 +114,9 @@ def _settings(subject: Subject, servers: Sequence[Running], options: Options) ->
         engine = {"urls": [server.url for server in servers], "engine": servers[0].kind}
     else:
         model = str(subject.path)
-        engine = {"urls": [], "model": "", "host": "127.0.0.1"}
+        # What a run's engines leave to its trainer, an evaluation's have for themselves.
+        share = RolloutConfig.model_fields["gpu_memory_share"].default
+        engine = {"urls": [], "model": "", "host": "127.0.0.1", "sleep": False, "gpu_memory_share": share}
     own = {"path": model, "overrides": {}}  # checkpoints and exports of a run have its overrides in them
     if subject.run is None and not servers:
         own["dtype"] = dtype_of(read_config(model))
@@ -128,7 +131,7 @@ def _placed(config: Config, chosen: bool) -> Config:
     Raises:
         ConfigError: there are too few GPUs.
     """
-    width, there = config.rollout.tensor_parallel, gpus()
+    width, there = config.rollout.tensor_parallel, len(gpus_here())
     number = config.rollout.servers if chosen else max(1, there // width)
     if there and number * width > there:
         raise ConfigError(
@@ -152,13 +155,6 @@ def _head_dim(contents: dict[str, Any]) -> int | None:
     """Size of an attention head, from a config.json of any family; None: it does not say."""
     heads, hidden = contents.get("num_attention_heads"), contents.get("hidden_size")
     return contents.get("head_dim") or (hidden // heads if heads and hidden else None)
-
-
-def gpus() -> int:
-    """Of this machine."""
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _context(config: Config, servers: Sequence[Running]) -> int | None:

@@ -22,7 +22,8 @@ from megatron_hpt.evaluation.grading import Graders, check_grader
 from megatron_hpt.evaluation.measures import Measures, measured
 from megatron_hpt.evaluation.outcomes import read_problems
 from megatron_hpt.evaluation.samples import read_record, read_samples, samples_file, write_record, write_samples
-from megatron_hpt.launch.asked import Job, Options, gpus, prepare
+from megatron_hpt.launch.asked import Job, Options, prepare
+from megatron_hpt.launch.launchers import gpus_here
 from megatron_hpt.launch.models import write_overridden
 from megatron_hpt.launch.serving import Servers
 from megatron_hpt.rollout.engine import OWN
@@ -101,7 +102,7 @@ def _collect(job: Job, collection: Collection, console: Console) -> None:
         elif job.servers:
             asyncio.run(_ask(job, lambda: _clients_of_running(job), collection, graders, counter))
         else:
-            with _model_folder(job) as model, Servers(job.config, model, job.folder / "logs", gpus()) as servers:
+            with _model_folder(job) as model, Servers(job.config, model, job.folder / "logs", gpus_here()) as servers:
                 servers.wait(counter.status)
                 asyncio.run(_ask(job, lambda: _clients_of(job, servers), collection, graders, counter, servers))
 

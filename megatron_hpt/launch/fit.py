@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_hpt.config import Config
+from megatron_hpt.config import Config, RolloutConfig
 from megatron_hpt.launch.cluster import ClusterConfig
 from megatron_hpt.launch.memory import (
     GIB,
@@ -16,6 +17,7 @@ from megatron_hpt.launch.memory import (
     host_bytes,
 )
 from megatron_hpt.launch.published import engine_item_bytes
+from megatron_hpt.launch.sharing import Moment, largest_share, moments
 from megatron_hpt.launch.topology import Topology
 from megatron_hpt.weights.hf_config import ModelShape
 
@@ -30,6 +32,10 @@ class Fit:
     engine: EngineMemory
     host: float
     """Bytes in the host memory of one node."""
+    moments: tuple[Moment, ...]
+    """Of a GPU that a trainer rank and an engine share; none: they share none."""
+    largest_share: float
+    """Of such a GPU, for an engine (`rollout.gpu_memory_share`)."""
     problems: tuple[str, ...]
     """Why it does not fit; none: it does."""
 
@@ -38,27 +44,56 @@ def fit(config: Config, shape: ModelShape, cluster: ClusterConfig, topology: Top
     """Whether a layout that divides the model fits the GPUs."""
     room = cluster.gpu.memory_gib * GIB
     stage, trainer = heaviest_stage(shape, config, _pipeline_full(config))
-    neighbour = trainer.total if topology.is_colocated else 0.0
-    engine = engine_memory(shape, config, engine_item_bytes(config, ITEM_BYTES[config.model.dtype]), room, neighbour)
-    problems = []
+    engine = engine_memory(shape, config, engine_item_bytes(config, ITEM_BYTES[config.model.dtype]), room)
+    host = host_bytes(shape, config, stage) * min(config.parallel.ranks, cluster.gpus_per_node)
+    shared = moments(config.rollout, trainer, engine) if topology.is_colocated else ()
+    most = largest_share(config.rollout, trainer, room)
+    problems = (
+        *_node_problems(config, cluster, host),
+        *_gpu_problems(config, cluster, trainer, engine, shared, most),
+    )
+    return Fit(stage, trainer, engine, host, shared, most, problems)
+
+
+def _node_problems(config: Config, cluster: ClusterConfig, host: float) -> Iterator[str]:
     needs = "fp8" if config.actor.fp8 != "none" else config.model.dtype
     if needs not in cluster.gpu.tflops:
-        problems.append(f"{cluster.gpu.name} does not compute in {needs} (gpu.tflops of {cluster.name})")
-    host = host_bytes(shape, config, stage) * min(config.parallel.ranks, cluster.gpus_per_node)
+        yield f"{cluster.gpu.name} does not compute in {needs} (gpu.tflops of {cluster.name})"
     if host > cluster.host_memory_gib * GIB:
-        problems.append(
+        yield (
             f"a node's host holds {host / GIB:.0f} GiB of resting optimizer state and a checkpoint that is being written; it "
             f"has {cluster.host_memory_gib:g}"
         )
-    if trainer.total > room:
-        problems.append(f"a trainer rank needs {trainer.total / GIB:.1f} GiB of {cluster.gpu.memory_gib:g}")
+
+
+def _gpu_problems(
+    config: Config,
+    cluster: ClusterConfig,
+    trainer: TrainerMemory,
+    engine: EngineMemory,
+    shared: tuple[Moment, ...],
+    most: float,
+) -> Iterator[str]:
+    """The first one: what comes after it may be its consequence."""
+    gib, share = cluster.gpu.memory_gib, config.rollout.gpu_memory_share
+    if trainer.total > gib * GIB:
+        yield f"a trainer rank needs {trainer.total / GIB:.1f} GiB of {gib:g}"
     elif engine.tokens < config.max_sequence_length and not config.rollout.urls:
-        beside = f" beside {trainer.total / GIB:.1f} GiB of the trainer on the same GPU" if topology.is_colocated else ""
-        problems.append(
+        yield (
             f"an engine rank has room for {engine.tokens:,} tokens of keys and values after {engine.weights / GIB:.1f} GiB of "
-            f"weights{beside}; one sequence has {config.max_sequence_length:,}"
+            f"weights in {share:g} of {gib:g} GiB (rollout.gpu_memory_share); one sequence has {config.max_sequence_length:,}"
         )
-    return Fit(stage, trainer, engine, host, tuple(problems))
+    elif full := next((moment for moment in shared if moment.total > gib * GIB), None):
+        yield (
+            f"{full.what} take {full.trainer / GIB:.1f} GiB of the trainer and {full.engine / GIB:.1f} of an engine on the "
+            f"same GPU, which has {gib:g}{_remedy(config.rollout, most)}"
+        )
+
+
+def _remedy(rollout: RolloutConfig, most: float) -> str:
+    sleep = "" if rollout.sleep else "; with rollout.sleep=true they have it in turn"
+    share = f"; rollout.gpu_memory_share is {rollout.gpu_memory_share:g}, at most {most:g} fits" if most > 0 else ""
+    return sleep + share
 
 
 def _pipeline_full(config: Config) -> int:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -100,7 +100,9 @@ def _job(site: Site) -> Job:
 
 
 def _train(source: str, settings: list[str], root: Path, job: Job) -> RunDir:
-    launch = functools.partial(SlurmLauncher, job=job)
+    def launch(config: Config) -> Callable[[RunDir], SlurmLauncher]:
+        return functools.partial(SlurmLauncher, config, job=job)
+
     config = recipes.load(source, settings).config
     run = _existing(config.name, root)
     if run is None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from megatron_hpt.config import Config
 from megatron_hpt.errors import HptError
 from megatron_hpt.launch.children import Child, stop_all
-from megatron_hpt.rollout.engines import ENGINES, interpreter
+from megatron_hpt.launch.topology import Device, Slots, Topology, place_nodes, visible
+from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.run import RunDir
 
 LOWEST_PORT = 10240
@@ -42,19 +44,46 @@ class Launcher(Protocol):
         """End what is left of the run; returns when nothing is."""
 
 
+def gpus_here() -> tuple[str, ...]:
+    """What the GPUs that this process may use are called: numbers, or what its own CUDA_VISIBLE_DEVICES says."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return tuple(given.split(",") if given else map(str, range(count)))[:count]
+
+
+def on_this_machine(config: Config) -> Callable[[RunDir], LocalLauncher]:
+    """Find every part its place on this machine.
+
+    Raises:
+        ConfigError: it has too few GPUs.
+    """
+    names = gpus_here()
+    topology = place_nodes(config, Slots("this machine", 1, len(names))) if names else None
+    return lambda run: LocalLauncher(config, run, topology, names)
+
+
 class LocalLauncher:
-    """Every part on this machine."""
+    """Every part on this machine, on GPUs of its own or, colocated, on those of trainer ranks."""
 
     host = "127.0.0.1"
 
-    def __init__(self, config: Config, run: RunDir) -> None:
-        self._config, self._run = config, run
+    def __init__(self, config: Config, run: RunDir, topology: Topology | None = None, gpus: Sequence[str] = ()) -> None:
+        """
+        Args:
+            topology: None: there are no GPUs.
+            gpus: what they are called.
+        """
+        self._config, self._run, self._topology, self._gpus = config, run, topology, gpus
 
     def trainer(self, arguments: Sequence[str]) -> Child:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
         ranks = f"--nproc-per-node={self._config.parallel.ranks}"
         command = [*torchrun, ranks, "-m", "megatron_hpt.actor.trainer", *arguments]
-        return Child.start("trainer", command, self._run.log("torchrun"))
+        # torchrun numbers the ranks of this machine as `place` does: rank r takes the r-th GPU that it sees.
+        own = self._on(self._topology.trainer) if self._topology else {}
+        return Child.start("trainer", command, self._run.log("torchrun"), {**os.environ, **own})
 
     def coordinator(self, arguments: Sequence[str]) -> Child:
         command = [sys.executable, "-m", "megatron_hpt.rollout.coordinator", *arguments]
@@ -63,9 +92,15 @@ class LocalLauncher:
     def engine(self, index: int) -> tuple[str, Child]:
         config, kind = self._config, ENGINES[self._config.rollout.engine]
         port = free_port(config.rollout.host)
-        command = kind.command(config, interpreter(config), self._run.engine_model(config), port, self._run.path)
-        child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), kind.environment(config))
+        start = Start(self._run.engine_model(config), port, self._run.path, on_gpus=self._topology is not None)
+        own = self._on(self._topology.engines[index]) if self._topology else {}
+        environment = {**kind.environment(config, start.on_gpus), **own}
+        command = kind.command(config, interpreter(config), start)
+        child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), environment)
         return f"http://{config.rollout.host}:{port}", child
+
+    def _on(self, places: Sequence[Device]) -> dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": visible(places, self._gpus)}
 
     def stop(self, children: Sequence[Child]) -> None:
         stop_all(children)

@@ -42,6 +42,20 @@ def check_layout(config: Config, shape: ModelShape) -> None:
             f"{config.model.path} has no experts: leave both out"
         )
     _divides_ranks(parallel, expert_tensor)
+    _check_sleep(config)
+
+
+def _check_sleep(config: Config) -> None:
+    """Only engines on the trainer's GPUs have somebody to give their memory to."""
+    if not config.rollout.sleep:
+        return
+    if not config.transfer.shares_gpus:
+        raise ConfigError(
+            f"rollout.sleep: with transfer.transport={config.transfer.transport} engines are not on the trainer's GPUs, and "
+            "nobody would use their memory; leave it out, or set transfer.transport=cuda_ipc"
+        )
+    if config.rollout.urls:
+        raise ConfigError("rollout.sleep: servers of your own (rollout.urls) are not put to sleep; leave one of both out")
 
 
 def _check_tensor(given: int, shape: ModelShape) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_hpt.config import Config, ParallelConfig
+from megatron_hpt.rollout.gpu_share import SGLANG_STATIC
 from megatron_hpt.weights.hf_config import ModelShape
 from megatron_hpt.weights.layouts import VOCABULARY_MULTIPLE
 
@@ -24,10 +25,10 @@ WINDOW_BYTES = 2**30
 """Where a rank's boxes wait for engines (transfer.transport=nccl: a window of 1 GiB a rank)."""
 ALLOWANCE_BYTES = 6 * GIB
 """CUDA context, NCCL's buffers, workspaces of matrix products, fragments (NVIDIA quotes none; our allowance)."""
-ENGINE_SHARE = 0.92
-"""Of a GPU's memory that vLLM takes (0.32: its default of --gpu-memory-utilization)."""
+RESTING_ALLOWANCE_BYTES = 3 * GIB
+"""What is left of that while the trainer waits, its allocator's cache given back: CUDA context, NCCL's buffers."""
 ENGINE_ALLOWANCE_BYTES = 3 * GIB
-"""An engine's own activations and buffers."""
+"""An engine's own activations and buffers (vLLM; SGLang leaves a share of what it has)."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class TrainerMemory:
     allowance: float
     rests: bool
     """Whether actor.offload keeps the optimizer state away from forward and backward passes."""
+    leaves: bool
+    """Whether it keeps weights, gradients and the reference policy away while the trainer waits for rollouts."""
 
     @property
     def total(self) -> float:
@@ -112,6 +115,21 @@ class TrainerMemory:
         always = self.weights + self.gradients + self.reference + self.transfer + self.allowance
         passes = self.activations + self.logprob
         return always + (max(passes, self.optimizer) if self.rests else passes + self.optimizer)
+
+    @property
+    def sending(self) -> float:
+        """While engines read new weights."""
+        return self.weights + self.gradients + self.reference + self.waiting_at_least
+
+    @property
+    def waiting(self) -> float:
+        """While engines sample."""
+        return self.waiting_at_least if self.leaves else self.sending
+
+    @property
+    def waiting_at_least(self) -> float:
+        """What no setting takes away: boxes that engines read again after a restart, and what CUDA needs."""
+        return self.transfer + RESTING_ALLOWANCE_BYTES + (0 if self.rests else self.optimizer)
 
 
 def trainer_memory(shape: ModelShape, config: Config, stage: int, micro_batches: int) -> TrainerMemory:
@@ -133,6 +151,7 @@ def trainer_memory(shape: ModelShape, config: Config, stage: int, micro_batches:
         transfer=_staged(held, config),
         allowance=ALLOWANCE_BYTES,
         rests=config.actor.offload != "none",
+        leaves=config.actor.offload == "all",
     )
 
 
@@ -240,19 +259,19 @@ def engine_weights(shape: ModelShape, tensor: int, item: float) -> float:
     return shape.layers * (layer * item + _copied(shape) * max(2, item)) + matrices * rows * shape.hidden * max(2, item)
 
 
-def engine_memory(shape: ModelShape, config: Config, item: float, gpu_bytes: float, neighbour: float) -> EngineMemory:
-    """One rank of an engine.
+def engine_memory(shape: ModelShape, config: Config, item: float, gpu_bytes: float) -> EngineMemory:
+    """One rank of an engine: `rollout.gpu_memory_share` of the GPU.
 
     Args:
         item: bytes of a weight of a layer.
-        neighbour: bytes of the trainer on the same GPU; engines keep theirs while it trains.
     """
-    tensor = config.rollout.tensor_parallel
+    tensor, own = config.rollout.tensor_parallel, config.rollout.gpu_memory_share * gpu_bytes
+    allowance = (1 - SGLANG_STATIC) * own if config.rollout.engine == "sglang" else ENGINE_ALLOWANCE_BYTES
     weights = engine_weights(shape, tensor, item)
     groups = max(1.0, shape.kv_heads / tensor)
     token = 2 * shape.layers * groups * shape.head_dim * ITEM_BYTES[config.model.dtype]
-    cache = ENGINE_SHARE * gpu_bytes - weights - ENGINE_ALLOWANCE_BYTES - neighbour
-    return EngineMemory(weights, ENGINE_ALLOWANCE_BYTES, cache, token, max(0, int(cache / token)))
+    cache = own - weights - allowance
+    return EngineMemory(weights, allowance, cache, token, max(0, int(cache / token)))
 
 
 def host_bytes(shape: ModelShape, config: Config, stage: int) -> float:

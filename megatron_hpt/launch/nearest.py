@@ -16,11 +16,20 @@ from megatron_hpt.launch.layout import check_layout
 from megatron_hpt.launch.topology import place
 from megatron_hpt.weights.hf_config import ModelShape
 
-_BUYS = {
+Less = tuple[dict[Any, Any], float]
+"""Given value of a setting → the one that needs less memory, and its distance."""
+_BUYS: dict[tuple[str, str], Less] = {
     ("actor", "recompute"): ({"none": "full", "selective": "full"}, 0.5),
     ("actor", "offload"): ({"none": "optimizer"}, 0.75),
 }
-"""Settings that buy memory: given value → the one that needs less, and its distance."""
+"""Settings that buy memory."""
+_BUYS_SHARED: dict[tuple[str, str], Less] = {
+    **_BUYS,
+    ("actor", "offload"): ({"none": "all", "optimizer": "all"}, 0.75),
+    ("rollout", "sleep"): ({False: True}, 0.5),
+}
+"""Where engines are on the trainer's GPUs."""
+_SHARE = ("rollout", "gpu_memory_share")
 _MORE_RANKS = 3.0
 """A layout of twice as many ranks is as far away as three doublings of anything else."""
 _ANY_CHANGE = 0.25
@@ -29,7 +38,13 @@ _DEEPEST = 16
 """Pipeline stages to try at most."""
 _DATA = ("parallel", "data")
 _PARALLEL = ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", "data", "expert", "expert_tensor")
-_KEYS = (*(("parallel", key) for key in _PARALLEL), *_BUYS, ("rollout", "tensor_parallel"), ("rollout", "servers"))
+_KEYS = (
+    *(("parallel", key) for key in _PARALLEL),
+    *_BUYS_SHARED,
+    ("rollout", "tensor_parallel"),
+    ("rollout", "servers"),
+    _SHARE,
+)
 
 Values = dict[tuple[str, str], Any]
 """(section, key) → value."""
@@ -41,12 +56,13 @@ def nearest(config: Config, shape: ModelShape, cluster: ClusterConfig) -> tuple[
     The engines' layout, the trainer's, and what buys memory are changed; lengths, batch and model are not.
     """
     given = {key: getattr(getattr(config, key[0]), key[1]) for key in _KEYS}
-    others = [memory | engines for memory in _memory(given) for engines in _engines(config, cluster)]
+    buys = _BUYS_SHARED if config.transfer.shares_gpus else _BUYS
+    others = [memory | engines for memory in _memory(given, buys) for engines in _engines(config, cluster)]
     layouts = [layout for layout in _layouts(config, shape, cluster) if _divides(_applied(config, layout), shape)]
     candidates = (layout | other for layout in layouts for other in others)
     for values in sorted(candidates, key=lambda values: _distance(given, values)):
-        if _runs(_applied(config, values), shape, cluster):
-            return tuple(f"{'.'.join(key)}={_text(value)}" for key, value in values.items() if value != given[key])
+        if found := _fitting(config, values, shape, cluster):
+            return tuple(f"{'.'.join(key)}={_text(value)}" for key, value in found.items() if value != given[key])
     return None
 
 
@@ -58,12 +74,18 @@ def _divides(config: Config, shape: ModelShape) -> bool:
     return True
 
 
-def _runs(config: Config, shape: ModelShape, cluster: ClusterConfig) -> bool:
+def _fitting(config: Config, values: Values, shape: ModelShape, cluster: ClusterConfig) -> Values | None:
+    """These values if they run, or if they do with as large a share of the GPU for an engine as the trainer leaves."""
+    changed = _applied(config, values)
     try:
-        check_layout(config, shape)
-        return not fit(config, shape, cluster, place(config, cluster)).problems
+        check_layout(changed, shape)
+        found = fit(changed, shape, cluster, place(changed, cluster))
     except ConfigError:
-        return False
+        return None
+    if not found.problems:
+        return values
+    smaller = 0 < found.largest_share < changed.rollout.gpu_memory_share and _SHARE not in values
+    return _fitting(config, values | {_SHARE: found.largest_share}, shape, cluster) if found.moments and smaller else None
 
 
 def _layouts(config: Config, shape: ModelShape, cluster: ClusterConfig) -> Iterator[Values]:
@@ -89,9 +111,9 @@ def _layouts(config: Config, shape: ModelShape, cluster: ClusterConfig) -> Itera
             }
 
 
-def _memory(given: Values) -> list[Values]:
+def _memory(given: Values, buys: dict[tuple[str, str], Less]) -> list[Values]:
     """Settings that buy memory: as given, and each way to need less."""
-    choices = ((key, sorted({given[key], less.get(given[key], given[key])})) for key, (less, _) in _BUYS.items())
+    choices = ((key, sorted({given[key], less.get(given[key], given[key])})) for key, (less, _) in buys.items())
     keys, values = zip(*choices, strict=True)
     return [dict(zip(keys, chosen, strict=True)) for chosen in itertools.product(*values)]
 
@@ -121,8 +143,8 @@ def _distance(given: Values, values: Values) -> tuple[float, list[str]]:
 
 
 def _change(key: tuple[str, str], old: Any, new: Any) -> float:
-    if key in _BUYS:
-        return _BUYS[key][1]
+    if key in _BUYS_SHARED:
+        return _BUYS_SHARED[key][1]
     if key == _DATA or isinstance(new, bool) or None in (old, new):  # data parallel ranks are counted with all ranks
         return 0.0
     return abs(math.log2(new / old))

@@ -16,6 +16,7 @@ from megatron_hpt.launch.layout import check_layout, check_lengths
 from megatron_hpt.launch.memory import ITEM_BYTES, EngineMemory, TrainerMemory, checkpoint_bytes
 from megatron_hpt.launch.nearest import nearest
 from megatron_hpt.launch.published import engine_item_bytes, planned_shape
+from megatron_hpt.launch.sharing import Moment
 from megatron_hpt.launch.timing import (
     Batch,
     Generation,
@@ -68,6 +69,10 @@ class Plan:
     """Bytes in the host memory of one node: resting optimizer state, and a checkpoint that is being written."""
     engine: EngineMemory | None
     """None: servers run already, and only their owner knows."""
+    moments: tuple[Moment, ...]
+    """Of a GPU that a trainer rank and an engine share; none: they share none."""
+    largest_share: float
+    """Of such a GPU, for an engine."""
     micro_batch: Pass
     scenarios: tuple[Scenario, ...]
     transfer: Transfer
@@ -148,6 +153,8 @@ def make(config: Config, cluster: ClusterConfig, fill: float, started: float) ->
         trainer=fitting.trainer,
         host=fitting.host,
         engine=None if config.rollout.urls else fitting.engine,
+        moments=fitting.moments,
+        largest_share=fitting.largest_share,
         micro_batch=micro_batch_s(shape, config, cluster, least.micro_batch_tokens, least.row_tokens),
         scenarios=tuple(scenarios),
         transfer=sent,

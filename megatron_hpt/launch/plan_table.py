@@ -38,8 +38,7 @@ def show(plan: Plan, console: Console) -> None:
 
 def _spare(plan: Plan) -> float:
     """GiB that the trainer, and an engine on the same GPU, leave."""
-    beside = plan.engine.total if plan.engine is not None and plan.topology.is_colocated else 0.0
-    return plan.cluster.gpu.memory_gib - (plan.trainer.total + beside) / GIB
+    return plan.cluster.gpu.memory_gib - max((moment.total for moment in plan.moments), default=plan.trainer.total) / GIB
 
 
 def _places(plan: Plan) -> Table:
@@ -48,7 +47,8 @@ def _places(plan: Plan) -> Table:
     table = Table("who", "how many", "nodes", "layout", title="who runs where", title_justify="left")
     described = ", ".join(f"{key} {value}" for key, value in layout.items()) or "one rank"
     table.add_row("trainer", f"{parallel.ranks} ranks", _span(topology.trainer_nodes), described)
-    beside = "on the trainer's GPUs; each keeps its memory while the other works" if topology.is_colocated else ""
+    turns = "they have its memory in turn" if rollout.sleep else "each keeps its memory while the other works"
+    beside = f"on the trainer's GPUs; {turns}" if topology.is_colocated else ""
     engines = f"tensor {rollout.tensor_parallel}"
     if rollout.urls:
         table.add_row(f"{rollout.engine} engines", f"{len(rollout.urls)} servers", "elsewhere", "rollout.urls")
@@ -71,12 +71,14 @@ def _memory(plan: Plan) -> Table:
     stage = f"trainer, stage {plan.stage}"
     parts = asdict(plan.trainer)
     resting = " (in the passes it rests in host memory)" if parts.pop("rests") else ""
+    parts.pop("leaves")
     rows = [(stage, what + (resting if what == "optimizer" else ""), nbytes) for what, nbytes in parts.items() if nbytes]
     rows.append((stage, "at most", plan.trainer.total))
     if plan.engine is not None:
         names = {"weights": plan.engine.weights, "allowance": plan.engine.allowance, "cache": max(0.0, plan.engine.cache)}
         rows += [("engine", what, nbytes) for what, nbytes in names.items()]
         rows.append(("engine", "at most", plan.engine.total))
+    rows += [("both on one GPU", moment.what, moment.total) for moment in plan.moments]
     rows.append(("a node's host", "resting state, checkpoint that is being written", plan.host))
     for rank, what, nbytes in rows:
         table.add_row(rank, what, f"{nbytes / GIB:.1f}", end_section=what == "at most")
@@ -88,7 +90,10 @@ def _cache(plan: Plan) -> str:
     if plan.engine is None:
         return "the memory of servers that run already (rollout.urls) is their owner's"
     longest = plan.engine.tokens // plan.config.max_sequence_length
-    return f"a server's cache holds {plan.engine.tokens:,} tokens: {longest} sequences of full length"
+    text = f"a server's cache holds {plan.engine.tokens:,} tokens: {longest} sequences of full length"
+    if not plan.moments:
+        return text
+    return f"{text}; rollout.gpu_memory_share={plan.config.rollout.gpu_memory_share:g}, at most {plan.largest_share:g} fits"
 
 
 def _scenarios(plan: Plan) -> Table:

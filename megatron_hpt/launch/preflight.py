@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_hpt.config import Config, GateConfig, SourceGateConfig
-from megatron_hpt.data.prompts import Limits, Prompt, load_prompts
+from megatron_hpt.config import Config, GateConfig, SourceGateConfig, files_of
+from megatron_hpt.data.prompts import Prompt, load_prompts
+from megatron_hpt.data.source import held_out_limits, sources
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.evaluation.benchmarks import canonical
+from megatron_hpt.launch.inspection import check_training_data
 from megatron_hpt.launch.layout import check_layout, check_lengths
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
@@ -101,11 +103,14 @@ def check_engine(config: Config, shape: ModelShape) -> None:
     Raises:
         ConfigError: it is not, or they cannot; says what to do.
     """
+    import torch
+
     from megatron_hpt.weights.transports import check_transport
 
     if not config.rollout.urls:
         check_started_engine(config, shape.head_dim)
     check_transport(config.transfer.transport)
+    check_sleep(config, torch.cuda.is_available())
     _check_engine_model(config, shape)
 
 
@@ -129,6 +134,20 @@ def check_started_engine(config: Config, head_dim: int | None) -> None:
         )
 
 
+def check_sleep(config: Config, on_gpus: bool) -> None:
+    """Engines on a host keep their memory: vLLM's worker there ignores sleep (v1/worker/cpu_worker.py) and its configuration
+    refuses it (config/model.py); SGLang's memory saver is a CUDA library.
+
+    Raises:
+        ConfigError: they are to sleep on a host.
+    """
+    if config.rollout.sleep and not on_gpus:
+        raise ConfigError(
+            f"rollout.sleep: {config.rollout.engine} gives memory back on GPUs only, and this machine has none; set "
+            "rollout.sleep=false"
+        )
+
+
 def _check_engine_model(config: Config, shape: ModelShape) -> None:
     """The engine's folder, where it has one of its own, is the actor's model in a form that weights can be converted to."""
     if not config.rollout.model:
@@ -149,14 +168,18 @@ def check_selection(config: Config) -> None:
         ConfigError: names the key.
     """
     evaluation, every = config.evaluation, config.trainer.save_every
-    for name, path in evaluation.validation.items():
-        if known := canonical(name) or canonical(Path(path).stem):
+    trained = {Path(file).resolve() for source in sources(config) for file in files_of(source.path)}
+    for name, paths in evaluation.validation.items():
+        files = [Path(file) for file in files_of(paths)]
+        if known := next(filter(None, map(canonical, (name, *(file.stem for file in files)))), None):
             raise ConfigError(
                 f"evaluation.validation.{name}: {known} is a test set; one that chose a checkpoint could not be reported. Put "
                 "it into evaluation.sets, and problems of your own into evaluation.validation"
             )
-        if Path(path).resolve() == Path(config.data.train).resolve():
-            raise ConfigError(f"evaluation.validation.{name}: {path} is data.train; choose on problems that are not trained on")
+        if shared := [file for file in files if file.resolve() in trained]:
+            raise ConfigError(
+                f"evaluation.validation.{name}: {shared[0]} is in data.train; choose on problems that are not trained on"
+            )
     if evaluation.select is not None and (not every or not evaluation.every or evaluation.every % every):
         raise ConfigError(
             f"evaluation.select={evaluation.select}: every evaluation must find a checkpoint to choose, so evaluation.every "
@@ -197,24 +220,22 @@ def _check_reference_model(config: Config, shape: ModelShape) -> None:
 
 
 def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
-    """Every row of every file loads."""
+    """Every row can be read and used; the first ones that are taken are tokenised too."""
     tokenizer = load_tokenizer(config)
     if len(tokenizer) > shape.vocab:
         raise ModelError(
             f"model.path: the tokenizer has {len(tokenizer)} tokens, the model in {config.model.path} only {shape.vocab}"
         )
-    limits = Limits(config.data.max_prompt_length, config.data.max_response_length)
-    held_out = {name: load_prompts(path, tokenizer, limits) for name, path in config.evaluation.held_out.items()}
+    _check_curriculum(config)
+    limits = held_out_limits(config)
+    held_out = {name: load_prompts(paths, tokenizer, limits) for name, paths in config.evaluation.held_out.items()}
     _check_validation(config, held_out)
-    prompts = load_prompts(config.data.train, tokenizer, limits)
-    sources = {prompt.data_source for prompt in prompts}
-    for name in config.algorithm.gate.by_source.keys() - sources:
+    check_training_data(config, tokenizer, gate)
+
+
+def _check_curriculum(config: Config) -> None:
+    if config.data.curriculum.keep_failed < 1 and config.rollout.cancel_decided:
         raise ConfigError(
-            f"algorithm.gate.by_source.{name}: no row of {config.data.train} is of that data_source; it has "
-            f"{', '.join(sorted(map(repr, sources)))}"
-        )
-    if gate.needs_demonstrations and not any(prompt.demonstration for prompt in prompts):
-        raise DataError(
-            f"{config.data.train}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "
-            "add targets, or choose an algorithm that learns from rollouts alone (grpo, dr_grpo)"
+            f"data.curriculum.keep_failed: given {config.data.curriculum.keep_failed:g}; needs rollout.cancel_decided=false: "
+            "which rollouts are graded before the rest is cancelled depends on the clock, and so would the data order"
         )

@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_hpt.config import Config
@@ -15,7 +15,7 @@ from megatron_hpt.launch.children import Child, Failure, stop_all
 from megatron_hpt.launch.launchers import free_port
 from megatron_hpt.process import TOKEN_VARIABLE, token
 from megatron_hpt.rollout.engine import Weights
-from megatron_hpt.rollout.engines import ENGINES, interpreter
+from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.rollout.running import is_healthy
 
 POLL_S = 0.5
@@ -24,12 +24,13 @@ POLL_S = 0.5
 class Servers:
     """`rollout.servers` engines; a context manager that ends them."""
 
-    def __init__(self, config: Config, model: Path, folder: Path, gpus: int) -> None:
+    def __init__(self, config: Config, model: Path, folder: Path, gpus: Sequence[str]) -> None:
         """
         Args:
             model: Hugging Face folder.
             folder: for logs and private files.
-            gpus: of this machine; every engine gets `rollout.tensor_parallel` of them. 0: engines run on the host.
+            gpus: what those of this machine are called; every engine gets `rollout.tensor_parallel` of them. None: engines run
+                on the host.
         """
         self._config, self._model, self._folder, self._gpus = config, model, folder, gpus
         self._children: dict[str, Child] = {}
@@ -93,8 +94,9 @@ class Servers:
     def _start(self, index: int) -> None:
         config, kind = self._config, ENGINES[self._config.rollout.engine]
         host, port = config.rollout.host, free_port(config.rollout.host)
-        command = kind.command(config, interpreter(config), str(self._model), port, self._folder, Weights.FOLDER)
-        environment = {**kind.environment(config), **self._devices(index)}
+        start = Start(str(self._model), port, self._folder, on_gpus=bool(self._gpus), weights=Weights.FOLDER)
+        command = kind.command(config, interpreter(config), start)
+        environment = {**kind.environment(config, start.on_gpus), **self._devices(index)}
         child = Child.start(f"engine {index}", command, self._folder / f"engine_{index}.log", environment)
         self._children[f"http://{host}:{port}"] = child
 
@@ -102,6 +104,4 @@ class Servers:
         if not self._gpus:
             return {}
         width = self._config.rollout.tensor_parallel
-        given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else None
-        own = range(index * width, (index + 1) * width)
-        return {"CUDA_VISIBLE_DEVICES": ",".join(given[gpu] if given else str(gpu) for gpu in own)}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus[index * width : (index + 1) * width])}

@@ -20,7 +20,7 @@ from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch.children import GRACE_S, Child, stop_all
 from megatron_hpt.launch.launchers import LOWEST_PORT
 from megatron_hpt.launch.topology import Device, Slots, Topology, least_nodes, place_nodes
-from megatron_hpt.rollout.engines import ENGINES, interpreter
+from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.run import RunDir
 
 BETWEEN_GPUS = ("nccl", "cuda_ipc")
@@ -157,7 +157,8 @@ def describe(config: Config, job: Job) -> str:
     ]
     for index, places in enumerate(topology.engines):
         name, host = f"engine_{index}", job.nodes[places[0].node]
-        server = kind.command(_at(config, host), job.python, config.engine_model, job.port(1 + index), Path("runs"))
+        start = Start(config.engine_model, job.port(1 + index), Path("runs"), job.has_gpus)
+        server = kind.command(_at(config, host), job.python, start)
         lines += [f"engine {index}: on {host}", shlex.join(engine_command(job, name, places, server))]
     return "\n".join([*lines, ""])
 
@@ -194,9 +195,11 @@ class SlurmLauncher:
         kind, places, port = ENGINES[self._config.rollout.engine], self._topology.engines[index], self._job.port(1 + index)
         host = self._job.address(self._job.nodes[places[0].node])
         config = _at(self._config, host)
-        server = kind.command(config, interpreter(config), self._run.engine_model(config), port, self._run.path)
+        start = Start(self._run.engine_model(config), port, self._run.path, self._job.has_gpus)
+        server = kind.command(config, interpreter(config), start)
         command = engine_command(self._job, f"engine_{index}", places, server)
-        child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), kind.environment(config))
+        environment = kind.environment(config, start.on_gpus)
+        child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), environment)
         return f"http://{host}:{port}", child
 
     def _steps(self) -> list[str]:

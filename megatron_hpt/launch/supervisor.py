@@ -41,6 +41,10 @@ class Supervisor:
         self._restarted = 0
         self._returning: dict[str, float] = {}
         """URL of an engine that was started again and does not answer yet → when."""
+        self._wanting: list[str] = []
+        """URLs of dead engines that wait for memory of the trainer's GPUs."""
+        self._granted = 0
+        """Those that the trainer gave it to, so far."""
         self._returned = 0
         self._shown = start
         self._read = 0
@@ -89,6 +93,7 @@ class Supervisor:
         while not self._finished():
             if self._noticed is not None:
                 self._end_if_saved()
+            self._start_granted()
             self._check_children(progress)
             if not self._announced:
                 self._announce_engines(progress)
@@ -140,7 +145,7 @@ class Supervisor:
             settled = len(failures)
             time.sleep(SETTLE_S)
             failures = self._failures()
-        dead = [url for url, child in self._engines.items() if child.exit_code is not None]
+        dead = [url for url, child in self._engines.items() if child.exit_code is not None and url not in self._wanting]
         allowed = self._config.rollout.max_restarts if self._announced else 0  # one that never answered will not either
         if len(dead) < len(failures) or self._restarted + len(dead) > allowed:
             already = f"\nengines had been started again {self._restarted} times" if self._restarted else ""
@@ -149,16 +154,35 @@ class Supervisor:
             self._restart(url, progress)
 
     def _restart(self, url: str, progress: Progress) -> None:
+        """Start an engine again: at once, or where it shares the trainer's GPUs, when the trainer does not need them."""
         child = self._engines[url]
+        self._restarted += 1
         died = f"{child.name} died ({describe_exit(child.exit_code)})"
+        count = f"restart {self._restarted} of {self._config.rollout.max_restarts}"
+        # One that dies while it starts has been given memory already, and the trainer waits for it.
+        if self._config.rollout.sleep and url not in self._returning:
+            self._board.put(f"wanted/{self._granted + len(self._wanting)}", url)
+            self._wanting.append(url)
+            progress.status(f"{died} and is started again when the trainer's GPUs are free; {count}")
+        else:
+            self._start_again(url)
+            progress.status(f"{died} and is started again; {count}")
+
+    def _start_granted(self) -> None:
+        """Start the dead engines that the trainer has made room for."""
+        while self._wanting and self._board.get(f"granted/{self._granted}"):
+            self._granted += 1
+            self._start_again(self._wanting.pop(0))
+
+    def _start_again(self, url: str) -> None:
+        child = self._engines[url]
         again = child.again()
         self._children[self._children.index(child)] = self._engines[url] = again
         self._returning[url] = time.monotonic()
-        self._restarted += 1
-        progress.status(f"{died} and is started again; restart {self._restarted} of {self._config.rollout.max_restarts}")
 
     def _failures(self) -> list[Failure]:
-        ended = [child for child in self._children if child.exit_code is not None]
+        waiting = [self._engines[url] for url in self._wanting]
+        ended = [child for child in self._children if child.exit_code is not None and child not in waiting]
         # An engine may not end at all while the run goes on, however well.
         return [failure_of(c, self._run.logs) for c in ended if c.exit_code != 0 or c in self._engines.values()]
 

@@ -7,6 +7,7 @@ GPUs of their own: behind the trainer's where both fit one node, else on nodes o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +15,6 @@ from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch.cluster import ClusterConfig
 
-_SHARES_GPUS = ("cuda_ipc",)
-"""Transports whose two ends are on the same GPUs."""
 ONE_HOST = ("shared_memory", "cuda_ipc")
 """Transports that leave no host."""
 
@@ -83,7 +82,7 @@ def place(config: Config, cluster: ClusterConfig | Slots) -> Topology:
         return _checked(Topology(trainer, ()), cluster)
     if width > size:
         raise ConfigError(f"rollout.tensor_parallel: given {width}; a server's ranks are on one node, which has {size} GPUs")
-    colocated = config.transfer.transport in _SHARES_GPUS
+    colocated = config.transfer.shares_gpus
     if colocated and (ranks > size or servers * width > ranks):
         raise ConfigError(
             f"transfer.transport={config.transfer.transport}: {servers} servers × {width} ranks read the memory of the "
@@ -93,6 +92,15 @@ def place(config: Config, cluster: ClusterConfig | Slots) -> Topology:
     fits_one_node = ranks + servers * width <= size
     first = Device(0, 0) if colocated else Device(0, ranks) if fits_one_node else Device(-(-ranks // size), 0)
     return _checked(Topology(trainer, _engines(servers, width, first, size)), cluster)
+
+
+def visible(places: Sequence[Device], names: Sequence[str]) -> str:
+    """CUDA_VISIBLE_DEVICES of a process with these places.
+
+    Args:
+        names: what the GPUs of its node are called, in order: numbers, or UUIDs.
+    """
+    return ",".join(names[device.gpu] for device in places)
 
 
 def place_nodes(config: Config, slots: Slots) -> Topology:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -11,32 +12,36 @@ from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
 from megatron_hpt.data.checkpoints import damage
 from megatron_hpt.data.files import write_whole
+from megatron_hpt.data.source import check_same_files, files
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import models, preflight
-from megatron_hpt.launch.launchers import Launcher, LocalLauncher
+from megatron_hpt.launch.launchers import Launcher, on_this_machine
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.run import RunDir, create, newest, open_run
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.report import write_report
 
 logger = logging.getLogger(__name__)
-Launch = Callable[[Config, RunDir], Launcher]
+Launch = Callable[[Config], Callable[[RunDir], Launcher]]
+"""Refuses what cannot be placed, before there is a run."""
 
 
-def start_run(source: str, overrides: list[str], root: Path, launch: Launch = LocalLauncher) -> RunDir:
+def start_run(source: str, overrides: list[str], root: Path, launch: Launch = on_this_machine) -> RunDir:
     """Train from the first step in a new run directory."""
     recipe = recipes.load(source, overrides)
     if recipe.prepare is not None:
         recipe.prepare(recipe.config)
     preflight.check(recipe.config)
+    start = launch(recipe.config)
     for key in without_effect(recipe.config):
         logger.warning("note: %s has no effect on %s", key, recipe.config.algorithm.name)
     run = create(recipe.config, root)
-    _supervise(recipe.config, run, 0, launch)
+    write_whole(run.data, json.dumps(files(recipe.config), indent=1))
+    _supervise(recipe.config, run, 0, start(run))
     return run
 
 
-def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = LocalLauncher) -> RunDir:
+def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = on_this_machine) -> RunDir:
     """Continue a run from its last checkpoint; batches that its ledger holds are trained again, not generated again.
 
     Args:
@@ -54,12 +59,15 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = L
     config = apply_overrides(saved, overrides)
     _check_same_batches(saved, config)
     preflight.check(config)
+    if run.data.is_file():  # older runs have none
+        check_same_files(json.loads(run.data.read_text()), config)
+    launcher = launch(config)(run)
     start = resume_point(run, config)
     if start == config.trainer.steps:
         raise ConfigError(f"{run.path} is complete ({start} steps); to train it further: --resume trainer.steps={2 * start}")
     write_whole(run.config, dump_yaml(config))
     metrics.truncate(run.metrics, start)
-    _supervise(config, run, start, launch)
+    _supervise(config, run, start, launcher)
     return run
 
 
@@ -98,14 +106,14 @@ def _check_same_batches(saved: Config, config: Config) -> None:
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change within a run; start a new one without --resume")
 
 
-def _supervise(config: Config, run: RunDir, start: int, launch: Launch) -> None:
+def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher) -> None:
     from megatron_hpt.launch.supervisor import Supervisor  # imports torch
 
     with run.lock():
         shutil.rmtree(run.export, ignore_errors=True)
         models.write(config, run)
         try:
-            Supervisor(config, run, start, launch(config, run)).run()
+            Supervisor(config, run, start, launcher).run()
         finally:
             _report(run)
 

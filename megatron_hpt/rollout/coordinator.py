@@ -7,6 +7,7 @@ import asyncio
 import logging
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from megatron_hpt.blackboard import Blackboard
 from megatron_hpt.config import Config, load_yaml
 from megatron_hpt.data.history import History
 from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.prompts import Limits, Prompt, PromptSource, load_prompts
+from megatron_hpt.data.prompts import Prompt
+from megatron_hpt.data.source import open_sets, training_source
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.evaluation.grading import Graders
 from megatron_hpt.evaluation.selection import Selection
@@ -64,9 +66,9 @@ class Coordinator:
         self._history = History(self._ledger, start)
         self._tokenizer = load_tokenizer(config)
         self._grader = Grader(pool, self._tokenizer)
-        self._source = PromptSource(self._load(config.data.train), config.trainer.seed)
+        self._source = training_source(config, open_sets(config, run.path), self._tokenizer)
         graders = Graders(config.reward.workers, config.reward.deadline_s, {config.reward.name: pool})
-        self._evaluations = Evaluations(run, config, self._tokenizer, self._load, graders)
+        self._evaluations = Evaluations(run, config, self._tokenizer, graders)
         self._selection = Selection(run, config.evaluation, read_metrics(run.metrics))
 
     async def run(self) -> None:
@@ -102,27 +104,31 @@ class Coordinator:
             with watch.phase("eval"):
                 evaluation = await self._evaluate(step)
         retried = self._engines.retried
-        groups, position = await self._groups(step, watch)
+        groups, data = await self._groups(step, watch)
         engines = {"rollout/engines": self._engines.in_service, "rollout/retried": self._engines.retried - retried}
-        seconds = {key: watch.seconds[key] for key in ("time/rollout_s", "time/reward_s")}
-        metrics = {**evaluation, **seconds, **engines, "rollout/policy_version": step, "data/next_prompt": position}
+        seconds = {key: watch.seconds[key] for key in ("time/data_s", "time/rollout_s", "time/reward_s")}
+        metrics = {**evaluation, **seconds, **engines, **data, "rollout/policy_version": step}
         self._ledger.write(assemble(step, groups, self._algorithm, self._config, metrics, self._history.choices))
 
-    async def _groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], int]:
-        """Graded groups enough for the step, and the position of the next prompt."""
+    async def _groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], dict[str, int]]:
+        """Graded groups enough for the step; the position of the next prompt and what was left out before it, as metrics."""
         gate, wanted, position = self._algorithm.gate, self._config.trainer.prompts_per_step, self._history.next_prompt
         groups: list[Group] = []
+        counts: Counter[str] = Counter()
         for round_ in range(self._config.algorithm.max_rounds if gate.refills else 1):
-            prompts, settings = self._source.take(position, wanted), self._training_settings(step)
-            position += wanted
+            with watch.phase("data"):
+                data = self._source.take(position, wanted, self._history.streaks)
+            position = data.next_position
+            counts.update(data.counts)
             with watch.phase("rollout"):
-                taken = await self._sample(prompts, settings, f"train/{round_}", step, self._early(step))
+                settings = self._training_settings(step)
+                sampled = await self._sample(data.prompts, settings, f"train/{round_}", step, self._early(step))
             with watch.phase("reward"):
-                groups += await grade(taken, self._grader, self._algorithm.grades_demonstrations)
+                groups += await grade(sampled, self._grader, self._algorithm.grades_demonstrations)
             decided = decide(step, groups, gate, wanted, self._history.choices)
             if sum(decision.choice is not Choice.SKIPPED for decision in decided) == wanted:
                 break
-        return groups, position
+        return groups, {"data/next_prompt": position, **{f"data/{name}": number for name, number in counts.items()}}
 
     async def _record(self, step: int, trained: dict[str, Any], watch: Stopwatch) -> None:
         """Write the step's line; a batch from the ledger has the seconds that it took when it was made."""
@@ -174,10 +180,6 @@ class Coordinator:
     @property
     def _stop_token(self) -> int:
         return self._tokenizer.eos_token_id
-
-    def _load(self, path: str) -> list[Prompt]:
-        limits = Limits(self._config.data.max_prompt_length, self._config.data.max_response_length)
-        return load_prompts(path, self._tokenizer, limits)
 
 
 def graders(config: Config) -> GraderPool:

@@ -26,20 +26,6 @@ SGLANG_ENVIRONMENT = ".venv-sglang"
 """What `make sglang-env` builds, beside the environment of the trainer."""
 
 
-class Command(Protocol):
-    """Makes the command line of a server."""
-
-    def __call__(
-        self, config: Config, python: str, model: str, port: int, folder: Path, weights: Weights = Weights.NONE
-    ) -> list[str]:
-        """
-        Args:
-            python: interpreter of the server's environment.
-            model: folder.
-            folder: for private files.
-        """
-
-
 class Client(Protocol):
     """Makes the client of a server."""
 
@@ -51,13 +37,30 @@ class Client(Protocol):
 
 
 @dataclass(frozen=True)
+class Start:
+    """One server that is to be started."""
+
+    model: str
+    """Folder of its model."""
+    port: int
+    folder: Path
+    """For private files."""
+    on_gpus: bool
+    """On GPUs; else on the host."""
+    weights: Weights = Weights.NONE
+    """What it has before anything is sent to it."""
+
+
+@dataclass(frozen=True)
 class Kind:
     """One inference server."""
 
     python: Callable[[], str]
     """Interpreter of its environment where the recipe names none."""
-    command: Command
-    environment: Callable[[Config], dict[str, str]]
+    command: Callable[[Config, str, Start], list[str]]
+    """(config, interpreter, start) → command line."""
+    environment: Callable[[Config, bool], dict[str, str]]
+    """(config, on GPUs) → environment, on top of this process's."""
     client: Client
     install: str
     """What to do when the interpreter is missing."""
@@ -65,19 +68,16 @@ class Kind:
     """Head sizes that its attention has without a GPU; none: any."""
 
 
-def _vllm_command(
-    config: Config, python: str, model: str, port: int, folder: Path, weights: Weights = Weights.NONE
-) -> list[str]:
-    return vllm.server_command(config, python, model, port, weights)
+def _vllm_command(config: Config, python: str, start: Start) -> list[str]:
+    return vllm.server_command(config, python, start.model, start.port, on_gpus=start.on_gpus, weights=start.weights)
 
 
-def _sglang_command(
-    config: Config, python: str, model: str, port: int, folder: Path, weights: Weights = Weights.NONE
-) -> list[str]:
+def _sglang_command(config: Config, python: str, start: Start) -> list[str]:
     """The token goes by a private file: a command line can be read by every user of the machine."""
-    command = sglang.server_command(config, python, model, port, cache_tokens(config), weights)
+    host_cache = None if start.on_gpus else cache_tokens(config)
+    command = sglang.server_command(config, python, start.model, start.port, host_cache, start.weights)
     if own := token():
-        file = folder / f"sglang_{port}.yaml"
+        file = start.folder / f"sglang_{start.port}.yaml"
         write_private(file, f"api-key: {own}\n")
         command += ["--config", str(file)]
     return command
@@ -157,6 +157,7 @@ def transfer_options(config: Config) -> Options:
         folder=transfer.folder,
         full_every=transfer.full_every,
         fp8=fp8_format(read_config(config.engine_model)),
+        sleep=config.rollout.sleep,
     )
 
 

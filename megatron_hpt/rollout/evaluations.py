@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from megatron_hpt.config import Config
-from megatron_hpt.data.prompts import Prompt
+from megatron_hpt.config import Config, files_of
+from megatron_hpt.data.prompts import load_prompts
+from megatron_hpt.data.source import held_out_limits
 from megatron_hpt.evaluation.collecting import Collection, Source
 from megatron_hpt.evaluation.grading import Graders
 from megatron_hpt.evaluation.metrics import of_samples
@@ -23,21 +23,16 @@ from megatron_hpt.run import RunDir
 class Evaluations:
     """The held-out sets of a run, and the folders of their samples."""
 
-    def __init__(
-        self, run: RunDir, config: Config, tokenizer: Any, load: Callable[[str], Sequence[Prompt]], graders: Graders
-    ) -> None:
-        """
-        Args:
-            load: reads a file of prompts, as training does.
-        """
+    def __init__(self, run: RunDir, config: Config, tokenizer: Any, graders: Graders) -> None:
         self._run, self._config, self._tokenizer, self._graders = run, config, tokenizer, graders
         sets = config.evaluation.held_out
-        self._sets = {name: of_prompts(load(path), tokenizer) for name, path in sets.items()}
+        limits = held_out_limits(config)
+        self._sets = {name: of_prompts(load_prompts(paths, tokenizer, limits), tokenizer) for name, paths in sets.items()}
         self._record = Evaluation(
             model=str(run.path),
             weights="",
             protocol=_protocol(config),
-            benchmarks={name: self._set_record(name, path) for name, path in sets.items()},
+            benchmarks={name: self._set_record(name, paths) for name, paths in sets.items()},
             engine=config.rollout.engine,
             dtype=config.model.dtype,
         )
@@ -65,9 +60,9 @@ class Evaluations:
         remove_superseded(self._run, self._config.evaluation.keep_samples)
         return {**metrics, "eval/version": version}
 
-    def _set_record(self, name: str, path: str) -> SetRecord:
+    def _set_record(self, name: str, paths: str | Sequence[str]) -> SetRecord:
         samples, grader = self._config.evaluation.samples, self._config.reward.name
-        return SetRecord(path, sha256_of(Path(path)), len(self._sets[name]), samples, grader)
+        return SetRecord(", ".join(files_of(paths)), sha256_of(paths), len(self._sets[name]), samples, grader)
 
 
 def _protocol(config: Config) -> Protocol:

@@ -13,6 +13,7 @@ from megatron_hpt.process import token_header
 from megatron_hpt.rollout.completions import UNLABELLED, CompletionsEngine
 from megatron_hpt.rollout.http import HttpEngine
 from megatron_hpt.rollout.sglang import SglangEngine
+from megatron_hpt.rollout.vllm import VllmEngine
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,15 @@ class Running:
     """Of its weights."""
     context: int | None
     """Most tokens of prompt and response; None: it does not say."""
+    of_a_run: bool = False
+    """vLLM with the routes of a run's engines, which need no tokenizer and name their weights."""
 
     def client(self, vocab: int, deadline_s: float, health_s: float) -> HttpEngine:
         """A client that accepts the weights that were found, and no others."""
         if self.kind == "sglang":
             return SglangEngine(self.url, deadline_s, health_s, vocab, own=self.label)
+        if self.of_a_run:
+            return VllmEngine(self.url, deadline_s, health_s, own=self.label)
         return CompletionsEngine(self.url, deadline_s, health_s, self.served, self.label)
 
 
@@ -78,7 +83,8 @@ def _vllm(url: str, http: httpx.Client) -> Running:
     model = models["data"][0]
     weights = _get(http, CompletionsEngine.version_route)
     label = UNLABELLED if weights is None else str(weights["weight_version"])
-    return Running(url, "vllm", model["id"], model.get("root") or model["id"], label, model.get("max_model_len"))
+    of_a_run = weights is not None and http.get(VllmEngine.generate_route).status_code == HTTPStatus.METHOD_NOT_ALLOWED
+    return Running(url, "vllm", model["id"], model.get("root") or model["id"], label, model.get("max_model_len"), of_a_run)
 
 
 def _get(http: httpx.Client, route: str) -> Any:

@@ -15,16 +15,17 @@ from megatron_hpt.errors import EngineError
 from megatron_hpt.rollout import sglang_host, sglang_site
 from megatron_hpt.rollout.cores import cores_of_ranks
 from megatron_hpt.rollout.engine import Sample, SamplingRequest, Weights
+from megatron_hpt.rollout.gpu_share import SGLANG_STATIC
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 
 
 def server_command(
-    config: Config, python: str, model: str, port: int, cache_tokens: int, weights: Weights = Weights.NONE
+    config: Config, python: str, model: str, port: int, host_cache: int | None, weights: Weights = Weights.NONE
 ) -> list[str]:
     """Command line of a server.
 
     Args:
-        cache_tokens: tokens that the KV cache holds.
+        host_cache: tokens that the KV cache holds on a host; None: on GPUs, where it has what the share leaves.
     """
     return [
         *(python, "-m", "sglang.launch_server"),
@@ -34,33 +35,51 @@ def server_command(
         *("--context-length", str(config.max_sequence_length), "--max-running-requests", str(config.rollout.max_running)),
         # A trainer's weights come before the first request, so none are read here.
         *("--load-format", weights.value, "--skip-server-warmup", "--skip-tokenizer-init"),
+        "--sleep-on-idle",  # else an idle server keeps a core of the trainer's busy
         # Seeds of requests are heeded in this mode only.
         "--enable-deterministic-inference",
         *("--random-seed", str(config.trainer.seed), "--grammar-backend", "none", "--log-level", "warning"),
-        *_host_arguments(cache_tokens),
+        # vLLM runs eagerly too, and a graph's memory would not sleep.
+        *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
+        *("--sampling-backend", "pytorch"),  # the only one of the deterministic mode
+        *(_gpu_arguments(config) if host_cache is None else _host_arguments(host_cache)),
     ]
+
+
+def _gpu_arguments(config: Config) -> list[str]:
+    """SGLang's share is of the memory that is free before it loads, and only of what it holds all the time (srt/mem_cache/
+    kv_cache_configurator.py, _profile_available_bytes): on a GPU that others use too it takes less than its share.
+
+    The attention backend is left to SGLang, which takes one that can be deterministic on that GPU (srt/arg_groups/overrides.py,
+    _deterministic_attention_backend): fa3 up to Hopper, flashinfer on Blackwell, there without its prefix cache.
+    """
+    static = SGLANG_STATIC * config.rollout.gpu_memory_share
+    sleep = ["--enable-memory-saver"] if config.rollout.sleep else []
+    return ["--device", "cuda", "--mem-fraction-static", f"{static:.3g}", *sleep]
 
 
 def _host_arguments(cache_tokens: int) -> list[str]:
-    """Without a GPU: plain torch operations, an idle server that sleeps, a KV cache of a given size."""
+    """Without a GPU: plain torch operations, a KV cache of a given size."""
     return [
-        *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-        *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
-        *("--disable-overlap-schedule", "--sleep-on-idle", "--max-total-tokens", str(cache_tokens)),
+        *("--device", "cpu", "--attention-backend", "torch_native"),
+        *("--disable-overlap-schedule", "--max-total-tokens", str(cache_tokens)),
     ]
 
 
-def server_environment(config: Config) -> dict[str, str]:
+def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
     """Environment of the server, on top of this process's."""
+    own = {"SGLANG_PLUGINS": "megatron_hpt", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **own, **({} if on_gpus else _host_environment(config))}
+
+
+def _host_environment(config: Config) -> dict[str, str]:
     site = str(Path(sglang_site.__file__).parent)
     return {
-        **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH")))),
         "SGLANG_PLATFORM": sglang_host.NAME,
         "SGLANG_PLUGINS": f"megatron_hpt,{sglang_host.NAME}",
         "SGLANG_CPU_OMP_THREADS_BIND": cores_of_ranks(config.rollout.tensor_parallel),
         "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
     }
 
 

@@ -15,7 +15,9 @@ from megatron_hpt.rollout.engine import Sample, SamplingRequest, Weights
 from megatron_hpt.rollout.http import HttpEngine
 
 
-def server_command(config: Config, python: str, model: str, port: int, weights: Weights = Weights.NONE) -> list[str]:
+def server_command(
+    config: Config, python: str, model: str, port: int, *, on_gpus: bool, weights: Weights = Weights.NONE
+) -> list[str]:
     """Command line of a server."""
     return [
         *(python, "-m", "vllm.entrypoints.openai.api_server"),
@@ -33,23 +35,33 @@ def server_command(config: Config, python: str, model: str, port: int, weights: 
         *("--logprobs-mode", "processed_logprobs"),
         *("--generation-config", "vllm", "--skip-tokenizer-init", "--enable-scale-out", "--enforce-eager"),
         *("--disable-uvicorn-access-log", "--seed", str(config.trainer.seed)),
+        *(_gpu_arguments(config) if on_gpus else ()),
     ]
 
 
-def server_environment(config: Config) -> dict[str, str]:
+def _gpu_arguments(config: Config) -> list[str]:
+    """The share is of the GPU's whole memory; vLLM wants that much free when it starts (v1/worker/utils.py, request_memory)."""
+    sleep = ["--enable-sleep-mode"] if config.rollout.sleep else []
+    return ["--gpu-memory-utilization", f"{config.rollout.gpu_memory_share:g}", *sleep]
+
+
+def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
     """Environment of the server, on top of this process's."""
-    ranks = config.rollout.tensor_parallel
-    # Left to itself vLLM wants a NUMA node for each rank.
-    binding = {"VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)} if ranks > 1 else {}
     return {
         **os.environ,
-        **binding,
+        **({} if on_gpus else _host_environment(config)),
         "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; TokenGuard stands before all of them
         "VLLM_PLUGINS": "megatron_hpt",
-        "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def _host_environment(config: Config) -> dict[str, str]:
+    ranks = config.rollout.tensor_parallel
+    # Left to itself vLLM wants a NUMA node for each rank.
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)} if ranks > 1 else {}
+    return {**binding, "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib)}
 
 
 class VllmEngine(HttpEngine):

@@ -11,6 +11,13 @@ prepare → (transfer) → verify → commit, the same for both engines:
 | commit | /reset_prefix_cache, /finish_weight_update | /end_weight_update, /flush_cache |
 | version | /update_weight_version | /update_weight_version |
 | resume | /resume | /continue_generation |
+
+An engine on the trainer's GPUs sleeps while it trains: sleep → (step) → wake(WEIGHTS) → update → wake(CACHE) → resume.
+
+| | vLLM (entrypoints/serve/dev/sleep/api_router.py) | SGLang |
+|---|---|---|
+| sleep | /sleep: level 2, nothing is kept on the host | /pause_generation, /flush_cache, /release_memory_occupation |
+| wake | /wake_up | /resume_memory_occupation |
 """
 
 from __future__ import annotations
@@ -43,6 +50,13 @@ class InFlight(Enum):
     """They end at once with what they have."""
 
 
+class Memory(Enum):
+    """What an engine gives back when it sleeps, as both engines call it."""
+
+    WEIGHTS = "weights"
+    CACHE = "kv_cache"
+
+
 @dataclass(frozen=True)
 class Load:
     """How busy an engine is."""
@@ -60,6 +74,7 @@ class EngineControl(ABC):
 
     def __init__(self, url: str, deadline_s: float, in_flight: InFlight = InFlight.RECOMPUTE) -> None:
         self.url = url
+        self._asleep: set[Memory] = set()
         self._deadline_s, self._in_flight = deadline_s, in_flight
         # No connection is kept: the servers close idle ones after 5 s, and a training step lasts longer.
         self._http = httpx.Client(
@@ -81,10 +96,10 @@ class EngineControl(ABC):
         """
 
     def update(self, manifest: Manifest) -> dict[str, float]:
-        """Bring the engine to `manifest.version`, whole: pause, transfer, verify, load, drop caches, compare, resume.
+        """Bring the engine to `manifest.version`, whole: pause, transfer, verify, load, drop caches, compare.
 
-        The version is set by the last call that can fail, so an engine that reports it serves it. After an error the
-        engine stays paused: it is not used until an update succeeds.
+        The version is set by the last call that can fail, so an engine that reports it serves it. The engine stays paused,
+        until `resume` or, after an error, until an update succeeds.
 
         Returns:
             Seconds of its slowest rank: receive, load, and compare where that was asked for.
@@ -95,7 +110,6 @@ class EngineControl(ABC):
         seconds = self._update(manifest)
         if self.version() != manifest.version:
             raise TransferError(f"{self.url} reports version {self.version()} after an update to {manifest.version}")
-        self.resume()
         return seconds
 
     @abstractmethod
@@ -117,13 +131,30 @@ class EngineControl(ABC):
     def resume(self) -> None:
         """Generate again."""
 
-    @abstractmethod
     def sleep(self) -> None:
-        """Free the device memory of weights and caches, for a trainer on the same devices; nothing may be under way."""
+        """Free the device memory of weights and caches, for a trainer on the same devices; twice is once.
+
+        Requests that are under way end. On a host the memory stays. Raises: as `prepare`.
+        """
+        if not self._asleep:
+            self._sleep()
+            self._asleep = set(Memory)
+
+    def wake(self, memory: Memory) -> None:
+        """Take memory again, its contents lost; twice is once. Both must be there before `resume`. Raises: as `prepare`."""
+        if memory in self._asleep:
+            self._wake(memory)
+            self._asleep.remove(memory)
+
+    def note_restart(self) -> None:
+        """The server has been started again, so it is awake. SGLang ends a server that is woken twice."""
+        self._asleep.clear()
 
     @abstractmethod
-    def wake(self) -> None:
-        """Take the memory again; weights must be sent before anything is sampled."""
+    def _sleep(self) -> None: ...
+
+    @abstractmethod
+    def _wake(self, memory: Memory) -> None: ...
 
     @abstractmethod
     def version(self) -> int | None:
@@ -230,13 +261,12 @@ class VllmControl(EngineControl):
         """See the base class."""
         self._post("/resume")
 
-    def sleep(self) -> None:
-        """See the base class; level 2: weights are dropped, not kept on the host."""
-        self._post("/sleep", params={"level": "2"})
+    def _sleep(self) -> None:
+        self._post("/sleep", params={"level": "2", "mode": "abort"})
 
-    def wake(self) -> None:
-        """See the base class."""
-        self._post("/wake_up")
+    def _wake(self, memory: Memory) -> None:
+        """With the last of it vLLM resumes by itself."""
+        self._post("/wake_up", params={"tags": memory.value})
 
     def version(self) -> int | None:
         """See the base class."""
@@ -329,13 +359,14 @@ class SglangControl(EngineControl):
         """See the base class."""
         self._post("/continue_generation", {})
 
-    def sleep(self) -> None:
-        """See the base class."""
-        self._post("/release_memory_occupation", {})
+    def _sleep(self) -> None:
+        """A server that is not idle would end: requests are ended, and a cache that can be flushed says that they have."""
+        self._post("/pause_generation", {"mode": "abort"})
+        self._call("POST", "/flush_cache", params={"timeout": f"{self._deadline_s / 2:g}"})
+        self._post("/release_memory_occupation", {"tags": [memory.value for memory in Memory]})
 
-    def wake(self) -> None:
-        """See the base class."""
-        self._post("/resume_memory_occupation", {})
+    def _wake(self, memory: Memory) -> None:
+        self._post("/resume_memory_occupation", {"tags": [memory.value]})
 
     def version(self) -> int | None:
         """See the base class."""

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from megatron_hpt.errors import EngineGone, HptError, TransferError
 from megatron_hpt.weights.boxes import Box
-from megatron_hpt.weights.control import EngineControl
+from megatron_hpt.weights.control import EngineControl, Memory
 from megatron_hpt.weights.hf_config import ModelShape
 from megatron_hpt.weights.layouts import EngineLayout, Held, engine_holdings
 from megatron_hpt.weights.manifest import Contents, Manifest, Piece
@@ -62,6 +62,8 @@ class Options:
     """Of files: every k-th version is whole, those between hold what changed."""
     fp8: Fp8Format | None = None
     """Engines hold an FP8 checkpoint: weights are converted on the way."""
+    sleep: bool = False
+    """Engines sleep on the trainer's GPUs: `WeightSender.sleep` and `WeightSender.serve` say when."""
 
 
 def _fused(name: str) -> str:
@@ -131,7 +133,7 @@ class WeightSender:
         return sum({(send.name, send.box): send.nbytes for send in self.plan.sends}.values())
 
     def publish(self, version: int) -> dict[str, float]:
-        """Bring every engine to `version`.
+        """Bring every engine to `version`; with `Options.sleep` they take memory for weights only, and serve after `serve`.
 
         An engine that is gone is left out: when it is there again, it asks for its weights itself (`renew`), or gets
         the next version.
@@ -150,7 +152,7 @@ class WeightSender:
         if self._options.transport == "files":
             self._raise_any(self._attempt(self._announce) if self._rank == 0 else None)
         staged = time.perf_counter() - started
-        steps = self._serve(range(len(self._targets)))
+        steps = self._bring(range(len(self._targets)))
         seconds = {f"time/transfer_{step}_s": value for step, value in {"stage": staged, **steps}.items()}
         return {"weights/bytes": self.nbytes, **seconds}
 
@@ -160,8 +162,52 @@ class WeightSender:
         Raises:
             HptError: on every rank, as `publish`.
         """
+        engines = [engine for engine, target in enumerate(self._targets) if target.control.url == url]
+        for engine in engines:
+            self._targets[engine].control.note_restart()
         if self._version is not None:  # else it gets its first version with all others
-            self._serve([engine for engine, target in enumerate(self._targets) if target.control.url == url])
+            self._bring(engines)
+            self._let_sample(engines)
+
+    def sleep(self) -> None:
+        """With `Options.sleep`: have all engines give their memory to the trainer; collective. One that is gone has none.
+
+        Raises:
+            HptError: on every rank, what an engine answered.
+        """
+        if self._options.sleep:
+            self._on_engines(range(len(self._targets)), lambda control: control.sleep())
+
+    def serve(self) -> None:
+        """With `Options.sleep`: have all engines that have the last version take memory for caches, and sample; collective.
+
+        Raises: as `sleep`.
+        """
+        self._let_sample(range(len(self._targets)))
+
+    def _let_sample(self, engines: Sequence[int]) -> None:
+        def take_and_sample(control: EngineControl) -> None:
+            control.wake(Memory.CACHE)
+            control.resume()
+
+        if self._options.sleep:
+            self._on_engines([engine for engine in engines if engine in self._prepared], take_and_sample)
+
+    def _on_engines(self, engines: Sequence[int], action: Callable[[EngineControl], None]) -> None:
+        """Rank 0 does something with engines, all at once; the others wait for it."""
+
+        def one(engine: int) -> HptError | None:
+            met = self._attempt(lambda: action(self._targets[engine].control))
+            if isinstance(met, EngineGone):
+                self._note_gone(engine, met)
+                return None
+            return met
+
+        failed = None
+        if self._rank == 0 and engines:
+            with ThreadPoolExecutor(len(engines)) as pool:
+                failed = next(filter(None, pool.map(one, engines)), None)
+        self._raise_any(failed)
 
     def close(self) -> None:
         """Free what the transport holds and the connections."""
@@ -271,7 +317,7 @@ class WeightSender:
                 largest[_fused(name)] = max(value, largest.get(_fused(name), 0.0))
         return {name: torch.tensor([largest[_fused(name)]]) for found in everyone for name in found}
 
-    def _serve(self, engines: Sequence[int]) -> dict[str, float]:
+    def _bring(self, engines: Sequence[int]) -> dict[str, float]:
         """All ranks: talk to the engines that are there, while rank 0 drives them; decide together how it went."""
         steps: dict[str, float] = {}
         meetings: dict[int, dict[str, Any] | None] = {}
@@ -319,7 +365,7 @@ class WeightSender:
         self._prepared.discard(engine)
         if self._rank == 0:
             url = self._targets[engine].control.url
-            logger.warning("engine %s is gone, version %d goes on without it: %s", url, self._version, error)
+            logger.warning("engine %s is gone, version %s goes on without it: %s", url, self._version, error)
 
     def _gathered_first(self, told: list, own: list) -> list[list]:
         """Outcomes by engine: rank 0's drive, then what each rank met."""
@@ -350,6 +396,8 @@ class WeightSender:
 
     def _drive(self, engine: int, rendezvous: dict[str, Any] | None, steps: dict[str, float]) -> None:
         control = self._targets[engine].control
+        if self._options.sleep:
+            control.wake(Memory.WEIGHTS)
         fresh = rendezvous is not None
         if fresh:
             self._contents[engine] = replace(self._contents[engine], rendezvous=rendezvous)
@@ -357,6 +405,8 @@ class WeightSender:
         compare = fresh or self._version % self._options.compare_every == 0
         for step, seconds in control.update(self._manifest(self._contents[engine], compare=compare)).items():
             steps[step] = max(seconds, steps.get(step, 0.0))
+        if not self._options.sleep:
+            control.resume()
 
     def _attempt(self, action: Callable[[], None]) -> HptError | None:
         try:

@@ -1,7 +1,6 @@
 """Loading prompts: what is good, and what is refused with file, row and field."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -9,12 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_hpt import recipe
 from megatron_hpt.config import Config, DataConfig, ModelConfig
-from megatron_hpt.data.parquet import Problem, write_problems
-from megatron_hpt.data.prompts import Limits, PromptSource, load_prompts
+from megatron_hpt.data.parquet import write_problems
+from megatron_hpt.data.prompts import Limits, load_prompts
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 
+ROOT = Path(__file__).parents[2]
 LIMITS = Limits(prompt=16, response=32)
 GOOD = {
     "prompt": [{"role": "user", "content": "1+2+3"}],
@@ -62,10 +63,23 @@ def test_a_bad_row_is_named(tmp_path: Path, tokenizer, change: dict, message: st
         load_prompts(write(tmp_path, GOOD, bad), tokenizer, LIMITS)
 
 
-@pytest.mark.parametrize("field", ["reward_model", "extra_info"])
-def test_a_field_that_is_no_record_is_named(tmp_path: Path, tokenizer, field: str) -> None:
-    with pytest.raises(DataError, match=f"row 0, {field}: given 'text'; expected a record"):
-        load_prompts(write(tmp_path, {**GOOD, field: "text"}), tokenizer, LIMITS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward_model": "text"}, r"data\.parquet, column reward_model: is of type string; expected a record with the text"),
+        ({"extra_info": "text"}, r"column extra_info: is of type string; expected a record whose index"),
+        ({"prompt": "text"}, r"column prompt: is of type string; expected a list of messages"),
+        ({"prompt": ["text"]}, r"column prompt: is of type list<.*string>; expected a list of messages"),
+        ({"prompt": [{"role": "user"}]}, r"column prompt: is of type list<.*>; expected a list of messages"),
+        ({"target": "text"}, r"column target: is of type string; expected a list of messages"),
+        ({"target_lst": [1]}, r"column target_lst: is of type list<.*int64>; expected a list of demonstrations"),
+        ({"reward_model": {"ground_truth": 3}}, r"column reward_model: is of type struct<ground_truth: int64>; expected"),
+        ({"data_source": 3}, r"column data_source: is of type int64; expected text"),
+    ],
+)
+def test_a_column_of_another_type_is_named(tmp_path: Path, tokenizer, change: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_prompts(write(tmp_path, {**GOOD, **change}), tokenizer, LIMITS)
 
 
 def test_a_missing_column_is_named(tmp_path: Path, tokenizer) -> None:
@@ -82,20 +96,6 @@ def test_no_file_no_parquet_no_rows(tmp_path: Path, tokenizer) -> None:
     write_problems(tmp_path / "empty.parquet", [], "x", "train")
     with pytest.raises(DataError, match="has no rows"):
         load_prompts(str(tmp_path / "empty.parquet"), tokenizer, LIMITS)
-
-
-def test_the_order_is_a_function_of_seed_and_position(tmp_path: Path, tokenizer) -> None:
-    write_problems(tmp_path / "p.parquet", [Problem(f"1+{i}", str(i + 1), None) for i in range(10)], "x", "train")
-    prompts = load_prompts(str(tmp_path / "p.parquet"), tokenizer, LIMITS)
-    source = PromptSource(prompts, seed=1)
-    taken = [p.prompt_id for step in range(5) for p in source.take(4 * step, 4)]
-    assert sorted(taken[:10]) == sorted(p.prompt_id for p in prompts)  # an epoch is a permutation
-    assert sorted(taken[10:]) == sorted(p.prompt_id for p in prompts)
-    assert taken[:10] != taken[10:]
-    steps = list(range(5))
-    random.Random(0).shuffle(steps)  # in any order of asking
-    again = PromptSource(prompts, seed=1)
-    assert {s: [p.prompt_id for p in again.take(4 * s, 4)] for s in steps} == {s: taken[4 * s : 4 * s + 4] for s in range(5)}
 
 
 @pytest.fixture
@@ -121,6 +121,72 @@ def test_a_base_model_without_a_template_needs_one_from_the_recipe(tmp_path: Pat
         load_tokenizer(config)
     config.data.chat_template = "{{ messages[0]['content'] }}="
     assert load_tokenizer(config).chat_template == config.data.chat_template
+
+
+def fast_tokenizer(template: str):
+    """Bytes as tokens, and a beginning-of-sequence token that it adds unless it is told not to, as Llama's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, **{byte: 2 + i for i, byte in enumerate(alphabet)}}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", chat_template=template)
+
+
+def test_the_seeds_plain_text_prompt_of_llama(tmp_path: Path) -> None:
+    """seed.md 4.1: the suffix follows the question, and there is no beginning-of-sequence token."""
+    template = recipe.load(str(ROOT / "recipes" / "llama_3_1.py"), []).config.data.chat_template
+    words = fast_tokenizer(template)
+    assert words("x").input_ids[0] == words.bos_token_id
+    chat = [{"role": "system", "content": "left out"}, {"role": "user", "content": "What is 1+2?\n(an integer)"}]
+    (prompt,) = load_prompts(write(tmp_path, {**GOOD, "prompt": chat}), words, Limits(1000, 1000))
+    assert words.decode(prompt.tokens) == (
+        "Question:\nWhat is 1+2?\n(an integer)\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
+        "Answer:\nLet's think step by step."
+    )
+    assert words.decode(prompt.demonstration) == "1+2=3,\\boxed{6}</s>"
+
+
+OPEN = "{{ messages[-1]['content'] }}\n{{ '<think>\n' }}"  # Jinja drops a line's end at a template's end
+
+
+@pytest.mark.parametrize(
+    ("template", "written", "response"),
+    [
+        (OPEN, "<think>\nSo.\n</think>\n6", "So.\n</think>\n6"),
+        (OPEN, "<think>So.</think>6", "So.</think>6"),
+        (OPEN, "So.</think>6", "So.</think>6"),
+        (OPEN, " <think>\nSo.", " <think>\nSo."),  # not where it begins
+        ("{{ messages[-1]['content'] }}\n<think>", "<think>\nSo.", "\nSo."),
+        ("{{ messages[-1]['content'] }}\n", "<think>\nSo.", "<think>\nSo."),
+    ],
+)
+def test_a_think_that_the_prompt_has_opened_is_not_opened_again(
+    tmp_path: Path, template: str, written: str, response: str
+) -> None:
+    words = fast_tokenizer(template)
+    path = write(tmp_path, {**GOOD, "target": [{"role": "assistant", "content": written}]})
+    (prompt,) = load_prompts(path, words, Limits(1000, 1000))
+    assert words.decode(prompt.demonstration) == response + "</s>"
+    rendered = words.apply_chat_template(GOOD["prompt"], add_generation_prompt=True, return_dict=False)
+    assert prompt.tokens == rendered  # as rollouts are
+
+
+@pytest.mark.parametrize(
+    ("several", "found"),
+    [
+        (["1+2", "9"], "1+2<eos>"),
+        ([[{"role": "assistant", "content": "7"}], [{"role": "assistant", "content": "9"}]], "7<eos>"),
+        ([], "1+2=3,\\boxed{6}<eos>"),
+        (None, "1+2=3,\\boxed{6}<eos>"),
+        (["1+" * 30, "9"], "9<eos>"),  # the first does not fit
+    ],
+)
+def test_several_demonstrations_stand_in_place_of_one(tmp_path: Path, tokenizer, several: list | None, found: str) -> None:
+    (prompt,) = load_prompts(write(tmp_path, {**GOOD, "target_lst": several}), tokenizer, Limits(16, 32, "drop", "drop"))
+    assert tokenizer.decode(prompt.demonstration) == found
 
 
 @pytest.mark.parametrize(

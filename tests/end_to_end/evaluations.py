@@ -1,5 +1,6 @@
 """Starting real evaluations from tests."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 from megatron_hpt.evaluation.samples import SampleRow, read_samples
+from tests.weights.servers import Server, engine_config, free_port
 
 
 class Evaluation:
@@ -48,3 +50,16 @@ class Evaluation:
     @property
     def rows(self) -> list[SampleRow]:
         return read_samples(self.file)
+
+
+def stock_server(model: Path, folder: Path) -> Server:
+    """vLLM with a tokenizer and OpenAI's routes, without any of ours. (A seeded prompt cut in two kills it on a host.)"""
+    port = free_port()
+    host = ("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--enforce-eager")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *host]
+    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
+    environment = {**os.environ, "VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    log = folder / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+    return Server("vllm", engine_config("vllm", model), f"http://127.0.0.1:{port}", process, log)

@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Source
-from megatron_hpt.evaluation.samples import read_record, read_samples
+from megatron_hpt.evaluation.samples import SampleRow, read_record, read_samples
 from megatron_hpt.examples import arithmetic, tiny_llama
-from tests.weights.servers import Server, skip_without
+from tests.weights.servers import skip_without
 
-from .evaluations import Evaluation
+from .evaluations import Evaluation, stock_server
 from .runs import RECIPE, ROOT, SMALL, Run, shared_memory
 
 pytestmark = pytest.mark.end_to_end
@@ -253,27 +253,29 @@ def test_the_best_checkpoint_is_named_and_every_evaluation_keeps_its_samples(fin
         assert read_record(folder).step == step
 
 
-@pytest.mark.parametrize("part", ["export", f"checkpoints/step_{STEPS:06d}"])
-def test_the_command_samples_what_training_sampled(finished: Path, tmp_path: Path, part: str) -> None:
-    """The same weights from a Hugging Face folder and from Megatron's checkpoint; one is killed on its way and goes on."""
-    expected = read_samples(finished / "evaluations" / f"step_{STEPS:06d}" / "samples" / "heldout.parquet")
-    work, before = finished.parents[1], shared_memory()
-    if part == "export":
-        killed = Evaluation(work, str(finished / part), tmp_path, "rollout.max_running=4")
-        assert 8 <= killed.kill_after(8) < len(expected)
-    evaluation = Evaluation(work, str(finished / part), tmp_path)
+def test_the_command_samples_what_training_sampled(finished: Path, tmp_path: Path) -> None:
+    """The same weights, from Megatron's checkpoint, in an engine of the command's own; it is killed on its way and goes on."""
+    work, before, expected = finished.parents[1], shared_memory(), samples_of_last_step(finished)
+    checkpoint = str(finished / "checkpoints" / f"step_{STEPS:06d}")
+    killed = Evaluation(work, checkpoint, tmp_path, "rollout.max_running=4")
+    assert 8 <= killed.kill_after(8) < len(expected)
+    evaluation = Evaluation(work, checkpoint, tmp_path)
     assert "heldout" in evaluation.finish()
     assert evaluation.rows == expected
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "evaluation.json", "samples", "logs"}
     assert shared_memory() <= before
 
 
-def test_a_running_server_is_evaluated_as_its_folder_is(finished: Path, tmp_path: Path) -> None:
-    expected = read_samples(finished / "evaluations" / f"step_{STEPS:06d}" / "samples" / "heldout.parquet")
-    server = Server.start("vllm", finished / "export", tmp_path).ready()
+def test_a_server_of_the_folder_samples_the_same(finished: Path, tmp_path: Path) -> None:
+    """The Hugging Face folder of the same weights, served by vLLM as anybody starts it."""
+    server = stock_server(finished / "export", tmp_path)
     try:
-        evaluation = Evaluation(finished.parents[1], server.url, tmp_path / "out")
+        evaluation = Evaluation(finished.parents[1], server.ready().url, tmp_path / "out")
         evaluation.finish()
-        assert evaluation.rows == expected
+        assert evaluation.rows == samples_of_last_step(finished)
     finally:
         server.stop()
+
+
+def samples_of_last_step(run: Path) -> list[SampleRow]:
+    return read_samples(run / "evaluations" / f"step_{STEPS:06d}" / "samples" / "heldout.parquet")

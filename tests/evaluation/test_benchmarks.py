@@ -74,10 +74,10 @@ def test_problems_are_rendered_with_the_system_prompt(folder: Path) -> None:
     [
         ("{}", "expected an array of problems, found dict"),
         ("[3]", r"row 0: expected \{prompt, answer\}, found 3"),
-        ('[{"prompt": " ", "answer": "1"}]', "row 0, prompt: given"),
-        ('[{"prompt": "1", "answer": ""}]', "row 0: the answer is ''"),
-        ('[{"prompt": "1", "answer": 5}]', "row 0: the answer is 5; expected a text"),
-        ("[]", "has no rows"),
+        ('[{"prompt": " ", "answer": "1"}]', "row 0, prompt: a message is empty"),
+        ('[{"prompt": "1", "answer": ""}]', "row 0, answer: given ''"),
+        ('[{"prompt": "1", "answer": 5}]', "row 0, answer: given 5; expected a text"),
+        ("[]", r"expected an array of problems, found \[\]"),
         ("[", "not a readable JSON file"),
     ],
 )

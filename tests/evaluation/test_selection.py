@@ -92,7 +92,7 @@ def test_a_reported_set_cannot_choose(section: dict, message: str) -> None:
         ({"mine": "m.parquet"}, 0, 4, "neither may be 0"),
         ({"mine": "m.parquet"}, 4, 0, "neither may be 0"),
         ({"mine": "data/MATH_500.parquet"}, 4, 2, "math-500 is a test set"),
-        ({"mine": "t.parquet"}, 4, 2, r"t\.parquet is data\.train"),
+        ({"mine": "t.parquet"}, 4, 2, r"t\.parquet is in data\.train"),
     ],
 )
 def test_a_choice_needs_checkpoints_and_problems_of_its_own(

@@ -70,6 +70,8 @@ def megatron_accepts(config: Config, of: ModelShape, host: platform.Platform) ->
     layout = config.parallel
     os.environ["WORLD_SIZE"] = str(layout.ranks)
     stage = layout.ranks // layout.pipeline
+    if dist.is_initialized():  # another module's group of one
+        dist.destroy_process_group()
     try:
         for rank in range(0, layout.ranks, stage):
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.ranks)

@@ -27,6 +27,7 @@ from megatron_hpt.launch.layout import check_layout
 from megatron_hpt.launch.memory import (
     GIB,
     STATE_BYTES,
+    EngineMemory,
     engine_memory,
     engine_weights,
     heaviest_stage,
@@ -150,13 +151,17 @@ def test_early_stages_keep_more_micro_batches_and_few_micro_batches_keep_less() 
     assert trainer_memory(LLAMA_70B, config, 0, 2).activations == pytest.approx(first / 2)
 
 
-def test_engines_have_room_for_what_the_trainer_leaves() -> None:
-    config = recipe(ParallelConfig(), rollout={"tensor_parallel": 8})
-    alone = engine_memory(LLAMA_70B, config, 2, 79.1 * GIB, 0)
-    beside = engine_memory(LLAMA_70B, config, 2, 79.1 * GIB, 30 * GIB)
-    assert alone.token == 40 * 1024  # 2 · 80 layers · one head of 128 · two bytes
-    assert alone.cache - beside.cache == 30 * GIB
-    assert engine_memory(LLAMA_70B, config, 2, 79.1 * GIB, 70 * GIB).tokens == 0
+def test_engines_have_room_in_their_share() -> None:
+    def engine(share: float, kind: str = "vllm") -> EngineMemory:
+        rollout = {"tensor_parallel": 8, "gpu_memory_share": share, "engine": kind}
+        return engine_memory(LLAMA_70B, recipe(ParallelConfig(), rollout=rollout), 2, 80 * GIB)
+
+    assert engine(0.9).token == 40 * 1024  # 2 · 80 layers · one head of 128 · two bytes
+    assert engine(0.9).total == pytest.approx(72 * GIB)
+    assert engine(0.9).cache - engine(0.5).cache == pytest.approx(32 * GIB)
+    assert engine(0.2).tokens == 0
+    assert engine(0.9, "sglang").allowance == pytest.approx(7.2 * GIB)
+    assert engine(0.9, "sglang").total == pytest.approx(72 * GIB)
 
 
 def row(prompt_id: int) -> Row:

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from megatron_hpt.config import Config, DataConfig, ModelConfig, load_yaml
 from megatron_hpt.launch import models
-from megatron_hpt.rollout.engines import ENGINES
+from megatron_hpt.rollout.engines import ENGINES, Start
 from megatron_hpt.run import RunDir, create
 from megatron_hpt.weights.hf_files import copy_side_files, write_config
 
@@ -85,6 +85,6 @@ def test_what_copies_side_files_gets_files(tmp_path: Path, tiny_model: Path) -> 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_are_started_with_the_folder(tmp_path: Path, tiny_model: Path, engine: str) -> None:
     run, config = started(tmp_path, tiny_model)
-    command = ENGINES[engine].command(config, "python", run.engine_model(config), 1, run.path)
+    command = ENGINES[engine].command(config, "python", Start(run.engine_model(config), 1, run.path, on_gpus=False))
     assert run.engine_model(config) in command
     assert str(tiny_model) not in command

@@ -128,10 +128,33 @@ def test_running_servers_take_no_nodes_and_colocated_ones_share(recipe: str) -> 
     assert (elsewhere.topology.nodes, elsewhere.engine) == (12, None)
     small = ["model.path=models/Qwen2.5-Math-1.5B", "data.max_response_length=2048", "parallel.tensor=1", "parallel.pipeline=1"]
     small += ["parallel.sequence=false", "parallel.data=8", "transfer.transport=cuda_ipc", "rollout.tensor_parallel=1"]
-    shared = of_recipe(recipe, [*small, "rollout.servers=8"], ROOT / "recipes/clusters/h100x8.yaml", 0.5)
+    small += ["rollout.servers=8"]
+    shared = of_recipe(recipe, [*small, "rollout.gpu_memory_share=0.6"], ROOT / "recipes/clusters/h100x8.yaml", 0.5)
     shared.require_fit()
     assert shared.topology.is_colocated
     assert shared.engine.total + shared.trainer.total < 79.1 * 2**30
+    (both,) = shared.moments
+    assert both.total == shared.engine.total + shared.trainer.total
+    turns = of_recipe(recipe, [*small, "rollout.sleep=true"], ROOT / "recipes/clusters/h100x8.yaml", 0.5)
+    assert [moment.what for moment in turns.moments] == ["training steps", "weight transfers", "rollouts"]
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ([], "rollout.gpu_memory_share=0.68"),
+        (["rollout.sleep=true"], "rollout.gpu_memory_share=0.82"),
+        (["rollout.sleep=true", "actor.offload=all", "rollout.gpu_memory_share=0.97"], "rollout.gpu_memory_share=0.95"),
+    ],
+)
+def test_a_share_beside_which_the_trainer_does_not_fit_is_refused_with_one_that_fits(given: list[str], answer: str) -> None:
+    without = ["layout=one_node", "size=1.5B", "rollout.sleep=false", "actor.offload=none", "rollout.gpu_memory_share=0.92"]
+    source, cluster = str(ROOT / "recipes/qwen2_5_math.py"), ROOT / "recipes/clusters/h100x8.yaml"
+    found = of_recipe(source, [*without, *given], cluster, 0.5)
+    with pytest.raises(ConfigError, match=rf"of an engine on the same GPU, which has 79\.1.*\n{NEAREST} {answer}") as caught:
+        found.require_fit()
+    fitting = str(caught.value).split(NEAREST)[1].split()
+    of_recipe(source, [*without, *given, *fitting], cluster, 0.5).require_fit()
 
 
 def test_every_published_model_has_a_plan(recipe: str) -> None:

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hpt.config import Config, DataConfig, GateConfig, KlConfig, ModelConfig, OverlongConfig, ParallelConfig, dump_yaml
+from megatron_hpt.config import (
+    Config,
+    CurriculumConfig,
+    DataConfig,
+    GateConfig,
+    KlConfig,
+    ModelConfig,
+    OverlongConfig,
+    ParallelConfig,
+    dump_yaml,
+)
 from megatron_hpt.errors import CheckpointError, ConfigError, HptError
 from megatron_hpt.examples import tiny_families, tiny_llama
 from megatron_hpt.launch import preflight
@@ -69,7 +79,15 @@ def test_a_run_starts_from_a_checkpoint_that_is_whole(config: Config, tmp_path: 
         ),
         ("transfer", {"transport": "nccl"}, r"transport=nccl: needs CUDA, .* allowed here: shared_memory, files, gloo"),
         ("data", {"max_response_length": 60}, r"given 68; the model has 64 positions"),
-        ("data", {"max_response_length": 5}, r"row 0, target: \d+ tokens .* data\.max_response_length allows 5"),
+        (
+            "data",
+            {"max_response_length": 5, "long_demonstrations": "refuse"},
+            r"row \d+, target: \d+ tokens .* data\.max_response_length allows 5",
+        ),
+        ("data", {"max_response_length": 5}, r"none of the \d+ prompts looked at has a demonstration of at most .*=5 tokens"),
+        ("data", {"max_prompt_length": 1}, r"all of the \d+ prompts looked at are longer than data\.max_prompt_length=1"),
+        ("data", {"max_prompt_length": 1, "long_prompts": "refuse"}, r"row \d+, prompt: \d+ tokens; .* allows 1"),
+        ("data", {"curriculum": CurriculumConfig(keep_failed=0)}, r"keep_failed: given 0; needs rollout\.cancel_decided=false"),
         ("data", {"train": "none.parquet"}, r"none\.parquet: no such file"),
         ("evaluation", {"sets": {"a": "none.parquet"}}, r"none\.parquet: no such file"),
         ("model", {"overrides": {"rope_tetha": 1}}, r"overrides\.rope_tetha: .*; did you mean model\.overrides\.rope_theta"),

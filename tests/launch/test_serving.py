@@ -13,6 +13,7 @@ from megatron_hpt.config import Config, DataConfig, DeadlinesConfig, ModelConfig
 from megatron_hpt.errors import DeadlineError, EngineError
 from megatron_hpt.launch.serving import Servers
 from megatron_hpt.process import TOKEN_VARIABLE
+from megatron_hpt.rollout.engine import Weights
 from megatron_hpt.rollout.engines import ENGINES
 from megatron_hpt.rollout.running import is_healthy
 
@@ -34,11 +35,12 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setenv(TOKEN_VARIABLE, "token")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def command(config, python, model, port, folder, weights):
-        (folder / f"private_{port}").write_text("as SGLang's token")
-        return [python, "-c", SERVER, str(port)]
+    def command(config, python, start):
+        assert start.weights is Weights.FOLDER
+        (start.folder / f"private_{start.port}").write_text("as SGLang's token")
+        return [python, "-c", SERVER, str(start.port)]
 
-    serving = replace(ENGINES["vllm"], command=command, environment=lambda config: dict(os.environ))
+    serving = replace(ENGINES["vllm"], command=command, environment=lambda config, on_gpus: dict(os.environ))
     monkeypatch.setitem(ENGINES, "vllm", serving)
     rollout = RolloutConfig(servers=2, tensor_parallel=2, max_restarts=1)
     return Config(name="x", model=ModelConfig(path="m"), data=DataConfig(train=""), rollout=rollout)
@@ -52,7 +54,7 @@ def kill(servers: Servers, url: str) -> None:
 
 def test_engines_that_die_are_started_again_as_often_as_allowed(config: Config, tmp_path: Path) -> None:
     said: list[str] = []
-    with Servers(config, tmp_path, tmp_path / "logs", gpus=4) as servers:
+    with Servers(config, tmp_path, tmp_path / "logs", tuple("4567")) as servers:
         servers.wait(said.append)
         first, second = servers.urls
         assert said[0].startswith("starting: engine ")
@@ -69,14 +71,14 @@ def test_engines_that_die_are_started_again_as_often_as_allowed(config: Config, 
             asyncio.run(killed())
         pids = [child.process.pid for child in servers._children.values()]
     assert not any(map(psutil.pid_exists, pids))
-    assert [(tmp_path / "logs" / f"engine_{i}.log").read_text().split()[0] for i in range(2)] == ["0,1", "2,3"]
+    assert [(tmp_path / "logs" / f"engine_{i}.log").read_text().split()[0] for i in range(2)] == ["4,5", "6,7"]
 
 
 def test_an_engine_that_is_never_ready_is_late(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     late = config.model_copy(update={"deadlines": DeadlinesConfig(startup_s=0.1)})
     monkeypatch.setattr("megatron_hpt.launch.serving.is_healthy", lambda url: False)
     with (
-        Servers(late, tmp_path, tmp_path / "logs", gpus=0) as servers,
+        Servers(late, tmp_path, tmp_path / "logs", ()) as servers,
         pytest.raises(DeadlineError, match=r"engine 0, engine 1 not ready within \d+ s \(deadlines\.startup_s\)"),
     ):
         servers.wait(lambda text: None)

@@ -1,5 +1,6 @@
 """Places of ranks: whole nodes, servers that stay on theirs, and what is refused."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_hpt.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, TransferConfig
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch.cluster import ClusterConfig, load_cluster
-from megatron_hpt.launch.topology import Device, place
+from megatron_hpt.launch.topology import Device, Slots, place, place_nodes, visible
 
 CLUSTERS = Path(__file__).parents[2] / "recipes" / "clusters"
 
@@ -96,3 +97,27 @@ def test_a_wrong_cluster_file_is_explained(tmp_path: Path) -> None:
         load_cluster(file)
     for line in (r"gpu.link_gb: unknown key", "did you mean 'link_gbs'", "nodes: given 0; ", "storage_gbs: missing"):
         assert line in str(caught.value)
+
+
+@given(data=st.integers(1, 8), tensor=st.sampled_from((1, 2)), servers=st.integers(1, 8), width=st.integers(1, 8))
+def test_engines_that_share_gpus_share_them_with_trainer_ranks_and_not_with_each_other(
+    data: int, tensor: int, servers: int, width: int
+) -> None:
+    eight, ranks = Slots("this machine", 1, 8), data * tensor
+    try:
+        found = place(config(ParallelConfig(tensor=tensor, data=data), servers, width, "cuda_ipc"), eight)
+    except ConfigError:
+        assert ranks > 8 or servers * width > ranks
+        return
+    taken = [device for engine in found.engines for device in engine]
+    assert len(set(taken)) == len(taken) == servers * width
+    assert set(taken) <= set(found.trainer)
+    names = [f"GPU-{n}" for n in range(8)]
+    each = [visible(engine, names).split(",") for engine in found.engines]
+    assert sorted(itertools.chain.from_iterable(each)) == sorted(names[device.gpu] for device in taken)
+    assert all(len(own) == width for own in each)
+
+
+def test_more_parts_than_gpus_are_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match=r"this machine has 1 nodes of 4 GPUs; this layout takes 2"):
+        place_nodes(config(ParallelConfig(data=4), 1, 1), Slots("this machine", 1, 4))

@@ -86,10 +86,20 @@ def test_every_run_fits_its_hardware_by_the_plans_arithmetic(file: str, size: st
     of_recipe(str(ROOT / "recipes" / file), given, cluster, fill=0.5).require_fit()
 
 
-def test_the_mixture_of_experts_does_not_fit_eight_h100() -> None:
+@pytest.mark.parametrize(("file", "size", "layout"), sorted({run[:2] + run[3:] for run in RUNS if run[3] != "cluster"}))
+def test_engines_on_the_trainers_gpus_sleep_and_leave_what_was_not_measured(file: str, size: str, layout: str) -> None:
+    """At least 4 GiB of every GPU, beside the allowances of the plan."""
+    cluster = ROOT / "recipes/clusters" / f"{LARGER.get((file, layout), CLUSTERS[layout])}.yaml"
+    found = of_recipe(str(ROOT / "recipes" / file), [text for text in (size, f"layout={layout}") if text], cluster, fill=0.5)
+    assert found.config.rollout.sleep
+    assert found.config.rollout.gpu_memory_share < found.largest_share
+    assert max(moment.total for moment in found.moments) < (found.cluster.gpu.memory_gib - 4) * 2**30
+
+
+def test_eight_h100_hardly_hold_the_mixture_of_experts() -> None:
     found = of_recipe(str(ROOT / "recipes/qwen3_moe.py"), ["layout=one_node"], ROOT / "recipes/clusters/h100x8.yaml", fill=0.5)
-    with pytest.raises(ConfigError, match="an engine rank has room for 0 tokens"):
-        found.require_fit()
+    found.require_fit()
+    assert 0 < 79.1 * 2**30 - max(moment.total for moment in found.moments) < 2 * 2**30
 
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())

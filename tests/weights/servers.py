@@ -16,7 +16,7 @@ import pytest
 from megatron_hpt.config import Config, DataConfig, ModelConfig, RolloutConfig
 from megatron_hpt.process import token_header
 from megatron_hpt.rollout.engine import Weights
-from megatron_hpt.rollout.engines import ENGINES, interpreter
+from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.weights.control import CONTROLS, EngineControl, InFlight
 
 PROMPTS = [[5 + i, 15, 6 + i, 20] for i in range(6)]
@@ -66,18 +66,19 @@ class Server:
         """Start it."""
         skip_without(kind)
         config, port = engine_config(kind, model, tensor, **change), free_port()
-        command = ENGINES[kind].command(config, interpreter(config), config.engine_model, port, folder, weights)
+        start = Start(config.engine_model, port, folder, on_gpus=False, weights=weights)
+        command = ENGINES[kind].command(config, interpreter(config), start)
         log = folder / f"{kind}_{port}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                command, env=ENGINES[kind].environment(config), stdout=out, stderr=out, start_new_session=True
+                command, env=ENGINES[kind].environment(config, False), stdout=out, stderr=out, start_new_session=True
             )
         return cls(kind, config, f"http://127.0.0.1:{port}", process, log)
 
     def again(self) -> "Server":
         """Start it once more at the same address, as a supervisor does."""
         with self.log.open("ab") as out:
-            environment = ENGINES[self.kind].environment(self.config)
+            environment = ENGINES[self.kind].environment(self.config, False)
             process = subprocess.Popen(self.process.args, env=environment, stdout=out, stderr=out, start_new_session=True)
         return Server(self.kind, self.config, self.url, process, self.log)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -106,13 +107,39 @@ def test_who_has_not_the_token_changes_nothing_and_samples_nothing(server: Serve
 
 
 def test_sleeping_and_waking(server: Server, trainer: Trainer) -> None:
-    """On the host the memory stays; the order of the calls, and that a version follows, is what a run needs."""
-    control = server.control()
-    control.sleep()
-    control.wake()
-    trainer.sender.publish(Versions.next())
-    assert control.version() == Versions.last
-    assert served(server) is not None
+    """On the host the memory stays; that the engines take these calls in this order, and then serve, is what a run needs."""
+    sleeper = Trainer(server.config, [server.url], 60.0, sleep=True)
+    before, weights = served(server), {name: tensor.clone() for name, tensor in sleeper.weights.items()}
+    with ThreadPoolExecutor(8) as pool:
+        under_way = [pool.submit(long_request, server) for _ in range(8)]
+        time.sleep(0.05)
+        sleeper.sender.sleep()
+        sleeper.scale(2.0)
+        sleeper.sender.publish(Versions.next())
+        assert served(server) is None
+        sleeper.sender.serve()
+        assert {request.result(20) for request in under_way} <= {"abort", "length"}
+    assert served(server) not in (before, None)
+    sleeper.sender.sleep()
+    for name, tensor in sleeper.weights.items():
+        tensor.copy_(weights[name])
+    sleeper.sender.publish(Versions.next())
+    sleeper.sender.serve()
+    assert served(server) == before
+    sleeper.close()
+
+
+def long_request(server: Server) -> str:
+    """Why a request ended."""
+    tokens = 50
+    if server.kind == "vllm":
+        sampling = {"temperature": 1.0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False}
+        route, body = "/inference/v1/generate", {"token_ids": PROMPTS[0], "sampling_params": sampling}
+    else:
+        sampling = {"temperature": 1.0, "max_new_tokens": tokens, "ignore_eos": True}
+        route, body = "/generate", {"input_ids": PROMPTS[0], "sampling_params": sampling}
+    answer = httpx.post(server.url + route, json=body, timeout=30, trust_env=False, headers=token_header()).json()
+    return answer["choices"][0]["finish_reason"] if server.kind == "vllm" else answer["meta_info"]["finish_reason"]["type"]
 
 
 def test_load_of_an_engine(server: Server, trainer: Trainer) -> None:

@@ -27,6 +27,7 @@ class Trainer:
 
     def __init__(self, config: Config, urls: list[str], deadline_s: float = 6.0, **options) -> None:
         config.deadlines.transfer_s = deadline_s
+        self.kind = config.rollout.engine
         self.weights = load_file(Path(config.model.path) / "model.safetensors")
         views = [ShardView(n, tuple(t.shape), (0,) * t.dim(), tuple(t.shape), t) for n, t in self.weights.items()]
         targets = [Target(engines.control(config, url), engines.layout(config)) for url in urls]

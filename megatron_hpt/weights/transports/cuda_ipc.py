@@ -1,8 +1,9 @@
-"""Device memory of one process read by another on the same GPU, for engines that share the trainer's devices.
+"""Device memory of one process read by another of the same host, for engines that share the trainer's devices.
 
 torch's own handles do not open in an older torch (their format byte changed in 2.13), and travel as pickles. So: one
-staging buffer of a plain ``cudaMalloc``, whose handle is 64 bytes of the driver's own. Both processes must see the same
-GPU (by its UUID) and be on one host. Nothing of torch's allocator is shared.
+staging buffer of a plain ``cudaMalloc``, whose handle is 64 bytes of the driver's own. Nothing of torch's allocator is
+shared. Every trainer rank stages its part of the weights once, so an engine also reads the other GPUs of its node, over
+NVLink or PCIe; it need not see them (CUDA_VISIBLE_DEVICES), only reach them, as NCCL does since CUDA 10.1.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron_hpt.weights.manifest import Piece
 from megatron_hpt.weights.transports.mapped import laid_out
 
 _HANDLE_BYTES = 64
+_FROM_DEVICE_TO_DEVICE = 3
 _LAZY_PEER_ACCESS = 1
 
 
@@ -99,7 +101,7 @@ class DeviceSink:
 
 
 class DeviceIncoming:
-    """Receiving end: the senders' buffers, in place."""
+    """Receiving end: the buffer of a sender on the same GPU in place, a copy of each piece from others."""
 
     whole = True
 
@@ -107,35 +109,41 @@ class DeviceIncoming:
         """Open the buffers that this rank reads from.
 
         Raises:
-            TransferError: on another GPU, or gone.
+            TransferError: gone, or on a GPU that this one cannot reach.
         """
         self._pieces = list(pieces)
         self._pointers: dict[int, ctypes.c_void_p] = {}
-        self._bytes: dict[int, Tensor] = {}
+        self._here: dict[int, Tensor] = {}
         for number in sorted({piece.source for _, piece in pieces}):
             source = sources[number]
-            if source["uuid"] != device_uuid():
-                raise TransferError(
-                    f"cuda_ipc: actor rank {number} is on GPU {source['uuid']}, this engine rank on {device_uuid()}; give both "
-                    "the same one (CUDA_VISIBLE_DEVICES), or use nccl"
-                )
             pointer, handle = ctypes.c_void_p(), _Handle.from_buffer_copy(bytes.fromhex(source["handle"]))
             code = _runtime().cudaIpcOpenMemHandle(ctypes.byref(pointer), handle, ctypes.c_uint(_LAZY_PEER_ACCESS))
-            _check(code, f"opening the weights of actor rank {number}")
+            _check(code, f"opening the weights of actor rank {number} on GPU {source['uuid']} from {device_uuid()}")
             self._pointers[number] = pointer
-            self._bytes[number] = _as_tensor(pointer.value, max(int(source["nbytes"]), 1))
+            if source["uuid"] == device_uuid():
+                self._here[number] = _as_tensor(pointer.value, max(int(source["nbytes"]), 1))
 
     def receive(self, version: int) -> Iterator[tuple[int, Piece]]:
         """Everything is within reach."""
         yield from self._pieces
 
     def view(self, number: int, piece: Piece) -> Tensor:
-        """[nbytes] uint8 on the device, in place."""
-        return self._bytes[piece.source][piece.position : piece.position + piece.nbytes]
+        """[nbytes] uint8 on the device."""
+        if piece.source in self._here:
+            return self._here[piece.source][piece.position : piece.position + piece.nbytes]
+        # torch would take the pointer for one of a device that this process may not even see.
+        copy = torch.empty(piece.nbytes, dtype=torch.uint8, device="cuda")
+        source = ctypes.c_void_p(self._pointers[piece.source].value + piece.position)
+        size = ctypes.c_size_t(piece.nbytes)
+        torch.cuda.synchronize()  # the allocator may give memory that a kernel of another stream still writes
+        code = _runtime().cudaMemcpy(ctypes.c_void_p(copy.data_ptr()), source, size, _FROM_DEVICE_TO_DEVICE)
+        _check(code, f"{piece.nbytes} bytes from the GPU of actor rank {piece.source}")
+        torch.cuda.synchronize()
+        return copy
 
     def close(self) -> None:
         """Close the buffers."""
-        self._bytes.clear()
+        self._here.clear()
         for pointer in self._pointers.values():
             _check(_runtime().cudaIpcCloseMemHandle(pointer), "closing weights")
         self._pointers.clear()

@@ -1,0 +1,162 @@
+"""The rows of one data source: found, indexed by block, read at any place in constant memory."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from megatron_hpt.data.columns import check_schema, readable
+from megatron_hpt.data.formats import FORMATS, Block, Format, format_of, rows_of
+from megatron_hpt.data.locations import Location, find
+from megatron_hpt.data.order import Stage
+from megatron_hpt.data.spool import Spool
+from megatron_hpt.errors import DataError
+
+LARGE_BYTES = 64 << 20
+"""A block above this is read only as far as it is needed, and shuffled in stages."""
+STAGE_BYTES = 96 << 20
+_OPEN_BLOCKS = 4
+_FOOTERS = 16
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row before it is tokenised."""
+
+    fields: dict[str, Any]
+    where: str
+    """Its name in messages."""
+    default_id: str
+
+    @property
+    def prompt_id(self) -> str:
+        """Of its prompt: ``extra_info.index``, or the default."""
+        index = (self.fields.get("extra_info") or {}).get("index")
+        return self.default_id if index is None else str(index)
+
+    @property
+    def level(self) -> str | None:
+        """How hard its problem is: ``extra_info.level``, where the data has one."""
+        level = (self.fields.get("extra_info") or {}).get("level")
+        return None if level is None else str(level)
+
+
+class ProblemSet:
+    """Files of one source."""
+
+    def __init__(self, paths: str | Sequence[str], scratch: Path | None = None, prefix: str = "") -> None:
+        """Args:
+            paths: as `locations.find` takes them.
+            scratch: folder for rows once read; None: the system's for temporary files.
+            prefix: of the ids of rows that have none of their own.
+
+        Raises:
+            DataError: no files, not of a known format, a column missing or of another type, no rows.
+        """
+        self.name = paths if isinstance(paths, str) else ", ".join(paths)
+        self._formats: dict[str, Format] = {name: form() for name, form in FORMATS.items()}
+        self._scratch, self._prefix = scratch, prefix
+        self._columns: dict[Location, Sequence[str]] = {}
+        self.locations = find(paths)
+        self._files = {location: place for place, location in enumerate(self.locations)}
+        with ThreadPoolExecutor(_FOOTERS) as pool:  # far files answer late
+            self.blocks = [block for blocks in pool.map(self._index, self.locations) for block in blocks]
+        if not self.blocks:
+            raise DataError(f"{self.name}: has no rows")
+        self._firsts, rows = [], 0
+        for block in self.blocks:
+            self._firsts.append(rows)
+            rows += block.rows
+        self.rows = rows
+        self._readers: dict[int, Iterator[pa.RecordBatch]] = {}
+
+    def _index(self, location: Location) -> list[Block]:
+        form = self._formats[format_of(location)]
+        try:
+            schema = form.schema(location)
+            self._columns[location] = readable(schema)
+            blocks = form.blocks(location, self._columns[location])
+        except (pa.ArrowException, OSError) as error:
+            kind = format_of(location)
+            raise DataError(f"{location.name}: not a readable {kind} file: {error}") from None
+        check_schema(schema, location.name)
+        return blocks
+
+    @cached_property
+    def _spool(self) -> Spool:
+        return Spool(self._scratch)
+
+    def batches(self, number: int, skip: int = 0, only: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows of a block after its first `skip` ones, in order.
+
+        Args:
+            only: of the columns that are read; default: all.
+
+        Raises:
+            DataError: they cannot be read; names file, row group and row.
+        """
+        block = self.blocks[number]
+        columns = self._columns[block.location]
+        chosen = columns if only is None else [column for column in columns if column in only]
+        return rows_of(self._formats[format_of(block.location)], block, chosen, skip)
+
+    def row(self, index: int) -> RawRow:
+        """A row as it lies in its file.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        number = bisect_right(self._firsts, index) - 1
+        row = index - self._firsts[number]
+        self._bring(number, row)
+        return self.raw(number, row, self._spool.row(number, row))
+
+    def raw(self, number: int, row: int, fields: dict[str, Any]) -> RawRow:
+        """What was read of a block's row, with its names."""
+        return RawRow(fields, self.blocks[number].place(row), self.default_id(number, row))
+
+    def default_id(self, number: int, row: int) -> str:
+        """Id of a block's row whose data gives it none: its place in the file, after that of the file if there are several."""
+        block = self.blocks[number]
+        place = str(block.first + row)
+        return self._prefix + (place if len(self.locations) == 1 else f"{self._files[block.location]}:{place}")
+
+    def _bring(self, number: int, row: int) -> None:
+        """Read a block until a row of it is in the spool; one that is not large to its end."""
+        block = self.blocks[number]
+        wanted = row + 1 if block.bytes > LARGE_BYTES else block.rows
+        while self._spool.rows(number) < wanted:
+            self._spool.add(number, next(self._reader(number)))
+        if self._spool.rows(number) == block.rows:
+            self._readers.pop(number, None)
+
+    def _reader(self, number: int) -> Iterator[pa.RecordBatch]:
+        """Goes on after what is in the spool; a few are kept, since each holds pages of its block."""
+        reader = self._readers.pop(number, None) or self.batches(number, skip=self._spool.rows(number))
+        self._readers[number] = reader
+        if len(self._readers) > _OPEN_BLOCKS:
+            self._readers.pop(next(iter(self._readers)))
+        return reader
+
+    def stages(self) -> list[Stage]:
+        """The rows, in the parts that are shuffled within themselves.
+
+        One part, unless there are blocks that can be read from their beginning only and are large: then as many as keep a part
+        near `STAGE_BYTES`, each with its share of every block.
+        """
+        large = sum(block.bytes for block in self.blocks if block.bytes > LARGE_BYTES)
+        number = max(1, -(-large // STAGE_BYTES))
+        return [
+            [
+                range(first + part * block.rows // number, first + (part + 1) * block.rows // number)
+                for first, block in zip(self._firsts, self.blocks, strict=True)
+            ]
+            for part in range(number)
+        ]

@@ -1,0 +1,157 @@
+"""Where a run's prompts come from: sources mixed, shuffled, read and chosen, all by position."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_hpt.config import Config, SourceConfig
+from megatron_hpt.data.curriculum import Curriculum, Streaks
+from megatron_hpt.data.order import Mixture, Shuffle, uniform
+from megatron_hpt.data.problem_set import ProblemSet
+from megatron_hpt.data.prompts import Limits, Prompt, Reader, Tokenizer
+from megatron_hpt.errors import DataError
+
+COUNTS = ("dropped_prompts", "dropped_demonstrations", "cut_demonstrations", "passed_solved", "passed_failed")
+"""What is counted while prompts are taken (docs/metrics.md, below ``data/``)."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Prompts, and where the data goes on."""
+
+    prompts: list[Prompt]
+    next_position: int
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class PromptSource:
+    """Prompts by position. What a position gives is a function of the data, the settings, the seed and the streaks."""
+
+    def __init__(
+        self,
+        sets: Sequence[ProblemSet],
+        weights: Sequence[float],
+        reader: Reader,
+        seed: int,
+        curriculum: Curriculum | None = None,
+    ) -> None:
+        self._sets, self._reader, self._seed, self._curriculum = sets, reader, seed, curriculum
+        self._mixture = Mixture(weights, (seed, len(sets)))
+        self._shuffles = [Shuffle(problems.stages(), (seed, number)) for number, problems in enumerate(sets)]
+
+    def take(self, position: int, number: int, streaks: Streaks = {}) -> Taken:  # noqa: B006 (never changed)
+        """The next prompts that are not dropped or passed over, from a position on; they may span epochs.
+
+        Raises:
+            DataError: a row cannot be read or used, or there is no prompt left to take.
+        """
+        taken, counts = [], Counter(dict.fromkeys(COUNTS, 0))
+        first_gone = position
+        while len(taken) < number:
+            prompt, is_gone = self._at(position, streaks, counts)
+            position += 1
+            if prompt is not None:
+                taken.append(prompt)
+            if not is_gone:
+                first_gone = position
+            elif position - first_gone >= self._patience:
+                raise DataError(self._exhausted(counts))
+        return Taken(taken, position, counts)
+
+    @property
+    def _patience(self) -> int:
+        """Positions after which every row has had its turn."""
+        shares = self._mixture.shares
+        if len(shares) == 1:
+            return self._shuffles[0].rows
+        needed = max(shuffle.rows / share for shuffle, share in zip(self._shuffles, shares, strict=True))
+        return math.ceil(needed) + Mixture.CYCLE  # a cycle is shuffled: a source's places may all be at its end
+
+    def _at(self, position: int, streaks: Streaks, counts: Counter[str]) -> tuple[Prompt | None, bool]:
+        """What a position gives, and whether its row can give nothing at other positions either."""
+        source, draw = self._mixture.at(position)
+        row = self._sets[source].row(self._shuffles[source].at(draw))
+        if self._curriculum is not None:
+            reason = self._curriculum.passes(streaks.get(row.prompt_id, 0), position)
+            if reason is not None:
+                counts[f"passed_{reason}"] += 1
+                return None, self._curriculum.keeps(reason) == 0
+        prompt = self._reader.read(row, uniform(self._seed, "demonstration", position), counts)
+        return prompt, prompt is None
+
+    def _exhausted(self, counts: Mapping[str, int]) -> str:
+        names = ", ".join(problems.name for problems in self._sets)
+        found = ", ".join(f"{name.replace('_', ' ')}: {counts[name]}" for name in COUNTS if counts[name])
+        return (
+            f"{names}: no prompt is left of a whole epoch ({found}). Longer limits (data.max_prompt_length), or "
+            "data.curriculum.keep_solved and keep_failed above 0, leave some"
+        )
+
+
+def files(config: Config) -> list[dict[str, Any]]:
+    """The files of `data.train` with their rows, as JSON: the data order is a function of them."""
+    return [
+        {"file": location.name, "rows": sum(block.rows for block in problems.blocks if block.location == location)}
+        for problems in open_sets(config)
+        for location in problems.locations
+    ]
+
+
+def check_same_files(before: Sequence[dict[str, Any]], config: Config) -> None:
+    """A run goes on with the data that it began with.
+
+    Args:
+        before: what `files` was then.
+
+    Raises:
+        DataError: a file is gone, is new, or has another number of rows.
+    """
+    then, now = ({each["file"]: each["rows"] for each in listed} for listed in (before, files(config)))
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            known = [f"{rows} rows" if rows is not None else "not there" for rows in (then.get(name), now.get(name))]
+            raise DataError(
+                f"{name}: {known[0]} when the run started, {known[1]} now; the order of the data would be another one. "
+                "Put the file back, or start a new run without --resume"
+            )
+
+
+def held_out_limits(config: Config) -> Limits:
+    """Of evaluation sets: none of their prompts may be left out, and their demonstrations are not used."""
+    return Limits(config.data.max_prompt_length, config.data.max_response_length, long_demonstrations="drop")
+
+
+def sources(config: Config) -> list[SourceConfig]:
+    """What `data.train` names; files without weights are one source, whose rows all weigh the same."""
+    train = config.data.train
+    if isinstance(train, str) or isinstance(train[0], str):
+        return [SourceConfig(path=train, weight=1.0)]
+    return list(train)
+
+
+def open_sets(config: Config, scratch: Path | None = None) -> list[ProblemSet]:
+    """The sources of `data.train`.
+
+    Raises:
+        DataError: as `ProblemSet`.
+    """
+    named = sources(config)
+    return [
+        ProblemSet(source.path, scratch, prefix=f"{number}/" if len(named) > 1 else "") for number, source in enumerate(named)
+    ]
+
+
+def training_source(config: Config, sets: Sequence[ProblemSet], tokenizer: Tokenizer) -> PromptSource:
+    """The prompts that a run trains on."""
+    data, seed = config.data, config.trainer.seed
+    chosen = data.curriculum
+    curriculum = None
+    if chosen.is_on:
+        curriculum = Curriculum(chosen.visits, chosen.keep_solved, chosen.keep_failed, seed)
+    weights = [source.weight for source in sources(config)]
+    return PromptSource(sets, weights, Reader(tokenizer, Limits.of(data)), seed, curriculum)

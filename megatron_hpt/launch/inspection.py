@@ -1,0 +1,99 @@
+"""What is looked at of the training data before anything starts, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_hpt.config import Config
+from megatron_hpt.data.problem_set import RawRow
+from megatron_hpt.data.prompts import Limits, Reader, Tokenizer
+from megatron_hpt.data.scan import Overview, scan
+from megatron_hpt.data.source import open_sets
+from megatron_hpt.errors import ConfigError, DataError
+from megatron_hpt.objective.gate import Gate
+
+logger = logging.getLogger(__name__)
+LOOKED_AT = 1024
+"""Rows that are tokenised before anything starts; the others are when they are taken."""
+
+
+@dataclass
+class Found:
+    """What is known of a run's training data before it starts."""
+
+    name: str
+    """As `data.train` has it."""
+    rows: int = 0
+    """That were tokenised: `LOOKED_AT` rows, evenly spread, or all."""
+    prompts: int = 0
+    """Of these, not dropped."""
+    demonstrations: int = 0
+    """Of these, with one that can be used."""
+    counts: Counter[str] = field(default_factory=Counter)
+    overview: Overview = field(default_factory=Overview)
+
+
+def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> Found:
+    """Read every row of `data.train`, and tokenise some; shows how far it is.
+
+    Raises:
+        DataError: as `scan` and `Reader.read`, with file and row.
+    """
+    sets = open_sets(config)
+    reader, found = Reader(tokenizer, Limits.of(config.data)), Found(", ".join(problems.name for problems in sets))
+
+    def look(row: RawRow) -> None:
+        prompt = reader.read(row, 0.0, found.counts)
+        found.rows += 1
+        found.prompts += prompt is not None
+        found.demonstrations += prompt is not None and prompt.demonstration is not None
+
+    columns = (TextColumn("reading the data"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        rows = progress.add_task("", total=sum(problems.rows for problems in sets))
+        found.overview = scan(sets, look, LOOKED_AT, lambda number: progress.advance(rows, number))
+    return found
+
+
+def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate) -> None:
+    """Every row can be read and used, and there is what the algorithm learns from.
+
+    Raises:
+        DataError: with file and row.
+        ConfigError: the gate names a data source that is not there.
+    """
+    found = look_at(config, tokenizer, Console(stderr=True))
+    for name in config.algorithm.gate.by_source.keys() - found.overview.data_sources:
+        raise ConfigError(
+            f"algorithm.gate.by_source.{name}: no row of {found.name} is of that data_source; it has "
+            f"{', '.join(sorted(map(repr, found.overview.data_sources)))}"
+        )
+    if not found.prompts:
+        raise DataError(
+            f"{found.name}: all of the {found.rows} prompts looked at are longer than "
+            f"data.max_prompt_length={config.data.max_prompt_length} tokens"
+        )
+    none_fits = found.counts["dropped_demonstrations"] and not found.demonstrations
+    if gate.needs_demonstrations and (none_fits or not found.overview.demonstrations):
+        raise DataError(_without_demonstrations(config, found))
+    for name, number in found.counts.items():
+        if number:
+            logger.warning("note: %s of the %d prompts looked at: %d", name.replace("_", " "), found.rows, number)
+
+
+def _without_demonstrations(config: Config, found: Found) -> str:
+    if not found.overview.demonstrations:
+        return (
+            f"{found.name}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "
+            "add targets, or choose an algorithm that learns from rollouts alone (grpo, dr_grpo)"
+        )
+    return (
+        f"{found.name}: none of the {found.rows} prompts looked at has a demonstration of at most "
+        f"data.max_response_length={config.data.max_response_length} tokens, but algorithm.name={config.algorithm.name} "
+        "learns from demonstrations; allow more, or choose data.long_demonstrations=cut"
+    )

@@ -1,0 +1,71 @@
+"""The data order as pure functions."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_hpt.data.order import Mixture, Shuffle, uniform
+from megatron_hpt.errors import DataError
+
+STAGES = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+
+
+@given(sizes=STAGES, seed=st.integers(0, 3), draws=st.permutations(range(40)))
+def test_every_epoch_has_each_row_once_in_any_order_of_asking(sizes: list[int], seed: int, draws: list[int]) -> None:
+    starts = np.cumsum([0, *sizes])
+    stages = [[range(a, b)] for a, b in itertools.pairwise(starts)]
+    shuffle, rows = Shuffle(stages, (seed,)), sum(sizes)
+    for epoch in range(2):
+        taken = [shuffle.at(epoch * rows + place) for place in range(rows)]
+        assert sorted(taken) == list(range(rows))
+        assert [sorted(taken[a:b]) for a, b in itertools.pairwise(starts)] == [list(part) for (part,) in stages]
+    again = Shuffle(stages, (seed,))
+    assert {draw: again.at(draw) for draw in draws} == {draw: shuffle.at(draw) for draw in draws}
+
+
+def test_epochs_seeds_and_sources_have_other_orders() -> None:
+    orders = {
+        tuple(Shuffle([[range(50)]], seed).at(50 * epoch + i) for i in range(50))
+        for seed in [(0, 0), (1, 0), (0, 1)]
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 6
+
+
+def test_a_shuffle_is_uniform() -> None:
+    """Row 0 is first as often as any other, over seeds."""
+    first = Counter(Shuffle([[range(5)]], (seed,)).at(0) for seed in range(2000))
+    assert all(abs(count - 400) < 5 * 18 for count in first.values())  # 5 standard deviations
+
+
+@given(weights=st.lists(st.floats(0.1, 100), min_size=1, max_size=4), start=st.integers(0, 50_000))
+def test_a_source_has_its_share_and_each_of_its_draws_once(weights: list[float], start: int) -> None:
+    mixture = Mixture(weights, (0,))
+    assert sum(mixture.shares) == pytest.approx(1)
+    assert np.allclose(mixture.shares, np.array(weights) / sum(weights), atol=1 / Mixture.CYCLE)
+    drawn: dict[int, list[int]] = {}
+    for position in range(start, start + 300):
+        source, draw = mixture.at(position)
+        drawn.setdefault(source, []).append(draw)
+    for draws in drawn.values():
+        assert draws == list(range(draws[0], draws[0] + len(draws)))
+    before = Counter(mixture.at(position)[0] for position in range(start - start % Mixture.CYCLE, start))
+    for source, draws in drawn.items():
+        whole = start // Mixture.CYCLE * round(mixture.shares[source] * Mixture.CYCLE)
+        assert draws[0] == whole + before[source]
+
+
+def test_a_weight_that_would_never_be_drawn_is_refused() -> None:
+    with pytest.raises(DataError, match=r"given the weights 1, 1e-06; the smallest must be at least 1/10000 of their sum"):
+        Mixture([1.0, 1e-6], (0,))
+
+
+def test_uniform_numbers_depend_on_their_parts_alone() -> None:
+    numbers = [uniform(3, "x", position) for position in range(4000)]
+    assert numbers == [uniform(3, "x", position) for position in range(4000)]
+    assert 0 <= min(numbers) < max(numbers) < 1
+    assert np.mean(numbers) == pytest.approx(0.5, abs=0.02)

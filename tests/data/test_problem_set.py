@@ -1,0 +1,227 @@
+"""Rows at any place, in constant memory; files that are damaged, empty, or repeat themselves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_hpt.data import problem_set
+from megatron_hpt.data.problem_set import ProblemSet
+from megatron_hpt.data.scan import scan
+from megatron_hpt.errors import DataError
+
+from .problems import row, write
+
+ROWS = [row(number) for number in range(57)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three files: two of parquet with row groups of 10 and of 100 rows, one of lines."""
+    folder = tmp_path_factory.mktemp("files")
+    write(folder / "0.parquet", ROWS[:25], group=10)
+    write(folder / "1.parquet", ROWS[25:40], group=100)
+    (folder / "2.jsonl").write_text("\n\n".join(map(json.dumps, ROWS[40:])))
+    return folder
+
+
+@given(order=st.permutations(range(57)), large=st.booleans())
+def test_rows_are_the_same_in_any_order_of_asking(files: Path, order: list[int], large: bool) -> None:
+    """Also those of blocks that are read only as far as they are needed."""
+    with pytest.MonkeyPatch.context() as patch:
+        if large:
+            patch.setattr(problem_set, "LARGE_BYTES", 0)
+            patch.setattr(problem_set, "_OPEN_BLOCKS", 1)
+        problems = ProblemSet(str(files))
+        found = {index: problems.row(index) for index in order}
+    for index, expected in enumerate(ROWS):
+        fields = found[index].fields
+        assert {name: fields[name] for name in ("prompt", "target", "data_source")} == {
+            name: expected[name] for name in ("prompt", "target", "data_source")
+        }
+        assert fields["reward_model"]["ground_truth"] == expected["reward_model"]["ground_truth"]
+        assert found[index].prompt_id == f"p{index}"
+    assert found[24].where == f"{files}/0.parquet, row 24"
+    assert found[25].where == f"{files}/1.parquet, row 0"
+
+
+def test_large_blocks_are_shuffled_in_stages_that_need_a_part_of_them(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ProblemSet(str(files)).stages() == [[range(0, 10), range(10, 20), range(20, 25), range(25, 40), range(40, 57)]]
+    monkeypatch.setattr(problem_set, "LARGE_BYTES", 0)
+    monkeypatch.setattr(problem_set, "STAGE_BYTES", sum(block.bytes for block in ProblemSet(str(files)).blocks) // 3)
+    stages = ProblemSet(str(files)).stages()
+    assert len(stages) in (3, 4)
+    assert sorted(index for stage in stages for part in stage for index in part) == list(range(57))
+    assert all(part.start == first for part, first in zip(stages[0], (0, 10, 20, 25, 40), strict=True))
+
+
+def test_rows_without_an_id_have_one_of_their_own(tmp_path: Path) -> None:
+    bare = [{name: each[name] for name in ("prompt", "reward_model")} for each in ROWS[:3]]
+    one, two = (write(tmp_path / f"{name}.parquet", bare, group=2) for name in "ab")
+    assert [ProblemSet(one).row(index).prompt_id for index in range(3)] == ["0", "1", "2"]
+    both = ProblemSet([one, two], prefix="1/")
+    assert [both.row(index).prompt_id for index in range(6)] == ["1/0:0", "1/0:1", "1/0:2", "1/1:0", "1/1:1", "1/1:2"]
+    assert scan([both]).rows == 6
+
+
+def test_numbers_are_ids_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [row(number, extra_info={"index": number}) for number in range(3)])
+    assert ProblemSet(path).row(2).prompt_id == "2"
+    write(tmp_path / "b.parquet", [row(2, extra_info={"index": "2"})])
+    with pytest.raises(DataError, match=r"b\.parquet, row 0, extra_info\.index: '2' is also the id of .*a\.parquet, row 2"):
+        scan([ProblemSet(str(tmp_path))])
+
+
+def test_an_id_that_a_row_without_one_has_already_is_found(tmp_path: Path) -> None:
+    rows = [row(0, extra_info={"index": None}), row(1, extra_info={"index": "0"})]
+    with pytest.raises(DataError, match=r"row 1, extra_info\.index: '0' is also the id of row 0"):
+        scan([ProblemSet(write(tmp_path / "a.parquet", rows))])
+
+
+def test_the_same_file_twice_is_named_twice(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.parquet", ROWS)
+    sets = [ProblemSet(str(tmp_path / f"{name}.parquet")) for name in ("a", "b")]
+    with pytest.raises(DataError, match=r"b\.parquet, row 0, extra_info\.index: 'p0' is also the id of .*a\.parquet, row 0"):
+        scan(sets)
+
+
+def test_a_scan_tells_what_there_is(files: Path) -> None:
+    looked: list[str] = []
+    advanced: list[int] = []
+    found = scan([ProblemSet(str(files))], lambda each: looked.append(each.where.rpartition("/")[2]), 4, advanced.append)
+    assert (found.rows, found.demonstrations, found.data_sources) == (57, 57, {"even", "odd"})
+    assert sum(advanced) == 57
+    assert looked == ["0.parquet, row 0", "0.parquet, row 15", "1.parquet, row 5", "2.jsonl, row 5"]
+
+
+def test_rows_that_cannot_be_used_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    rows = [row(number) for number in range(50)]
+    rows[17] = row(17, prompt=None)
+    rows[30] = row(30, reward_model=None)
+    rows[31] = row(31, target=[{"role": "assistant", "content": None}])
+    path = write(tmp_path / "a.parquet", rows, group=10)
+    with pytest.raises(DataError, match=r"a\.parquet, row 17, prompt: given None; .* \(2 more rows cannot be used either\)"):
+        scan([ProblemSet(path)])
+
+
+BLANK = st.sampled_from(["", " ", "\n\t", "\u2003", "\x1c", "\x85", "\u200b", "a", "é", " x ", None])
+CHAT = st.none() | st.lists(st.fixed_dictionaries({"role": BLANK, "content": BLANK}), max_size=2)
+
+
+@given(
+    prompt=CHAT,
+    target=CHAT,
+    several=st.none() | st.lists(CHAT.filter(lambda chat: chat is not None), max_size=2),
+    truth=BLANK,
+)
+def test_a_scan_finds_what_taking_a_row_would_refuse(tmp_path_factory, prompt, target, several, truth) -> None:
+    """So nothing that is wrong with a row is left for the middle of a run."""
+    from megatron_hpt.data.columns import doubtful
+    from megatron_hpt.data.fields import check_row
+    from megatron_hpt.data.formats import MESSAGES
+
+    each = {"prompt": prompt, "target": target, "target_lst": several, "reward_model": {"ground_truth": truth}}
+    types = {"prompt": MESSAGES, "target": MESSAGES, "target_lst": pa.list_(MESSAGES)}
+    schema = pa.schema([*types.items(), ("reward_model", pa.struct([("ground_truth", pa.string())]))])
+    good = {"prompt": [{"role": "user", "content": "a"}], "reward_model": {"ground_truth": "1"}}
+    batch = pa.RecordBatch.from_pylist([good, each, good], schema=schema)
+    try:
+        check_row(each, "x")
+    except DataError:
+        assert list(doubtful(batch)) == [1]
+        assert list(doubtful(batch.slice(1))) == [0]
+
+
+def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.Table.from_pylist([row(number) for number in range(3000)])
+    pq.write_table(table, path, row_group_size=1000, write_page_checksum=True, compression="none")
+    data = bytearray(path.read_bytes())
+    column = pq.read_metadata(path).row_group(1).column(1)
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 0xFF
+    path.write_bytes(data)
+    expected = r"a\.parquet, row 1000 \(in row group 1, rows 1000 to 1999\): cannot be read: .*CRC"
+    problems = ProblemSet(str(path))
+    assert problems.row(999).prompt_id == "p999"
+    with pytest.raises(DataError, match=expected):
+        problems.row(1500)
+    with pytest.raises(DataError, match=expected):
+        scan([problems])
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([*map(json.dumps, ROWS[:5]), "{"]))
+    with pytest.raises(DataError, match=r"a\.jsonl.*JSON parse error"):
+        scan([ProblemSet(str(tmp_path / "a.jsonl"))])
+
+
+def test_files_without_rows_are_passed_over_but_not_all_of_them(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS).slice(0, 0), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: has no rows"):
+        ProblemSet(str(tmp_path / "a.parquet"))
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"b\.jsonl: .*"):
+        ProblemSet(str(tmp_path / "b.jsonl"))
+    (tmp_path / "b.jsonl").unlink()
+    write(tmp_path / "c.parquet", ROWS[:2])
+    assert ProblemSet(str(tmp_path)).rows == 2
+
+
+MEMORY = """
+import sys
+from megatron_hpt.data.problem_set import ProblemSet
+from megatron_hpt.data.scan import scan
+import pyarrow.parquet
+
+def mib(key):
+    with open("/proc/self/status") as status:
+        return int(dict(line.split(":") for line in status)[key].split()[0]) / 1024
+
+before = mib("VmRSS")
+problems = ProblemSet(sys.argv[1])
+scan([problems])
+stage = [index for part in problems.stages()[0] for index in part]
+for index in stage[:: max(1, len(stage) // 500)]:
+    problems.row(index)
+print(mib("VmHWM") - before)
+"""
+
+
+def write_large(path: Path, rows: int, group: int) -> None:
+    """Rows of about 700 bytes: the same texts again and again, each time with other ids."""
+    number = 10_000
+    texts = [f"{index} " + f"{index * 7919 % 10**9} " * 60 for index in range(number)]
+    some = pa.Table.from_pylist([row(index) for index in range(number)])
+    some = some.set_column(1, some.schema.field("target"), pa.array([[{"role": "assistant", "content": t}] for t in texts]))
+    with pq.ParquetWriter(path, some.schema) as writer:
+        pending: list[pa.Table] = []
+        for first in range(0, rows, number):
+            ids = pa.array([{"split": "train", "index": f"p{index}"} for index in range(first, first + number)])
+            pending.append(some.set_column(3, some.schema.field("extra_info"), ids))
+            if sum(map(len, pending)) >= group:
+                writer.write_table(pa.concat_tables(pending), row_group_size=group)
+                pending = []
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "most"),
+    [
+        (400_000, 1_000, 100),
+        pytest.param(1_000_000, 1_000_000, 300, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, rows: int, group: int, most: int) -> None:
+    """280 MB of rows in small row groups, 700 MB in one: everything is read, and 500 rows at random places."""
+    path = tmp_path / "large.parquet"
+    write_large(path, rows, group)
+    done = subprocess.run([sys.executable, "-c", MEMORY, path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    path.unlink()
+    assert float(done.stdout) < most
