@@ -127,12 +127,17 @@ def plan(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
-    """Draw the curves of a run: report.html, one self-contained page, and report.png."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories; their curves are overlaid")],
+    out: Annotated[
+        Path | None, typer.Option(help="the page; default: report.html in the run directory, of several runs in this folder")
+    ] = None,
+) -> None:
+    """Write the page to send to colleagues: curves, the gate, answers; one self-contained HTML file, and a PNG beside it."""
     from megatron_hpt.run import open_run
-    from megatron_hpt.telemetry.report import write_report
+    from megatron_hpt.telemetry.report.write import write_report
 
-    Console().print(f"wrote {write_report(open_run(run))}", highlight=False)
+    Console().print(f"wrote {write_report([open_run(run) for run in runs], out)}", highlight=False, soft_wrap=True)
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
