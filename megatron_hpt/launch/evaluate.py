@@ -84,8 +84,8 @@ def regrade(folder: Path, grader: str | None, reward: RewardConfig) -> None:
     record = read_record(folder)
     changed = {name: replace(one, grader=grader or one.grader) for name, one in record.benchmarks.items()}
     for one in changed.values():
-        check_grader(one.grader)
-    with claimed(folder), Graders(reward.workers, reward.deadline_s) as graders:
+        check_grader(one.grader, reward)
+    with claimed(folder), Graders(reward) as graders:
         for name, one in changed.items():
             file = samples_file(folder, name)
             if file.is_file():
@@ -96,7 +96,7 @@ def regrade(folder: Path, grader: str | None, reward: RewardConfig) -> None:
 def _collect(job: Job, collection: Collection, console: Console) -> None:
     """Sample what is missing and grade, with engines only where something is missing."""
     reward, missing = job.config.reward, len(collection.missing)
-    with Counter(missing, console) as counter, Graders(reward.workers, reward.deadline_s) as graders:
+    with Counter(missing, console) as counter, Graders(reward) as graders:
         if not missing:
             asyncio.run(collection.fill(None, graders))
         elif job.servers:

@@ -18,7 +18,7 @@ from megatron_hpt.launch.memory import GIB
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
 from megatron_hpt.objective.gate import Gate, Phases, Union
-from megatron_hpt.rewards.registry import lookup
+from megatron_hpt.rewards import registry
 from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.weights.hf_config import ModelShape, read_config, run_shape, shape_of_any
 from megatron_hpt.weights.mapping import hf_tensor_shapes
@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     """
     algorithm = algorithms.of_run(config)
     check_algorithm(config, algorithm)
-    lookup(config.reward.name)
+    registry.check(config.reward)
     shape = run_shape(config)
     check_weights(config.model.path, shape)
     _check_reference_model(config, shape)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hpt.config import RewardConfig
 from megatron_hpt.errors import DataError, EngineError
 from megatron_hpt.evaluation.collecting import Collection, Source
 from megatron_hpt.evaluation.grading import Graders
@@ -62,7 +63,7 @@ def fill(folder: Path, graders: Graders, lives: float = float("inf"), seed: int 
 
 @pytest.fixture(scope="module")
 def graders():
-    with Graders(1, 10.0) as graders:
+    with Graders(RewardConfig()) as graders:
         yield graders
 
 
