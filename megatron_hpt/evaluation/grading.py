@@ -14,7 +14,7 @@ from megatron_hpt.evaluation.samples import SampleRow
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.math import last_boxed
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.rewards.registry import check
+from megatron_hpt.rewards.registry import check, check_name
 
 
 def label(settings: RewardConfig) -> str:
@@ -25,9 +25,15 @@ def label(settings: RewardConfig) -> str:
 
 
 def settings_of(grader: str, base: RewardConfig) -> RewardConfig:
-    """The settings behind a label; all but the rewards' names are those of `base`."""
-    named = json.loads(grader) if grader.startswith("{") else {"name": grader, "by_source": {}}
-    return RewardConfig.model_validate({**base.model_dump(), **named})
+    """The settings behind a label; all but the rewards' names are those of `base`.
+
+    Raises:
+        ConfigError: no reward of that name.
+    """
+    if grader.startswith("{"):
+        return RewardConfig.model_validate({**base.model_dump(), **json.loads(grader)})
+    check_name(grader)
+    return RewardConfig.model_validate({**base.model_dump(), "name": grader, "by_source": {}})
 
 
 def check_grader(grader: str, base: RewardConfig) -> None:
