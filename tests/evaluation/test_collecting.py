@@ -129,5 +129,5 @@ def test_a_label_names_sums_and_rewards_by_source_too() -> None:
     plain = RewardConfig(name="math_strict", tolerance=0.1)
     mixed = RewardConfig(name={"math": 0.9, "format": 0.1}, by_source={"gpqa": "choice"}, tolerance=0.1)
     assert label(plain) == "math_strict"
-    for settings in (plain, mixed):
-        assert settings_of(label(settings), RewardConfig(tolerance=0.1)) == settings
+    for reward in (plain, mixed):
+        assert settings_of(label(reward), RewardConfig(tolerance=0.1)) == reward
