@@ -57,6 +57,11 @@ Paths = typing.Annotated[_Path | _PathList, Discriminator(lambda given: "paths" 
 """A file, a folder, a pattern such as data/**/*.parquet, or several of these; paths or URLs."""
 
 
+def files_of(paths: str | list[str]) -> list[str]:
+    """What `Paths` names, as a list."""
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
 class SourceConfig(Section):
     path: Paths
     """Its files, as data.train names them."""
@@ -499,7 +504,11 @@ class OptimizerConfig(Section):
 
 class EvaluationConfig(Section):
     sets: dict[str, Paths] = {}
-    """Held-out sets: name → files, as data.train names them."""
+    """Held-out sets that are reported, and cannot choose a checkpoint: name → files, as data.train names them."""
+    validation: dict[str, Paths] = {}
+    """Held-out sets that may choose one, and are evaluated like the others: name → files."""
+    select: str | None = None
+    """The set in `validation` whose avg@k chooses the best checkpoint (RUN/best.json), which then stays; default: none."""
     every: NonNegativeInt = 0
     """Evaluate before every k-th step too (0: only before the first and after the last)."""
     samples: PositiveInt = 8
@@ -508,6 +517,33 @@ class EvaluationConfig(Section):
     """Sampling temperature of the evaluation."""
     top_p: typing.Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus of the evaluation."""
+    keep_samples: PositiveInt = 3
+    """Newest evaluations whose samples stay in RUN/evaluations; those of the best checkpoint stay too."""
+
+    @property
+    def held_out(self) -> dict[str, Paths]:
+        """Every set that is evaluated: name → files."""
+        return {**self.sets, **self.validation}
+
+    @model_validator(mode="after")
+    def _reported_or_selecting(self) -> EvaluationConfig:
+        reported = {file for paths in self.sets.values() for file in files_of(paths)}
+        both = {name for name, paths in self.validation.items() if name in self.sets or reported & set(files_of(paths))}
+        if both:
+            raise ValueError(
+                f"{', '.join(sorted(both))} is in sets and in validation; a set is reported, or it may choose a checkpoint"
+            )
+        if self.select is not None and self.select in self.sets:
+            raise ValueError(
+                f"select={self.select} is a reported set (sets): a checkpoint that it chose would score too well on it; choose "
+                "on a set of validation"
+            )
+        if self.select is not None and self.select not in self.validation:
+            known = ", ".join(self.validation) or "empty"
+            raise ValueError(
+                f"select={self.select} is no set of validation ({known}){did_you_mean(self.select, self.validation)}"
+            )
+        return self
 
 
 class TrainerConfig(Section):
@@ -656,7 +692,14 @@ def _parse(key: str, text: str) -> Any:
 
 _NAMED_SECTIONS = (["algorithm", "gate", "by_source"],)
 """Mappings from the user's own names to sections."""
-_FREE_MAPPINGS = (*_NAMED_SECTIONS, ["evaluation", "sets"], ["model", "overrides"], ["reward", "by_source"], ["reward", "name"])
+_FREE_MAPPINGS = (
+    *_NAMED_SECTIONS,
+    ["evaluation", "sets"],
+    ["evaluation", "validation"],
+    ["model", "overrides"],
+    ["reward", "by_source"],
+    ["reward", "name"],
+)
 """Their keys are not this tree's."""
 
 
