@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 
 from megatron_hpt.rewards.boxes import argument
 from megatron_hpt.rewards.words import without_units
@@ -63,6 +64,8 @@ _SYMBOLS = _rules(
 _SPACES = _rules((r"-\s+", "-"), (r"(\d)\s+(?=\(?\d+\)?/)", r"\1+"), (r"[\s{}]", ""))
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?", re.IGNORECASE)
+_FRACTION = re.compile(r"([+-]?)\s*(?:\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+))")
+_SHORT = 64
 _WHOLE_WITHIN = Decimal("1e-7")
 
 
@@ -112,6 +115,19 @@ def number(text: str) -> Decimal | None:
         return Decimal(text)
     except InvalidOperation:
         return None
+
+
+def rational(text: str) -> Fraction | None:
+    """The value of a plain decimal number or of a fraction of two integers; None if it is neither, or long."""
+    if len(text) > _SHORT:
+        return None
+    fraction = _FRACTION.fullmatch(text)
+    if fraction:
+        sign, *parts = fraction.groups()
+        above, below = (int(part) for part in parts if part)
+        return Fraction(-above if sign == "-" else above, below) if below else None
+    value = number(text)
+    return None if value is None else Fraction(value)
 
 
 def _whole(text: str) -> str:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from os.path import commonprefix
 
 from megatron_hpt.rewards import symbolic
 from megatron_hpt.rewards.boxes import last_boxed, unboxed
-from megatron_hpt.rewards.forms import listed, number, readable, spoken, typeset
+from megatron_hpt.rewards.forms import listed, number, rational, readable, spoken, typeset
 from megatron_hpt.rewards.grades import Answer
 
 Truth = str | int | float | Sequence[str]
 
-_ROUNDING = Decimal("2e-6")
+_ROUNDING = Fraction(2, 10**6)
 """Plain numbers that differ by less may be equal after math-verify's rounding to six places."""
 _REPETITIVE_FROM, _REPETITIVE_SHARE = 128, 0.2
 
@@ -70,8 +71,11 @@ def _same_expression(given: str, truth: str) -> bool:
 
 
 def _compare_numbers(given: str, truth: str) -> bool | None:
-    """Whether two plain numbers are equal; None if one is not plain, or they differ by about as much as is rounded away."""
-    one, other = number(given), number(truth)
+    """Whether two plain numbers or fractions are equal; None if one is neither, or they differ by what is rounded away."""
+    one: Decimal | Fraction | None = number(given)
+    other: Decimal | Fraction | None = number(truth)
+    if one is None or other is None:
+        one, other = rational(given), rational(truth)
     if one is None or other is None:
         return None
     if one == other:
