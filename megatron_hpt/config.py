@@ -352,6 +352,11 @@ class RewardConfig(Section):
     def _usable(self) -> RewardConfig:
         if "http" in self.names and not self.http.url.startswith(("http://", "https://")):
             raise ValueError(f"reward.http.url: given {self.http.url!r}; the http reward needs a server, http://host:port")
+        if "code" in self.names and self.deadline_s <= self.code.time_s:
+            raise ValueError(
+                f"reward.deadline_s: given {self.deadline_s:g}; with the code reward it must be more than reward.code.time_s, "
+                f"{self.code.time_s:g} for each test of a program"
+            )
         try:
             re.compile(self.pattern)
         except re.error as error:
