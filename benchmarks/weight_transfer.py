@@ -75,14 +75,15 @@ def configuration(case: Case, folder: Path) -> Config:
 
 def measure(case: Case, folder: Path) -> dict:
     """Start the engine, let ranks of the actor publish to it, end it."""
+    from megatron_hpt.rollout.engine import Weights
     from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 
     config, kind = configuration(case, folder), ENGINES[case.engine]
     port = free_port()
     log = (folder / "log").open("wb")
     # With weights of its own: vLLM reloads only what it has loaded before.
-    command = kind.command(config, interpreter(config), Start(config.engine_model, port, folder, on_gpus=False))
-    command = ["auto" if word == "dummy" else word for word in command]
+    start = Start(config.engine_model, port, folder, on_gpus=False, weights=Weights.FOLDER)
+    command = kind.command(config, interpreter(config), start)
     engine = subprocess.Popen(command, env=kind.environment(config, False), stdout=log, stderr=log, start_new_session=True)
     try:
         wait_for(f"http://127.0.0.1:{port}", engine)

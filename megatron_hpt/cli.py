@@ -140,6 +140,92 @@ def report(
     Console().print(f"wrote {write_report([open_run(run) for run in runs], out)}", highlight=False, soft_wrap=True)
 
 
+@app.command(context_settings={"allow_interspersed_args": True})
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face folder, checkpoint, run directory, or http://host:port of servers")
+    ],
+    benchmarks: Annotated[str, typer.Option(help="names and files, e.g. aime24,math-500@4,my.parquet (docs/evaluation.md)")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings, e.g. rollout.engine=sglang model.dtype=bfloat16")
+    ] = None,
+    data: Annotated[Path, typer.Option(help="folder of the named sets: parquet, or JSON as published")] = Path("data"),
+    out: Annotated[Path | None, typer.Option(help="folder of the evaluation; default: evaluations/NAME")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="a problem; default: 32 for the small sets, 1 elsewhere")] = None,
+    grader: Annotated[str | None, typer.Option(help="a reward; default: each set's own")] = None,
+    temperature: Annotated[float, typer.Option(min=1e-3)] = 0.6,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1)] = 0.95,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of a response")] = 8192,
+    seed: Annotated[int, typer.Option(min=0, help="of all samples")] = 0,
+    system_prompt: Annotated[str | None, typer.Option(help="put before every problem; simplerl: the paper's")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="of a server's model, where its folder is not on this machine")] = None,
+) -> None:
+    """Sample test sets, grade, print one table with confidence intervals; every sample is kept.
+
+    When interrupted, the same command goes on where it was.
+    """
+    from megatron_hpt.launch.asked import Options
+    from megatron_hpt.launch.evaluate import evaluate
+
+    options = Options(
+        data, out, samples, grader, temperature, top_p, max_tokens, seed, system_prompt, tokenizer, overrides or []
+    )
+    _print_evaluation(evaluate(model, benchmarks.split(","), options, Console()))
+
+
+@app.command()
+def regrade(
+    evaluation: Annotated[Path, typer.Argument(help="folder of an evaluation")],
+    grader: Annotated[str | None, typer.Option(help="a reward for all sets; default: each set's, as it is now")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="grader processes")] = 1,
+    deadline: Annotated[float, typer.Option(min=0.1, help="seconds for an answer")] = 10.0,
+) -> None:
+    """Grade an evaluation's samples again, without an engine, and print its table."""
+    from megatron_hpt.config import RewardConfig
+    from megatron_hpt.launch.evaluate import regrade
+
+    regrade(evaluation, grader, RewardConfig(workers=workers, deadline_s=deadline))
+    _print_evaluation(evaluation)
+
+
+def _print_evaluation(folder: Path) -> None:
+    from megatron_hpt.evaluation.benchmarks import BENCHMARKS
+    from megatron_hpt.evaluation.summary import table
+    from megatron_hpt.launch.evaluate import summaries
+
+    console = _wide_console()
+    console.print(table(summaries(folder), {name: row.title for name, row in BENCHMARKS.items()}))
+    console.print(f"every sample: {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    entries: Annotated[list[str], typer.Argument(help="folders of evaluations and run directories, as PATH or NAME=PATH")],
+    paper: Annotated[
+        str | None, typer.Option(help="show the paper's rows too: Qwen2.5-Math-7B, Qwen2.5-Math-1.5B or Llama-3.1-8B")
+    ] = None,
+    intersect: Annotated[
+        bool, typer.Option("--intersect", help="where problems differ, compare on those that all have")
+    ] = False,
+    across_protocols: Annotated[
+        bool, typer.Option("--across-protocols", help="compare what was sampled or graded differently")
+    ] = False,
+    output: Annotated[
+        list[Path] | None, typer.Option(help="write a file too: .md, .html, .csv, .json, .png or .svg; may be repeated")
+    ] = None,
+) -> None:
+    """Compare models: a table of results, pass@k and maj@k, and what the first solves that each of the others does not."""
+    from megatron_hpt.evaluation.comparison import compare
+    from megatron_hpt.evaluation.output import check, show, write
+
+    check(output or [])
+    found = compare(entries, paper, intersect, across_protocols)
+    show(found, _wide_console())
+    for path in output or []:
+        write(found, path)
+        Console().print(f"wrote {path}", highlight=False)
+
+
 @app.command()
 def config(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],

@@ -79,14 +79,26 @@ class RunDir:
         """As `actor_model`, of the engines' model."""
         return str((self.path / "engine_model").resolve()) if config.model.overrides else str(hf_side(config.engine_model))
 
+    @property
+    def evaluations(self) -> Path:
+        """Every sample of the newest evaluations, by step (`evaluation.samples`)."""
+        return self.path / "evaluations"
+
+    def evaluation(self, step: int) -> Path:
+        """Samples of the weights after `step` optimizer steps."""
+        return self.evaluations / f"step_{step:06d}"
+
+    def evaluation_steps(self) -> list[int]:
+        """Steps whose samples are there, oldest first."""
+        return _steps(self.evaluations)
+
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step_{step:06d}"
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the whole checkpoints, oldest first."""
-        matches = (re.fullmatch(r"step_(\d{6,})", path.name) for path in self.checkpoints.glob("step_*"))
-        return sorted(int(match[1]) for match in matches if match)
+        return _steps(self.checkpoints)
 
     def lock(self) -> IO:
         """Claim the directory for this process until the returned file is closed.
@@ -105,6 +117,11 @@ class RunDir:
     def log(self, process: str) -> Path:
         """Log file of one process."""
         return self.logs / f"{process}.log"
+
+
+def _steps(folder: Path) -> list[int]:
+    matches = (re.fullmatch(r"step_(\d{6,})", path.name) for path in folder.glob("step_*"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def create(config: Config, root: Path) -> RunDir:

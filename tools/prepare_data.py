@@ -50,8 +50,6 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console = Console(stderr=True)
 _SAY_EVERY_S = 30
 """Where the output is not a terminal."""
-_TOGETHER = 16
-"""Answers that a grader process gets at a time."""
 
 Drop = Enum("Drop", {kind.name: kind.value for kind in Kind if kind not in UNUSABLE})
 SystemPrompt = Enum("SystemPrompt", {"STRIP": "strip", "KEEP": "keep"})
@@ -260,15 +258,11 @@ def _write(
 @contextmanager
 def _graders(reward: str, workers: int) -> Iterator[Grade]:
     from megatron_hpt.rewards.pool import GraderPool
-    from megatron_hpt.rewards.registry import lookup
+    from megatron_hpt.rewards.registry import check_name
 
-    with GraderPool(lookup(reward), workers, RewardConfig().deadline_s) as pool:
-
-        async def grade(answers: Sequence[tuple[str, str]]) -> list[float | None]:
-            together = [answers[first : first + _TOGETHER] for first in range(0, len(answers), _TOGETHER)]
-            return [one for grades in await asyncio.gather(*map(pool.grade, together)) for one in grades]
-
-        yield lambda answers: asyncio.run(grade(answers))
+    check_name(reward)
+    with GraderPool(RewardConfig(name=reward, workers=workers)) as pool:
+        yield lambda answers: [grade.score for grade in asyncio.run(pool.grade(answers))]
 
 
 @contextmanager

@@ -6,12 +6,15 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import CheckpointError
 
 META = "megatron_hpt.json"
+BEST = "best.json"
 FORMAT = 3
 SIDE_FILES = "hf"
 """Folder inside a checkpoint with the model's configuration and tokenizer, as in a Hugging Face folder."""
@@ -78,9 +81,42 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def superseded(steps: Sequence[int], newest: int, every: int) -> list[int]:
-    """Steps whose checkpoints go: all but the `newest` last ones and, if `every` is not 0, those that it divides."""
-    return [step for step in sorted(steps)[:-newest] if not every or step % every]
+def superseded(steps: Sequence[int], newest: int, every: int, best: Best | None = None) -> list[int]:
+    """Steps whose checkpoints go: all but the `newest` last, the best and, if `every` is not 0, those that it divides."""
+    kept = {best.step} if best else set()
+    return [step for step in sorted(steps)[:-newest] if step not in kept and (not every or step % every)]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The checkpoint that a run's validation set chose."""
+
+    step: int
+    """Optimizer steps in it."""
+    set: str
+    metric: str
+    value: float
+
+
+def write_best(run: Path, best: Best) -> None:
+    """Name the best checkpoint of a run directory in its best.json; it is not removed while it is there."""
+    checkpoint = f"checkpoints/step_{best.step:06d}"
+    write_whole(run / BEST, json.dumps({**asdict(best), "checkpoint": checkpoint}, indent=1) + "\n")
+
+
+def read_best(run: Path) -> Best | None:
+    """What `write_best` wrote; None: no checkpoint has been chosen.
+
+    Raises:
+        CheckpointError: the file is not one of them.
+    """
+    try:
+        tree = json.loads((run / BEST).read_text())
+        return Best(**{key: value for key, value in tree.items() if key != "checkpoint"})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{run / BEST}: does not name a checkpoint: {error}") from None
 
 
 def remove(folder: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_hpt.errors import DataError
 
 COLUMNS = ("prompt", "reward_model")
 """Needed."""
-READ = ("prompt", "target", "target_lst", "data_source", "reward_model.ground_truth", "extra_info.index")
+READ = ("prompt", "target", "target_lst", "data_source", "reward_model.ground_truth", "extra_info.index", "extra_info.level")
 """What is read of them and of the optional ones; a file may have any others."""
 
 

@@ -42,6 +42,12 @@ class RawRow:
         index = (self.fields.get("extra_info") or {}).get("index")
         return self.default_id if index is None else str(index)
 
+    @property
+    def level(self) -> str | None:
+        """How hard its problem is: ``extra_info.level``, where the data has one."""
+        level = (self.fields.get("extra_info") or {}).get("level")
+        return None if level is None else str(level)
+
 
 class ProblemSet:
     """Files of one source."""

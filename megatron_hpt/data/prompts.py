@@ -39,6 +39,8 @@ class Prompt:
     """Response tokens with end-of-sequence; None if there is none that can be used."""
     ground_truth: str
     data_source: str
+    level: str | None = None
+    """How hard it is, in its source's words."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Reader:
             counts["dropped_prompts"] += 1
             return None
         demonstration = self._demonstration(text, written, where, visit, counts)
-        return Prompt(row.prompt_id, tokens, demonstration, truth, fields.get("data_source") or "")
+        return Prompt(row.prompt_id, tokens, demonstration, truth, fields.get("data_source") or "", row.level)
 
     def _demonstration(
         self, prompt: str, written: Sequence[str], where: str, visit: float, counts: Counter[str]

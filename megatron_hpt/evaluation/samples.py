@@ -1,13 +1,28 @@
 """What an evaluation leaves behind: a folder with every sample, from which all tables follow without an engine.
 
-EVALUATION/evaluation.json            model, protocol and files of problems with their sha256
-EVALUATION/samples/<benchmark>.parquet    one row a sample (SCHEMA), problems in the order of their file
+EVALUATION/evaluation.json            model, protocol and files of problems with their sha256 (`Evaluation`)
+EVALUATION/samples/<benchmark>.parquet    one row a sample (SCHEMA), problems in the order of their file, samples from 0
+
+`megatron-hpt evaluate` and the evaluations of a run (RUN/evaluations/step_000020) write the same folder.
 """
 
 from __future__ import annotations
 
-import pyarrow as pa
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_hpt.data.files import whole, write_whole
+from megatron_hpt.errors import DataError
+
+FORMAT = 1
+RECORD = "evaluation.json"
 SCHEMA = pa.schema(
     [
         pa.field("problem_id", pa.string(), nullable=False),
@@ -27,3 +42,131 @@ SCHEMA = pa.schema(
     ]
 )
 """One sample of one problem."""
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """A row of SCHEMA."""
+
+    problem_id: str
+    sample: int
+    seed: int
+    data_source: str
+    level: str | None
+    prompt: str
+    response: str
+    ground_truth: str
+    answer: str | None
+    tokens: int
+    truncated: bool
+    score: float | None = None
+    ungraded_reason: str | None = None
+    grader: str = ""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a model is sampled; two evaluations compare only where theirs is the same."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+    system_prompt: str | None = None
+    """Put before every problem that has none."""
+    chat_template: str | None = None
+    """In place of the tokenizer's own."""
+
+
+@dataclass(frozen=True)
+class SetRecord:
+    """One benchmark of an evaluation."""
+
+    file: str
+    sha256: str
+    """Of the file."""
+    problems: int
+    samples: int
+    """A problem."""
+    grader: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluation.json says."""
+
+    model: str
+    """As it was given: a folder, a checkpoint, a run's part, or a server's URL."""
+    weights: str
+    """Tells weights of one place apart: a digest of the files' names, sizes and times; of a server, its label."""
+    protocol: Protocol
+    benchmarks: dict[str, SetRecord]
+    """By name, in the order of the table."""
+    step: int | None = None
+    """Optimizer steps in the weights, where they are a run's."""
+    engine: str = ""
+    dtype: str = ""
+    """Of the computation; empty: that of a server, which does not say."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Keys of config.json that were given other values."""
+
+
+def write_record(folder: Path, evaluation: Evaluation) -> None:
+    """Write evaluation.json."""
+    write_whole(folder / RECORD, json.dumps({"format": FORMAT, **asdict(evaluation)}, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_record(folder: Path) -> Evaluation:
+    """What `write_record` wrote.
+
+    Raises:
+        DataError: not the folder of an evaluation, or one of another version.
+    """
+    path = folder / RECORD
+    try:
+        tree: dict[str, Any] = json.loads(path.read_text())
+        if tree.pop("format") != FORMAT:
+            raise DataError(f"{path}: another version's evaluation; this one reads format {FORMAT}")
+        sets = {name: SetRecord(**one) for name, one in tree.pop("benchmarks").items()}
+        return Evaluation(**{**tree, "protocol": Protocol(**tree["protocol"]), "benchmarks": sets})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DataError(f"{folder}: not the folder of an evaluation ({RECORD}: {error!r})") from None
+
+
+def samples_file(folder: Path, benchmark: str) -> Path:
+    """Where the samples of a benchmark are once all of them are there."""
+    return folder / "samples" / f"{benchmark}.parquet"
+
+
+def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
+    """Write the samples of one benchmark, whole."""
+    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
+    with whole(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_samples(path: Path) -> list[SampleRow]:
+    """What `write_samples` wrote.
+
+    Raises:
+        DataError: no such file, or not one of samples; names it.
+    """
+    with _readable(path):
+        table = pq.read_table(path)
+    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
+        raise DataError(f"{path}: not a file of samples: it has no column {', '.join(missing)}")
+    return [SampleRow(**row) for row in table.select(SCHEMA.names).to_pylist()]
+
+
+def count_samples(path: Path) -> int:
+    """How many samples a file has. Raises as `read_samples`."""
+    with _readable(path):
+        return pq.read_metadata(path).num_rows
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: not a readable file of samples: {error}") from None

@@ -19,11 +19,11 @@ def write(config: Config, run: RunDir) -> None:
     """Write the folders that `RunDir.actor_model` and `RunDir.engine_model` name, anew; none without overrides."""
     if config.model.overrides:
         for target, source in ((run.actor_model(config), config.model.path), (run.engine_model(config), config.engine_model)):
-            _write(hf_side(source), Path(target), config.model.overrides)
+            write_overridden(hf_side(source), Path(target), config.model.overrides)
 
 
-def _write(source: Path, target: Path, overrides: Mapping[str, Any]) -> None:
-    """Every file is a link into `source`, but config.json."""
+def write_overridden(source: Path, target: Path, overrides: Mapping[str, Any]) -> None:
+    """A folder with other values for some keys of config.json; every other file is a link into `source`."""
     contents = read_config(source, overrides)
     shutil.rmtree(target, ignore_errors=True)  # of the run before it was resumed
     with whole_folder(target) as temporary:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from megatron_hpt.config import Config, GateConfig, SourceGateConfig
-from megatron_hpt.data.prompts import load_prompts
-from megatron_hpt.data.source import held_out_limits
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_hpt.config import Config, GateConfig, SourceGateConfig, files_of
+from megatron_hpt.data.prompts import Prompt, load_prompts
+from megatron_hpt.data.source import held_out_limits, sources
 from megatron_hpt.data.tokenizer import load_tokenizer
-from megatron_hpt.errors import ConfigError, ModelError
+from megatron_hpt.errors import ConfigError, DataError, ModelError
+from megatron_hpt.evaluation.benchmarks import canonical
 from megatron_hpt.launch.fit import fit_gpus
 from megatron_hpt.launch.inspection import check_training_data
 from megatron_hpt.launch.layout import check_layout, check_lengths
@@ -14,7 +18,7 @@ from megatron_hpt.launch.memory import GIB
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
 from megatron_hpt.objective.gate import Gate, Phases, Union
-from megatron_hpt.rewards.registry import lookup
+from megatron_hpt.rewards import registry
 from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.weights.hf_config import ModelShape, read_config, run_shape, shape_of_any
 from megatron_hpt.weights.mapping import hf_tensor_shapes
@@ -29,7 +33,7 @@ def check(config: Config) -> None:
     """
     algorithm = algorithms.of_run(config)
     check_algorithm(config, algorithm)
-    lookup(config.reward.name)
+    registry.check(config.reward)
     shape = run_shape(config)
     check_weights(config.model.path, shape)
     _check_reference_model(config, shape)
@@ -37,6 +41,7 @@ def check(config: Config) -> None:
     check_precision(config)
     check_lengths(config, shape)
     check_engine(config, shape)
+    check_selection(config)
     _check_data(config, shape, algorithm.gate)
 
 
@@ -105,18 +110,32 @@ def check_engine(config: Config, shape: ModelShape) -> None:
     from megatron_hpt.weights.transports import check_transport
 
     if not config.rollout.urls:
-        interpreter(config)
-        allowed = () if torch.cuda.is_available() else ENGINES[config.rollout.engine].host_head_dims
-        if allowed and shape.head_dim not in allowed:
-            raise ConfigError(
-                f"rollout.engine={config.rollout.engine}: its attention on the host has no heads of {shape.head_dim} "
-                f"({config.model.path}/config.json); allowed: {', '.join(map(str, allowed))}, or another engine"
-            )
+        check_started_engine(config, shape.head_dim)
     check_sleep(config, torch.cuda.is_available())
     check_transport(config.transfer.transport)
     if config.transfer.shares_gpus:
         check_memory(config, shape, torch.cuda.get_device_properties(0).total_memory)
     _check_engine_model(config, shape)
+
+
+def check_started_engine(config: Config, head_dim: int | None) -> None:
+    """The engine can be started here.
+
+    Args:
+        head_dim: of the model; None: not known.
+
+    Raises:
+        ConfigError: its environment is missing, or its attention; says what to do.
+    """
+    import torch
+
+    interpreter(config)
+    allowed = () if torch.cuda.is_available() else ENGINES[config.rollout.engine].host_head_dims
+    if allowed and head_dim is not None and head_dim not in allowed:
+        raise ConfigError(
+            f"rollout.engine={config.rollout.engine}: its attention on the host has no heads of {head_dim} "
+            f"({config.model.path}/config.json); allowed: {', '.join(map(str, allowed))}, or another engine"
+        )
 
 
 def check_sleep(config: Config, on_gpus: bool) -> None:
@@ -160,6 +179,48 @@ def _check_engine_model(config: Config, shape: ModelShape) -> None:
         )
 
 
+def check_selection(config: Config) -> None:
+    """With `evaluation.select`: evaluations come where checkpoints are, and a validation set is no test set.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    evaluation, every = config.evaluation, config.trainer.save_every
+    trained = {Path(file).resolve() for source in sources(config) for file in files_of(source.path)}
+    for name, paths in evaluation.validation.items():
+        files = [Path(file) for file in files_of(paths)]
+        if known := next(filter(None, map(canonical, (name, *(file.stem for file in files)))), None):
+            raise ConfigError(
+                f"evaluation.validation.{name}: {known} is a test set; one that chose a checkpoint could not be reported. Put "
+                "it into evaluation.sets, and problems of your own into evaluation.validation"
+            )
+        if shared := [file for file in files if file.resolve() in trained]:
+            raise ConfigError(
+                f"evaluation.validation.{name}: {shared[0]} is in data.train; choose on problems that are not trained on"
+            )
+    if evaluation.select is not None and (not every or not evaluation.every or evaluation.every % every):
+        raise ConfigError(
+            f"evaluation.select={evaluation.select}: every evaluation must find a checkpoint to choose, so evaluation.every "
+            f"(given {evaluation.every}) must be a multiple of trainer.save_every (given {every}), and neither may be 0"
+        )
+
+
+def _check_validation(config: Config, held_out: Mapping[str, Sequence[Prompt]]) -> None:
+    """No problem of a validation set is in a reported one.
+
+    Raises:
+        DataError: names both and how many.
+    """
+    evaluation = config.evaluation
+    reported = {tuple(prompt.tokens): name for name in evaluation.sets for prompt in held_out[name]}
+    for name in evaluation.validation:
+        if shared := [reported[key] for prompt in held_out[name] if (key := tuple(prompt.tokens)) in reported]:
+            raise DataError(
+                f"evaluation.validation.{name}: {len(shared)} of its {len(held_out[name])} problems are also in "
+                f"evaluation.sets.{shared[0]}, which could not be reported any more; leave them out of one of the two"
+            )
+
+
 def _check_reference_model(config: Config, shape: ModelShape) -> None:
     """The KL's reference model has the actor's sizes and its weights are whole; its constants may be others."""
     path = config.algorithm.kl.reference
@@ -185,8 +246,8 @@ def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
         )
     _check_curriculum(config)
     limits = held_out_limits(config)
-    for paths in config.evaluation.sets.values():
-        load_prompts(paths, tokenizer, limits)
+    held_out = {name: load_prompts(paths, tokenizer, limits) for name, paths in config.evaluation.held_out.items()}
+    _check_validation(config, held_out)
     check_training_data(config, tokenizer, gate)
 
 

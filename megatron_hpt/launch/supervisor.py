@@ -8,15 +8,14 @@ import signal
 import time
 from typing import Any, NoReturn
 
-import httpx
-
 from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, HptError, Interrupted, RequeueRequested
 from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of, stop_all
 from megatron_hpt.launch.deaf import Deaf
 from megatron_hpt.launch.launchers import Launcher
-from megatron_hpt.process import TOKEN_VARIABLE, token, token_header
+from megatron_hpt.process import TOKEN_VARIABLE, token
+from megatron_hpt.rollout.running import is_healthy
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import Progress
@@ -201,7 +200,7 @@ class Supervisor:
     def _announce_engines(self, progress: Progress) -> None:
         """Tell trainer and coordinator where the engines are, once all of them answer."""
         urls = {url: url for url in self._config.rollout.urls} or {url: child.name for url, child in self._engines.items()}
-        waiting = [name for url, name in urls.items() if not _healthy(url)]
+        waiting = [name for url, name in urls.items() if not is_healthy(url)]
         waited = time.monotonic() - self._started
         if not waiting:
             self._board.put("engines", list(urls))
@@ -221,7 +220,7 @@ class Supervisor:
         """
         for url, started in list(self._returning.items()):
             waited, name = time.monotonic() - started, self._engines[url].name
-            if _healthy(url):
+            if is_healthy(url):
                 self._board.put(f"returned/{self._returned}", url)
                 self._returned += 1
                 self._board.put("returned", self._returned)
@@ -248,10 +247,3 @@ class Supervisor:
 
 def _interrupt(number: int, _: Any) -> NoReturn:
     raise Interrupted(f"ended by {signal.Signals(number).name}")
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=1.0, trust_env=False, headers=token_header()).status_code == httpx.codes.OK
-    except httpx.HTTPError:
-        return False

@@ -18,21 +18,23 @@ from megatron_hpt.blackboard import Blackboard
 from megatron_hpt.config import Config, load_yaml
 from megatron_hpt.data.history import History
 from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.prompts import Prompt, load_prompts
-from megatron_hpt.data.source import held_out_limits, open_sets, training_source
+from megatron_hpt.data.prompts import Prompt
+from megatron_hpt.data.source import open_sets, training_source
 from megatron_hpt.data.tokenizer import load_tokenizer
-from megatron_hpt.evaluation.metrics import average_at_k, solved_share
+from megatron_hpt.evaluation.grading import Graders, label
+from megatron_hpt.evaluation.selection import Selection
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.gate import Choice
 from megatron_hpt.process import die_with_parent, log_to
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.rewards.registry import lookup
-from megatron_hpt.rollout.assembly import GateDecider, Group, assemble, decide, rollout_metrics
+from megatron_hpt.rollout.assembly import GateDecider, Group, assemble, decide
 from megatron_hpt.rollout.engines import ENGINES
+from megatron_hpt.rollout.evaluations import Evaluations
 from megatron_hpt.rollout.pool import EnginePool
 from megatron_hpt.rollout.sampling import Early, Grader, Settings, grade, sample
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry.metrics import MetricsLog
+from megatron_hpt.telemetry.metrics import read as read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +66,9 @@ class Coordinator:
         self._tokenizer = load_tokenizer(config)
         self._grader = Grader(pool, self._tokenizer)
         self._source = training_source(config, open_sets(config, run.path), self._tokenizer)
-        limits = held_out_limits(config)
-        self._held_out = {name: load_prompts(at, self._tokenizer, limits) for name, at in config.evaluation.sets.items()}
+        graders = Graders(config.reward, {label(config.reward): pool})
+        self._evaluations = Evaluations(run, config, self._tokenizer, graders)
+        self._selection = Selection(run, config.evaluation, read_metrics(run.metrics))
 
     async def run(self) -> None:
         """Make every batch, and one line of metrics for each step."""
@@ -77,6 +80,7 @@ class Coordinator:
             with watch.phase("step"):
                 if not self._ledger.has(step):
                     await self._make_batch(step, watch)
+                self._selection.consider(self._ledger.read_meta(step)[1])
                 self._history.add(step)
                 board.put(f"batch/{step}", True)
                 trained = board.wait(f"trained/{step}", config.deadlines.step_s, "the trainer")
@@ -98,11 +102,12 @@ class Coordinator:
         if self._evaluates_before(step):
             with watch.phase("eval"):
                 evaluation = await self._evaluate(step)
-        retried = self._engines.retried
+        retried, ungraded = self._engines.retried, Counter(self._grader.pool.ungraded)
         groups, data = await self._groups(step, watch)
         engines = {"rollout/engines": self._engines.in_service, "rollout/retried": self._engines.retried - retried}
         seconds = {key: watch.seconds[key] for key in ("time/data_s", "time/rollout_s", "time/reward_s")}
-        metrics = {**evaluation, **seconds, **engines, **data, "rollout/policy_version": step}
+        causes = {f"rollout/ungraded_{cause}": n for cause, n in (self._grader.pool.ungraded - ungraded).items()}
+        metrics = {**evaluation, **seconds, **engines, **causes, **data, "rollout/policy_version": step}
         self._ledger.write(assemble(step, groups, self._algorithm, self._config, metrics, self._history.choices))
 
     async def _groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], dict[str, int]]:
@@ -134,6 +139,7 @@ class Coordinator:
         if step + 1 == self._config.trainer.steps:
             self._board.put("status/coordinator", "last evaluation")
             line |= await self._evaluate(step + 1)
+            self._selection.consider(line)
         self._metrics.write(line)
 
     def _weights_at(self, version: int) -> dict[str, Any]:
@@ -142,27 +148,14 @@ class Coordinator:
     def _evaluates_before(self, step: int) -> bool:
         every, last = self._config.evaluation.every, step + 1 == self._config.trainer.steps
         # Not before the last step: its line will hold the evaluation of the final weights.
-        return bool(self._held_out) and (step == 0 or bool(every and step % every == 0 and not last))
+        return bool(self._config.evaluation.held_out) and (step == 0 or bool(every and step % every == 0 and not last))
 
     async def _evaluate(self, version: int) -> dict[str, Any]:
         """Accuracy of weights `version` on every held-out set; in a step's line it is that of its version, see docs."""
-        evaluation = self._config.evaluation
-        settings = Settings(
-            lambda _: evaluation.samples,
-            evaluation.temperature,
-            evaluation.top_p,
-            self._config.data.max_response_length,
-            self._stop_token,
-        )
-        metrics: dict[str, Any] = {}
-        for name, prompts in self._held_out.items():
-            groups = await self._sample(prompts, settings, f"eval/{name}", version)
-            groups = await grade(groups, self._grader, demonstrations=False)
-            rewards = [group.rewards for group in groups]
-            metrics[f"eval/{name}/avg@{evaluation.samples}"] = average_at_k(rewards)
-            metrics[f"eval/{name}/solved@{evaluation.samples}"] = solved_share(rewards)
-            metrics |= {f"eval/{name}/{key.removeprefix('rollout/')}": value for key, value in rollout_metrics(groups).items()}
-        return {**metrics, "eval/version": version} if metrics else {}
+        if not self._config.evaluation.held_out:
+            return {}
+        async with self._engines.serving(version):
+            return await self._evaluations.evaluate(version, self._engines, self._engines.size)
 
     async def _sample(
         self, prompts: list[Prompt], settings: Settings, purpose: str, version: int, early: Early | None = None
@@ -191,7 +184,7 @@ class Coordinator:
 
 def graders(config: Config) -> GraderPool:
     """The pool of grader processes that a configuration asks for."""
-    return GraderPool(lookup(config.reward.name), config.reward.workers, config.reward.deadline_s)
+    return GraderPool(config.reward)
 
 
 def main() -> None:

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
+
+
+class Weights(Enum):
+    """What a server starts with. The value is the word of both engines' ``--load-format``."""
+
+    NONE = "dummy"
+    """It waits for a trainer's."""
+    FOLDER = "auto"
+    """Those of its model's folder; they are version `OWN`."""
+
+
+OWN = 0
+"""The version of the weights that a server was started with, where a client is told to accept them."""
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from megatron_hpt.config import Config
 from megatron_hpt.data.files import write_private
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.process import token
 from megatron_hpt.rollout import sglang, vllm
+from megatron_hpt.rollout.engine import Weights
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 from megatron_hpt.weights.control import CONTROLS, EngineControl, InFlight
 from megatron_hpt.weights.hf_config import read_config, run_shape
@@ -22,6 +24,16 @@ from megatron_hpt.weights.wire import fp8_format
 
 SGLANG_ENVIRONMENT = ".venv-sglang"
 """What `make sglang-env` builds, beside the environment of the trainer."""
+
+
+class Client(Protocol):
+    """Makes the client of a server."""
+
+    def __call__(self, config: Config, url: str, own: str | None = None) -> HttpEngine:
+        """
+        Args:
+            own: label of the weights that the server was started with, where they count (`HttpEngine`).
+        """
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,8 @@ class Start:
     """For private files."""
     on_gpus: bool
     """On GPUs; else on the host."""
+    weights: Weights = Weights.NONE
+    """What it has before anything is sent to it."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +61,7 @@ class Kind:
     """(config, interpreter, start) → command line."""
     environment: Callable[[Config, bool], dict[str, str]]
     """(config, on GPUs) → environment, on top of this process's."""
-    client: Callable[[Config, str], HttpEngine]
-    """(config, url) → client."""
+    client: Client
     install: str
     """What to do when the interpreter is missing."""
     host_head_dims: tuple[int, ...] = ()
@@ -56,13 +69,13 @@ class Kind:
 
 
 def _vllm_command(config: Config, python: str, start: Start) -> list[str]:
-    return vllm.server_command(config, python, start.model, start.port, on_gpus=start.on_gpus)
+    return vllm.server_command(config, python, start.model, start.port, on_gpus=start.on_gpus, weights=start.weights)
 
 
 def _sglang_command(config: Config, python: str, start: Start) -> list[str]:
     """The token goes by a private file: a command line can be read by every user of the machine."""
     host_cache = None if start.on_gpus else cache_tokens(config)
-    command = sglang.server_command(config, python, start.model, start.port, host_cache)
+    command = sglang.server_command(config, python, start.model, start.port, host_cache, start.weights)
     if own := token():
         file = start.folder / f"sglang_{start.port}.yaml"
         write_private(file, f"api-key: {own}\n")
@@ -70,13 +83,13 @@ def _sglang_command(config: Config, python: str, start: Start) -> list[str]:
     return command
 
 
-def _vllm_client(config: Config, url: str) -> HttpEngine:
-    return vllm.VllmEngine(url, config.deadlines.rollout_s, config.deadlines.health_s, _connections(config))
+def _vllm_client(config: Config, url: str, own: str | None = None) -> HttpEngine:
+    return vllm.VllmEngine(url, config.deadlines.rollout_s, config.deadlines.health_s, _connections(config), own)
 
 
-def _sglang_client(config: Config, url: str) -> HttpEngine:
+def _sglang_client(config: Config, url: str, own: str | None = None) -> HttpEngine:
     vocab, deadlines = run_shape(config).vocab, config.deadlines
-    return sglang.SglangEngine(url, deadlines.rollout_s, deadlines.health_s, vocab, _connections(config))
+    return sglang.SglangEngine(url, deadlines.rollout_s, deadlines.health_s, vocab, _connections(config), own)
 
 
 def _connections(config: Config) -> int:

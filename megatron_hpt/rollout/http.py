@@ -10,7 +10,7 @@ import aiohttp
 
 from megatron_hpt.errors import DeadlineError, EngineError, EngineGone
 from megatron_hpt.process import token_header
-from megatron_hpt.rollout.engine import Sample, SamplingRequest
+from megatron_hpt.rollout.engine import OWN, Sample, SamplingRequest
 from megatron_hpt.weights.manifest import as_version
 
 CONNECTIONS = 256
@@ -23,14 +23,18 @@ class HttpEngine:
     generate_route: str
     version_route: str
 
-    def __init__(self, url: str, deadline_s: float, health_s: float, connections: int = CONNECTIONS) -> None:
+    def __init__(
+        self, url: str, deadline_s: float, health_s: float, connections: int = CONNECTIONS, own: str | None = None
+    ) -> None:
         """
         Args:
             deadline_s: for a request.
             health_s: for the questions how the server is and which weights it serves.
             connections: requests under way at once.
+            own: label of weights that nobody has sent: those of the folder that the server was started with. They are
+                version `OWN`; None: only sent weights, whose labels are numbers, have a version.
         """
-        self.url = url
+        self.url, self._own = url, own
         self._http = self._session(connections, deadline_s)
         self._questions = self._session(1, health_s)  # their own connection: requests may use up all of theirs
 
@@ -75,11 +79,18 @@ class HttpEngine:
             EngineError: it cannot be reached, or fails.
             DeadlineError: no answer in time.
         """
+        return self._version_of(await self.label())
+
+    async def label(self) -> str:
+        """What the server calls its weights: the version that it was sent, or a word before that. Raises as `version`."""
         answer = await self._ask(self._questions, "GET", self.version_route)
         try:
-            return as_version(str(json.loads(answer)["weight_version"]))
+            return str(json.loads(answer)["weight_version"])
         except (ValueError, LookupError, TypeError) as error:
             raise EngineError(f"engine {self.url} answered {self.version_route} with what cannot be read: {error!r}") from None
+
+    def _version_of(self, label: str) -> int | None:
+        return OWN if label == self._own else as_version(label)
 
     async def close(self) -> None:
         """Close connections."""
@@ -114,8 +125,8 @@ class HttpEngine:
         """
         if len(logprobs) != len(tokens) or not tokens:
             raise EngineError(f"engine {self.url} answered {len(tokens)} tokens with {len(logprobs)} log-probabilities")
-        if len(versions) != 1 or not min(versions).isdecimal():
+        if len(versions) != 1 or (version := self._version_of(min(versions))) is None:
             raise EngineError(f"engine {self.url} sampled one response with weights {sorted(versions) or 'of no version'}")
         if finish_reason not in ("stop", "length"):
             raise EngineError(f"engine {self.url} ended a response with {finish_reason!r}; it is not whole")
-        return Sample(tokens, logprobs, finish_reason, int(min(versions)))
+        return Sample(tokens, logprobs, finish_reason, version)

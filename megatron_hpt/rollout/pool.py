@@ -86,6 +86,11 @@ class EnginePool:
         """Times that a request was sent again, to another engine or to one that had come back."""
 
     @property
+    def size(self) -> int:
+        """Engines in all."""
+        return len(self._servers)
+
+    @property
     def in_service(self) -> int:
         """Engines in service."""
         return sum(server.in_service for server in self._servers)

@@ -14,13 +14,15 @@ from megatron_hpt.config import Config
 from megatron_hpt.errors import EngineError
 from megatron_hpt.rollout import sglang_host, sglang_site
 from megatron_hpt.rollout.cores import cores_of_ranks
-from megatron_hpt.rollout.engine import Sample, SamplingRequest
+from megatron_hpt.rollout.engine import Sample, SamplingRequest, Weights
 from megatron_hpt.rollout.gpu_share import SGLANG_STATIC
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 
 
-def server_command(config: Config, python: str, model: str, port: int, host_cache: int | None) -> list[str]:
-    """Command line of a server that waits for its first weights.
+def server_command(
+    config: Config, python: str, model: str, port: int, host_cache: int | None, weights: Weights = Weights.NONE
+) -> list[str]:
+    """Command line of a server.
 
     Args:
         host_cache: tokens that the KV cache holds on a host; None: on GPUs, where it has what the share leaves.
@@ -31,8 +33,8 @@ def server_command(config: Config, python: str, model: str, port: int, host_cach
         *("--host", config.rollout.host, "--port", str(port)),
         *("--dtype", config.model.dtype, "--tp-size", str(config.rollout.tensor_parallel)),
         *("--context-length", str(config.max_sequence_length), "--max-running-requests", str(config.rollout.max_running)),
-        # Weights come from the trainer before the first request, so none are read here.
-        *("--load-format", "dummy", "--skip-server-warmup", "--skip-tokenizer-init"),
+        # A trainer's weights come before the first request, so none are read here.
+        *("--load-format", weights.value, "--skip-server-warmup", "--skip-tokenizer-init"),
         "--sleep-on-idle",  # else an idle server keeps a core of the trainer's busy
         # Seeds of requests are heeded in this mode only.
         "--enable-deterministic-inference",
@@ -87,8 +89,10 @@ class SglangEngine(HttpEngine):
     generate_route = "/generate"
     version_route = "/model_info"
 
-    def __init__(self, url: str, deadline_s: float, health_s: float, vocab: int, connections: int = CONNECTIONS) -> None:
-        super().__init__(url, deadline_s, health_s, connections)
+    def __init__(
+        self, url: str, deadline_s: float, health_s: float, vocab: int, connections: int = CONNECTIONS, own: str | None = None
+    ) -> None:
+        super().__init__(url, deadline_s, health_s, connections, own)
         self._vocab = vocab
 
     def body(self, request: SamplingRequest) -> dict[str, Any]:

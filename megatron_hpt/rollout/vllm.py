@@ -11,12 +11,14 @@ from typing import Any
 
 from megatron_hpt.config import Config
 from megatron_hpt.rollout.cores import cores_of_ranks
-from megatron_hpt.rollout.engine import Sample, SamplingRequest
+from megatron_hpt.rollout.engine import Sample, SamplingRequest, Weights
 from megatron_hpt.rollout.http import HttpEngine
 
 
-def server_command(config: Config, python: str, model: str, port: int, *, on_gpus: bool) -> list[str]:
-    """Command line of a server that waits for its first weights."""
+def server_command(
+    config: Config, python: str, model: str, port: int, *, on_gpus: bool, weights: Weights = Weights.NONE
+) -> list[str]:
+    """Command line of a server."""
     return [
         *(python, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model, "--served-model-name", config.name),
@@ -26,8 +28,8 @@ def server_command(config: Config, python: str, model: str, port: int, *, on_gpu
         *("--max-model-len", str(config.max_sequence_length), "--max-num-seqs", str(config.rollout.max_running)),
         # vLLM 0.32 rewinds a seeded request's generator when it cuts a prompt in two, which the CPU generator cannot do.
         *("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(4096, config.max_sequence_length))),
-        # Weights come from the trainer before the first request, so none are read here.
-        *("--load-format", "dummy", "--weight-transfer-config", json.dumps({"backend": "megatron_hpt"})),
+        # A trainer's weights come before the first request, so none are read here.
+        *("--load-format", weights.value, "--weight-transfer-config", json.dumps({"backend": "megatron_hpt"})),
         *("--worker-extension-cls", "megatron_hpt.weights.vllm_plugin.Outcomes"),
         # The log-probabilities of the distribution that was sampled from, temperature and nucleus applied.
         *("--logprobs-mode", "processed_logprobs"),

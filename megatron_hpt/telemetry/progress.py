@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import deque
 from typing import Any
 
@@ -91,3 +92,57 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Counter:
+    """Shows how many of many samples are there, with the time left; a context manager."""
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        """
+        Args:
+            total: to be made now.
+        """
+        self._console = console or Console()
+        self._total, self._done, self._tokens = total, 0, 0
+        self._started = time.monotonic()
+        self._printed = 0
+        self._status = ""
+        self._live = Live("", console=self._console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Counter:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def status(self, text: str) -> None:
+        """What is going on before and after; on a plain stream each new text is printed once, without its clock."""
+        changed = text.partition(" (")[0] != self._status.partition(" (")[0]
+        self._status = text
+        if self._console.is_terminal:
+            self._live.update(text)
+        elif changed:
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+    def begin(self) -> None:
+        """The first sample is being made: time counts from here."""
+        self._started = time.monotonic()
+
+    def sample(self, tokens: int) -> None:
+        """One more is there. A plain stream gets a line every tenth of all."""
+        self._done += 1
+        self._tokens += tokens
+        if self._console.is_terminal:
+            self._live.update(self._line())
+        elif self._done * 10 // self._total > self._printed:
+            self._printed = self._done * 10 // self._total
+            self._console.print(self._line(), highlight=False, soft_wrap=True)
+
+    def _line(self) -> str:
+        seconds = time.monotonic() - self._started
+        left = seconds / self._done * (self._total - self._done)
+        rate = self._tokens / max(seconds, 1e-9)
+        return f"samples {self._done:,}/{self._total:,}  tokens/s {rate:,.0f}  time left {duration(left)}"

@@ -16,16 +16,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Source
+from megatron_hpt.evaluation.samples import SampleRow, read_record, read_samples
 from megatron_hpt.examples import arithmetic, tiny_llama
 from tests.weights.servers import skip_without
 
+from .evaluations import Evaluation, stock_server
 from .runs import RECIPE, ROOT, SMALL, Run, shared_memory
 
 pytestmark = pytest.mark.end_to_end
 STEPS = 4
 # A frozen reference and an adaptive coefficient are state that a resumed run must have again.
 AROUND = ("algorithm.kl.coefficient=0.01", "algorithm.entropy={coefficient: 0.01, target: 1.0}")
-SETTINGS = (f"trainer.steps={STEPS}", "trainer.save_every=2", *AROUND, *SMALL)
+HELD_OUT = "build/quickstart/heldout.parquet"
+SELECT = f"evaluation={{sets: {{}}, validation: {{heldout: {HELD_OUT}}}, select: heldout, every: 2, samples: 2}}"
+SETTINGS = (f"trainer.steps={STEPS}", "trainer.save_every=2", SELECT, *AROUND, *SMALL)
 KEYS = (
     *("step", "rollout/accuracy", "rollout/response_tokens", "gate/sft_share", "train/loss", "train/grad_norm"),
     *("train/entropy", "train/tokens", "mismatch/k3_kl", "weights/version", "time/rollout_s", "time/train_s"),
@@ -73,7 +77,7 @@ def test_every_step_has_its_metrics_and_the_weights_arrived(finished: Path) -> N
     assert len({line["train/entropy_coefficient"] for line in lines}) == STEPS
     assert lines[0]["eval/version"] == 0
     assert lines[-1]["eval/version"] == STEPS
-    assert "eval/heldout/avg@8" in lines[0]
+    assert [line["step"] for line in lines if "eval/heldout/avg@2" in line] == [0, 2, STEPS - 1]
     assert lines[-1]["train/loss"] < lines[0]["train/loss"]
 
 
@@ -236,3 +240,46 @@ def test_the_sbatch_script_trains_without_slurm(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (tmp_path / "runs").glob("hpt-smoke-local-*")
     assert [line["step"] for line in metrics(run)] == [0]
+
+
+def test_the_best_checkpoint_is_named_and_every_evaluation_keeps_its_samples(finished: Path) -> None:
+    values = {line["eval/version"]: line["eval/heldout/avg@2"] for line in metrics(finished) if "eval/version" in line}
+    del values[0]  # the model before training has no checkpoint
+    best = json.loads((finished / "best.json").read_text())
+    assert best["value"] == max(values.values())
+    assert best["step"] == min(step for step, value in values.items() if value == best["value"])
+    assert (finished / best["checkpoint"]).is_dir()
+    for step, value in values.items():
+        folder = finished / "evaluations" / f"step_{step:06d}"
+        rows = read_samples(folder / "samples" / "heldout.parquet")
+        assert len(rows) == 64 * 2
+        assert sum(row.score for row in rows) / len(rows) == pytest.approx(value)
+        assert read_record(folder).step == step
+
+
+def test_the_command_samples_what_training_sampled(finished: Path, tmp_path: Path) -> None:
+    """The same weights, from Megatron's checkpoint, in an engine of the command's own; it is killed on its way and goes on."""
+    work, before, expected = finished.parents[1], shared_memory(), samples_of_last_step(finished)
+    checkpoint = str(finished / "checkpoints" / f"step_{STEPS:06d}")
+    killed = Evaluation(work, checkpoint, tmp_path, "rollout.max_running=4")
+    assert 8 <= killed.kill_after(8) < len(expected)
+    evaluation = Evaluation(work, checkpoint, tmp_path)
+    assert "heldout" in evaluation.finish()
+    assert evaluation.rows == expected
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "evaluation.json", "samples", "logs"}
+    assert shared_memory() <= before
+
+
+def test_a_server_of_the_folder_samples_the_same(finished: Path, tmp_path: Path) -> None:
+    """The Hugging Face folder of the same weights, served by vLLM as anybody starts it."""
+    server = stock_server(finished / "export", tmp_path)
+    try:
+        evaluation = Evaluation(finished.parents[1], server.ready().url, tmp_path / "out")
+        evaluation.finish()
+        assert evaluation.rows == samples_of_last_step(finished)
+    finally:
+        server.stop()
+
+
+def samples_of_last_step(run: Path) -> list[SampleRow]:
+    return read_samples(run / "evaluations" / f"step_{STEPS:06d}" / "samples" / "heldout.parquet")

@@ -15,6 +15,7 @@ import pytest
 
 from megatron_hpt.config import Config, DataConfig, ModelConfig, RolloutConfig
 from megatron_hpt.process import token_header
+from megatron_hpt.rollout.engine import Weights
 from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.weights.control import CONTROLS, EngineControl, InFlight
 
@@ -59,12 +60,14 @@ class Server:
     log: Path
 
     @classmethod
-    def start(cls, kind: str, model: Path, folder: Path, tensor: int = 1, weights: str = "auto", **change) -> "Server":
-        """Start it; `weights`: its load format, ``auto`` for the folder's own, ``dummy`` for none."""
+    def start(
+        cls, kind: str, model: Path, folder: Path, tensor: int = 1, weights: Weights = Weights.FOLDER, **change
+    ) -> "Server":
+        """Start it."""
         skip_without(kind)
         config, port = engine_config(kind, model, tensor, **change), free_port()
-        command = ENGINES[kind].command(config, interpreter(config), Start(config.engine_model, port, folder, on_gpus=False))
-        command = [weights if word == "dummy" else word for word in command]
+        start = Start(config.engine_model, port, folder, on_gpus=False, weights=weights)
+        command = ENGINES[kind].command(config, interpreter(config), start)
         log = folder / f"{kind}_{port}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(

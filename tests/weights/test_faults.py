@@ -17,6 +17,7 @@ import pytest
 from megatron_hpt.errors import DeadlineError, TransferError
 from megatron_hpt.examples import tiny_llama
 from megatron_hpt.process import TOKEN_VARIABLE, token_header
+from megatron_hpt.rollout.engine import Weights
 from megatron_hpt.weights.control import InFlight
 from megatron_hpt.weights.transports import collective
 
@@ -33,7 +34,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     tiny_llama.write(folder / "model", hidden=64, layers=2, heads=2, kv_heads=2, positions=64)
     os.environ[TOKEN_VARIABLE] = "a secret of these tests"
-    server = Server.start(request.param, folder / "model", folder, weights="dummy")
+    server = Server.start(request.param, folder / "model", folder, weights=Weights.NONE)
     try:
         yield server.ready()
     finally:

@@ -1,0 +1,89 @@
+"""Scores of samples: the only place where an evaluation meets the reward registry."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import groupby
+
+from megatron_hpt.config import RewardConfig
+from megatron_hpt.evaluation.samples import SampleRow
+from megatron_hpt.rewards.grades import Answer
+from megatron_hpt.rewards.math import last_boxed
+from megatron_hpt.rewards.pool import GraderPool
+from megatron_hpt.rewards.registry import check, check_name
+
+
+def label(settings: RewardConfig) -> str:
+    """What samples record of their grader: the reward's name, or as JSON what is not one name for all data."""
+    if isinstance(settings.name, str) and not settings.by_source:
+        return settings.name
+    return json.dumps({"name": settings.name, "by_source": settings.by_source})
+
+
+def settings_of(grader: str, base: RewardConfig) -> RewardConfig:
+    """The settings behind a label; all but the rewards' names are those of `base`.
+
+    Raises:
+        ConfigError: no reward of that name.
+    """
+    if grader.startswith("{"):
+        return RewardConfig.model_validate({**base.model_dump(), **json.loads(grader)})
+    check_name(grader)
+    return RewardConfig.model_validate({**base.model_dump(), "name": grader, "by_source": {}})
+
+
+def check_grader(grader: str, base: RewardConfig) -> None:
+    """Raises:
+    ConfigError: no reward of that name, or it cannot run here.
+    """
+    check(settings_of(grader, base))
+
+
+class Graders:
+    """Grader processes by label, started when they are first needed; a context manager."""
+
+    def __init__(self, settings: RewardConfig, started: Mapping[str, GraderPool] | None = None) -> None:
+        """
+        Args:
+            settings: of every grader, but for the rewards' names.
+            started: pools that somebody else ends.
+        """
+        self._settings = settings
+        self._pools = dict(started or {})
+        self._stack = ExitStack()
+
+    async def grade(self, rows: Sequence[SampleRow], grader: str) -> list[SampleRow]:
+        """The samples with their scores, the answers to one problem together."""
+        problems = [list(group) for _, group in groupby(rows, key=lambda row: row.problem_id)]
+        grades = await asyncio.gather(
+            *(self._pool(grader).grade([_answer(row) for row in group]) for group in problems),
+        )
+        return [
+            replace(row, score=grade.score, ungraded_reason=grade.reason, grader=grader)
+            for group, found in zip(problems, grades, strict=True)
+            for row, grade in zip(group, found, strict=True)
+        ]
+
+    def _pool(self, grader: str) -> GraderPool:
+        if grader not in self._pools:
+            self._pools[grader] = self._stack.enter_context(GraderPool(settings_of(grader, self._settings)))
+        return self._pools[grader]
+
+    def __enter__(self) -> Graders:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+
+def _answer(row: SampleRow) -> Answer:
+    return Answer(row.response, row.ground_truth, row.prompt, row.data_source)
+
+
+def answer_of(response: str) -> str | None:
+    """What maj@k counts: the content of the last box."""
+    return last_boxed(response)

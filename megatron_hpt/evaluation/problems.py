@@ -1,0 +1,104 @@
+"""The problems of a test set as a model is asked them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hpt.data.fields import ground_truth, messages
+from megatron_hpt.data.locations import find
+from megatron_hpt.data.problem_set import ProblemSet, RawRow
+from megatron_hpt.data.prompts import Prompt, Tokenizer
+from megatron_hpt.data.scan import scan
+from megatron_hpt.errors import DataError
+
+SYSTEM_PROMPTS = {"simplerl": "Please reason step by step, and put your final answer within \\boxed{}."}
+"""By name; ``simplerl`` is what the paper's evaluator used."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem, rendered and tokenised."""
+
+    problem_id: str
+    tokens: list[int]
+    prompt: str
+    """The text of `tokens`, special tokens included."""
+    ground_truth: str
+    data_source: str = ""
+    level: str | None = None
+
+
+def load_problems(file: Path, tokenizer: Tokenizer, system_prompt: str | None = None) -> list[Problem]:
+    """Load a set.
+
+    Args:
+        file: in the project's schema (docs/data.md), or a JSON array of ``{prompt, answer[, source, level]}``.
+        system_prompt: put before problems that have none of their own.
+
+    Raises:
+        DataError: with file and row: not such a file, no rows, an empty prompt, no answer, an id that occurs twice.
+    """
+    rows = _json_rows(file) if file.suffix == ".json" else _schema_rows(file)
+    return [_problem(row, tokenizer, system_prompt) for row in rows]
+
+
+def of_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> list[Problem]:
+    """Problems of prompts that are tokenised already: a run's."""
+    return [Problem(p.prompt_id, p.tokens, tokenizer.decode(p.tokens), p.ground_truth, p.data_source, p.level) for p in prompts]
+
+
+def sha256_of(paths: str | Sequence[str]) -> str:
+    """Digest of the files of a set, one after the other."""
+    digest = hashlib.sha256()
+    for location in find(paths):
+        with location.open() as file:
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _schema_rows(file: Path) -> list[RawRow]:
+    rows = ProblemSet(str(file))
+    scan([rows])
+    return [rows.row(index) for index in range(rows.rows)]
+
+
+def _json_rows(file: Path) -> list[RawRow]:
+    """The rows of a published set, as they are in the project's schema."""
+    try:
+        records = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not a readable JSON file: {error}") from None
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{file}: expected an array of problems, found {records if records == [] else type(records).__name__}")
+    return [_json_row(record, f"{file}, row {index}", file.stem, index) for index, record in enumerate(records)]
+
+
+def _json_row(record: Any, where: str, name: str, index: int) -> RawRow:
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected {{prompt, answer}}, found {record!r}")
+    prompt, answer = record.get("prompt"), record.get("answer")
+    if not isinstance(answer, str) or not answer.strip():
+        raise DataError(f"{where}, answer: given {answer!r}; expected a text")
+    fields = {
+        "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+        "reward_model": {"ground_truth": answer},
+        "data_source": record.get("source", name),
+        "extra_info": {"level": record.get("level")},
+    }
+    return RawRow(fields, where, f"{name}-{index}")
+
+
+def _problem(row: RawRow, tokenizer: Any, system_prompt: str | None) -> Problem:
+    chat = messages(row.fields["prompt"], f"{row.where}, prompt")
+    if system_prompt is not None and all(message["role"] != "system" for message in chat):
+        chat = [{"role": "system", "content": system_prompt}, *chat]
+    # As training tokenises them (`data.prompts.Reader`): the template has written what there is to be.
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    tokens = list(tokenizer.encode(text, add_special_tokens=False))
+    truth, source = ground_truth(row.fields, row.where), row.fields.get("data_source") or ""
+    return Problem(row.prompt_id, tokens, tokenizer.decode(tokens), truth, source, row.level)

@@ -1,0 +1,102 @@
+"""Samples of test problems. One code path for the command and for evaluations inside training."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_hpt.evaluation.grading import answer_of
+from megatron_hpt.evaluation.journal import Key
+from megatron_hpt.evaluation.problems import Problem
+from megatron_hpt.evaluation.samples import Protocol, SampleRow
+from megatron_hpt.rollout.engine import Sample, Sampler, SamplingRequest
+from megatron_hpt.rollout.sampling import seed_of
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One sample that is to be drawn. Its seed depends on nothing but the protocol's, the set, the problem and its number."""
+
+    benchmark: str
+    problem: Problem
+    sample: int
+    seed: int
+
+
+def wanted(benchmark: str, problems: Sequence[Problem], samples: int, seed: int, have: Container[Key] = ()) -> list[Wanted]:
+    """The samples of a set that are missing, problem by problem: an engine has a problem's prompt in its cache.
+
+    Args:
+        have: those that are there.
+    """
+    return [
+        Wanted(benchmark, problem, sample, seed_of(seed, "evaluation", benchmark, problem.problem_id, sample))
+        for problem in problems
+        for sample in range(samples)
+        if (problem.problem_id, sample) not in have
+    ]
+
+
+async def draw(
+    engine: Sampler,
+    missing: Iterable[Wanted],
+    protocol: Protocol,
+    tokenizer: Any,
+    at_once: int,
+    found: Callable[[Wanted, SampleRow], None],
+) -> None:
+    """Draw samples, each a request of its own, and hand them on as they come.
+
+    Args:
+        at_once: requests under way: what the engines decode at the same time, so that none waits in a queue.
+        found: called with every sample, ungraded.
+
+    Raises:
+        EngineError, DeadlineError: as `engine` raises.
+    """
+    queue = iter(missing)
+
+    async def worker() -> None:
+        for one in queue:
+            (sample,) = await engine.generate(_request(one, protocol, tokenizer.eos_token_id))
+            found(one, as_row(one, sample, tokenizer))
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(at_once):
+                tasks.create_task(worker())
+    except ExceptionGroup as failed:  # all requests of a dead engine fail alike; one of them says enough
+        raise failed.exceptions[0] from None
+
+
+def _request(one: Wanted, protocol: Protocol, stop_token: int) -> SamplingRequest:
+    return SamplingRequest(
+        tokens=one.problem.tokens,
+        samples=1,
+        seed=one.seed,
+        temperature=protocol.temperature,
+        top_p=protocol.top_p,
+        max_tokens=protocol.max_tokens,
+        stop_token=stop_token,
+    )
+
+
+def as_row(one: Wanted, sample: Sample, tokenizer: Any) -> SampleRow:
+    """An ungraded sample, as it is kept."""
+    problem = one.problem
+    response = tokenizer.decode(sample.tokens, skip_special_tokens=True)
+    return SampleRow(
+        problem_id=problem.problem_id,
+        sample=one.sample,
+        seed=one.seed,
+        data_source=problem.data_source,
+        level=problem.level,
+        prompt=problem.prompt,
+        response=response,
+        ground_truth=problem.ground_truth,
+        answer=answer_of(response),
+        tokens=len(sample.tokens),
+        truncated=sample.finish_reason == "length",
+    )

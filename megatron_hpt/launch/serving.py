@@ -1,0 +1,107 @@
+"""Engines with the weights of a folder, for as long as an evaluation needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_hpt.config import Config
+from megatron_hpt.errors import DeadlineError, EngineError
+from megatron_hpt.launch.children import Child, Failure, stop_all
+from megatron_hpt.launch.launchers import free_port
+from megatron_hpt.process import TOKEN_VARIABLE, token
+from megatron_hpt.rollout.engine import Weights
+from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
+from megatron_hpt.rollout.running import is_healthy
+
+POLL_S = 0.5
+
+
+class Servers:
+    """`rollout.servers` engines; a context manager that ends them."""
+
+    def __init__(self, config: Config, model: Path, folder: Path, gpus: Sequence[str]) -> None:
+        """
+        Args:
+            model: Hugging Face folder.
+            folder: for logs and private files.
+            gpus: what those of this machine are called; every engine gets `rollout.tensor_parallel` of them. None: engines run
+                on the host.
+        """
+        self._config, self._model, self._folder, self._gpus = config, model, folder, gpus
+        self._children: dict[str, Child] = {}
+        self._restarted = 0
+
+    @property
+    def urls(self) -> list[str]:
+        """Where they are."""
+        return list(self._children)
+
+    def __enter__(self) -> Servers:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        os.environ[TOKEN_VARIABLE] = token() or secrets.token_urlsafe(24)  # what the engines inherit and their clients send
+        for index in range(self._config.rollout.servers):
+            self._start(index)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        stop_all(list(self._children.values()))
+
+    def wait(self, status: Callable[[str], None]) -> None:
+        """Return when all of them answer.
+
+        Raises:
+            EngineError: one died.
+            DeadlineError: one is not ready within `deadlines.startup_s`.
+        """
+        started = time.monotonic()
+        while waiting := [child.name for url, child in self._children.items() if not is_healthy(url)]:
+            self._fail_if_dead()
+            waited = time.monotonic() - started
+            if waited > self._config.deadlines.startup_s:
+                raise DeadlineError(
+                    f"{', '.join(waiting)} not ready within {waited:.0f} s (deadlines.startup_s); see {self._folder}"
+                )
+            status(f"starting: {', '.join(waiting)} ({waited:.0f} s)")
+            time.sleep(POLL_S)
+
+    async def watch(self) -> None:
+        """Start engines again that die, for ever: whoever needs them no longer cancels this.
+
+        Raises:
+            EngineError: more died than `rollout.max_restarts`.
+        """
+        while True:
+            await asyncio.sleep(POLL_S)
+            for url, child in self._children.items():
+                if child.exit_code is None:
+                    continue
+                if self._restarted == self._config.rollout.max_restarts:
+                    self._fail_if_dead()
+                self._restarted += 1
+                self._children[url] = await asyncio.to_thread(child.again)
+
+    def _fail_if_dead(self) -> None:
+        dead = [child for child in self._children.values() if child.exit_code is not None]
+        if dead:
+            restarted = f"\nengines had been started again {self._restarted} times" if self._restarted else ""
+            raise EngineError("\n".join(str(Failure(c.name, c.exit_code or 0, c.log)) for c in dead) + restarted)
+
+    def _start(self, index: int) -> None:
+        config, kind = self._config, ENGINES[self._config.rollout.engine]
+        host, port = config.rollout.host, free_port(config.rollout.host)
+        start = Start(str(self._model), port, self._folder, on_gpus=bool(self._gpus), weights=Weights.FOLDER)
+        command = kind.command(config, interpreter(config), start)
+        environment = {**kind.environment(config, start.on_gpus), **self._devices(index)}
+        child = Child.start(f"engine {index}", command, self._folder / f"engine_{index}.log", environment)
+        self._children[f"http://{host}:{port}"] = child
+
+    def _devices(self, index: int) -> dict[str, str]:
+        if not self._gpus:
+            return {}
+        width = self._config.rollout.tensor_parallel
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus[index * width : (index + 1) * width])}
