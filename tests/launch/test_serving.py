@@ -37,6 +37,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Config:
 
     def command(config, python, start):
         assert start.weights is Weights.FOLDER
+        (start.folder / "token").touch()
         return [python, "-c", SERVER, str(start.port)]
 
     serving = replace(ENGINES["vllm"], command=command, environment=lambda config, on_gpus: dict(os.environ))
