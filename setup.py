@@ -12,6 +12,7 @@ setup(
     version="0.1.0",
     description="Hybrid post-training (SFT and RL as one estimator) on Megatron-Core with vLLM rollouts",
     packages=find_packages(include=["megatron_hpt", "megatron_hpt.*"]),
+    package_data={"megatron_hpt.telemetry.report": ["*.html", "*.css", "*.js"]},
     python_requires=">=3.11",
     entry_points={
         "console_scripts": ["megatron-hpt = megatron_hpt.cli:main"],

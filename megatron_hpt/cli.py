@@ -127,12 +127,17 @@ def plan(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
-    """Draw the curves of a run: report.html, one self-contained page, and report.png."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories; their curves are overlaid")],
+    out: Annotated[
+        Path | None, typer.Option(help="the page; default: report.html in the run directory, of several runs in this folder")
+    ] = None,
+) -> None:
+    """Write the page to send to colleagues: curves, the gate, answers; one self-contained HTML file, and a PNG beside it."""
     from megatron_hpt.run import open_run
-    from megatron_hpt.telemetry.report import write_report
+    from megatron_hpt.telemetry.report.write import write_report
 
-    Console().print(f"wrote {write_report(open_run(run))}", highlight=False)
+    Console().print(f"wrote {write_report([open_run(run) for run in runs], out)}", highlight=False, soft_wrap=True)
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -191,6 +196,34 @@ def _print_evaluation(folder: Path) -> None:
     console = _wide_console()
     console.print(table(summaries(folder), {name: row.title for name, row in BENCHMARKS.items()}))
     console.print(f"every sample: {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    entries: Annotated[list[str], typer.Argument(help="folders of evaluations and run directories, as PATH or NAME=PATH")],
+    paper: Annotated[
+        str | None, typer.Option(help="show the paper's rows too: Qwen2.5-Math-7B, Qwen2.5-Math-1.5B or Llama-3.1-8B")
+    ] = None,
+    intersect: Annotated[
+        bool, typer.Option("--intersect", help="where problems differ, compare on those that all have")
+    ] = False,
+    across_protocols: Annotated[
+        bool, typer.Option("--across-protocols", help="compare what was sampled or graded differently")
+    ] = False,
+    output: Annotated[
+        list[Path] | None, typer.Option(help="write a file too: .md, .html, .csv, .json, .png or .svg; may be repeated")
+    ] = None,
+) -> None:
+    """Compare models: a table of results, pass@k and maj@k, and what the first solves that each of the others does not."""
+    from megatron_hpt.evaluation.comparison import compare
+    from megatron_hpt.evaluation.output import check, show, write
+
+    check(output or [])
+    found = compare(entries, paper, intersect, across_protocols)
+    show(found, _wide_console())
+    for path in output or []:
+        write(found, path)
+        Console().print(f"wrote {path}", highlight=False)
 
 
 @app.command()

@@ -6,6 +6,7 @@ values and checked against the same types, so nothing reaches a process that has
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -266,13 +267,96 @@ class AlgorithmConfig(Section):
     """Correction of what separates the engine's probabilities from the trainer's."""
 
 
+REWARDS = ("math", "math_strict", "choice", "exact", "numeric", "format", "reasoning_gym", "code", "http")
+"""Names of rewards (docs/rewards.md); megatron_hpt/rewards/registry.py has what they do."""
+_SHAPED_ELSEWHERE = ("length", "overlong")
+
+
+def check_reward(choice: str | dict[str, float]) -> str | dict[str, float]:
+    """The choice of a reward, if all its names are known.
+
+    Raises:
+        ValueError: names the one that is not, and what is allowed.
+    """
+    for name in [choice] if isinstance(choice, str) else choice:
+        if name in _SHAPED_ELSEWHERE:
+            raise ValueError("a length is no verdict; penalties are in the advantages: algorithm.overlong.buffer and .penalty")
+        if name not in REWARDS and ":" not in name:
+            raise ValueError(
+                f"allowed: {', '.join(REWARDS)}, package.module:function, file.py:function, or a sum of them such as "
+                f"{{math: 0.9, format: 0.1}}{did_you_mean(name, REWARDS)}"
+            )
+    if not choice:
+        raise ValueError("a sum of no rewards; name at least one")
+    return choice
+
+
+RewardChoice = typing.Annotated[str | dict[str, float], AfterValidator(check_reward)]
+
+
+class CodeRewardConfig(Section):
+    time_s: PositiveFloat = 5.0
+    """Seconds that a program may take for each of its tests, and all of its processes together on one core."""
+    memory_mib: PositiveInt = 512
+    """Memory of one of its processes."""
+    processes: PositiveInt = 16
+    """Processes and threads it may have."""
+    disk_mib: PositiveInt = 32
+    """What it may write, all files together; they are gone when it ends."""
+
+
+class HttpRewardConfig(Section):
+    url: str = ""
+    """Server of a reward model, e.g. http://node7:8000."""
+    engine: Literal["vllm", "sglang"] = "vllm"
+    """What serves it: vllm serve MODEL --runner pooling, or sglang.launch_server --is-embedding; asked at /classify."""
+    label: NonNegativeInt = 0
+    """Which of the model's outputs is the score."""
+    activation: bool = False
+    """The model's own sigmoid or softmax over its outputs (vllm); without it the score is the output itself."""
+    threshold: float | None = None
+    """Score from which an answer counts as correct (reward 1, else 0), as the gate needs it; default: the score as it is."""
+    batch: PositiveInt = 32
+    """Answers in one request."""
+    requests: PositiveInt = 8
+    """Requests under way at once."""
+
+
 class RewardConfig(Section):
-    name: str = "math"
-    """A row of the registry in megatron_hpt/rewards/registry.py."""
+    name: RewardChoice = "math"
+    """A reward (docs/rewards.md), package.module:function or file.py:function, or a sum: {math: 0.9, format: 0.1}."""
+    by_source: dict[str, RewardChoice] = {}
+    """Other rewards for some data: name in the data's `data_source` column → reward or sum."""
     workers: PositiveInt = 1
     """Grader subprocesses."""
     deadline_s: PositiveFloat = 10.0
     """Seconds one answer may take; after that it is ungraded (counted, never a 0)."""
+    memory_gib: PositiveFloat = 4.0
+    """Address space of one grader subprocess; an answer that needs more is ungraded."""
+    tolerance: NonNegativeFloat = 1e-6
+    """Relative error that `numeric` allows."""
+    pattern: str = r"(?s).*\\boxed\{.*"
+    """Regular expression that the whole response must match for `format`."""
+    code: CodeRewardConfig = CodeRewardConfig()
+    """Limits of the programs that `code` runs."""
+    http: HttpRewardConfig = HttpRewardConfig()
+    """The server that `http` asks."""
+
+    @property
+    def names(self) -> list[str]:
+        """All rewards that some answer may need, each once."""
+        choices = [self.name, *self.by_source.values()]
+        return list(dict.fromkeys(name for choice in choices for name in ([choice] if isinstance(choice, str) else choice)))
+
+    @model_validator(mode="after")
+    def _usable(self) -> RewardConfig:
+        if "http" in self.names and not self.http.url.startswith(("http://", "https://")):
+            raise ValueError(f"reward.http.url: given {self.http.url!r}; the http reward needs a server, http://host:port")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"reward.pattern: {self.pattern!r} is not a regular expression: {error}") from None
+        return self
 
 
 class RolloutConfig(Section):
@@ -608,7 +692,14 @@ def _parse(key: str, text: str) -> Any:
 
 _NAMED_SECTIONS = (["algorithm", "gate", "by_source"],)
 """Mappings from the user's own names to sections."""
-_FREE_MAPPINGS = (*_NAMED_SECTIONS, ["evaluation", "sets"], ["evaluation", "validation"], ["model", "overrides"])
+_FREE_MAPPINGS = (
+    *_NAMED_SECTIONS,
+    ["evaluation", "sets"],
+    ["evaluation", "validation"],
+    ["model", "overrides"],
+    ["reward", "by_source"],
+    ["reward", "name"],
+)
 """Their keys are not this tree's."""
 
 

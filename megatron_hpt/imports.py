@@ -1,9 +1,10 @@
-"""Functions of the user's own, named in a recipe as ``package.module:function``."""
+"""Functions of the user's own, named in a recipe as ``package.module:function`` or ``file.py:function``."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,21 @@ def import_function(path: str, key: str) -> Callable[..., Any]:
     Raises:
         ConfigError: it cannot be imported or called; names the recipe's key.
     """
-    module, _, name = path.partition(":")
+    module, _, name = path.rpartition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = getattr(_of_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), name)
     except Exception as error:  # whatever the user's module raises
-        message = f"{type(error).__name__}: {error}; expected package.module:function"
+        message = f"{type(error).__name__}: {error}; expected package.module:function or file.py:function"
         raise ConfigError(f"{key}: {path!r} cannot be imported: {message}") from error
     if not callable(function):
         raise ConfigError(f"{key}: {path!r} is a {type(function).__name__}, not a function")
     return function
+
+
+def _of_file(path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

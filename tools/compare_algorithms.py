@@ -17,7 +17,7 @@ import typer
 from megatron_hpt.config import Config
 from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import ConfigError, HptError, Interrupted
-from megatron_hpt.evaluation.comparison import draw, reached, table
+from megatron_hpt.evaluation.runs import draw, reached, table
 from megatron_hpt.launch.train import resume_point, resume_run, start_run
 from megatron_hpt.recipe import load
 from megatron_hpt.run import RunDir, newest

@@ -1,34 +1,294 @@
-"""Write the parquet files that recipes train on.
+"""Write the parquet files that recipes train and evaluate on (docs/data.md).
 
-python tools/prepare_data.py arithmetic build/quickstart
-python tools/prepare_data.py word-problems build/gsm --train 2000 --held-out 48
+    python tools/prepare_data.py openr1 SOURCE data/openr1.parquet [--system-prompt keep]
+    python tools/prepare_data.py benchmarks DIR data
+    python tools/prepare_data.py gsm8k SOURCE OUT
+    python tools/prepare_data.py math SOURCE OUT
+    python tools/prepare_data.py columns SOURCE OUT prompt=question answer=final demonstration=solution
+    python tools/prepare_data.py reasoning-gym TASK OUT --rows 10000
+    python tools/prepare_data.py arithmetic DIR
+    python tools/prepare_data.py word-problems DIR
+
+SOURCE is a parquet, JSON or JSONL file, a folder of them, or a dataset of the Hugging Face hub, OWNER/NAME or OWNER/NAME/GLOB.
+What is wrong with a row is said in _OUT.rejects.jsonl, by file and row; --drop says what of it costs the row its place.
 """
 
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from enum import Enum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from megatron_hpt.config import Config, DataConfig, ModelConfig, RewardConfig
+from megatron_hpt.data.preparation import formats
+from megatron_hpt.data.preparation.checks import Grade, Lengths
+from megatron_hpt.data.preparation.findings import UNUSABLE, Kind
+from megatron_hpt.data.preparation.formats import Format
+from megatron_hpt.data.preparation.hub import find
+from megatron_hpt.data.preparation.overlap import WORDS
+from megatron_hpt.data.preparation.pipeline import Plan, Preparation, rejects_path
+from megatron_hpt.data.preparation.reading import Batch, Files
+from megatron_hpt.data.preparation.sets import held_out, sets_in
+from megatron_hpt.data.preparation.telling import told
+from megatron_hpt.errors import DataError, HptError
 from megatron_hpt.examples import arithmetic as sums
 from megatron_hpt.examples import word_problems as words
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-Out = Annotated[Path, typer.Argument(help="folder for train.parquet and heldout.parquet")]
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console(stderr=True)
+_SAY_EVERY_S = 30
+"""Where the output is not a terminal."""
+
+Drop = Enum("Drop", {kind.name: kind.value for kind in Kind if kind not in UNUSABLE})
+SystemPrompt = Enum("SystemPrompt", {"STRIP": "strip", "KEEP": "keep"})
+Answers = Enum("Answers", {"ENTRY": "entry", "TEXT": "text"})
+Source = Annotated[str, typer.Argument(help="file, folder, or OWNER/NAME or OWNER/NAME/GLOB of the hub")]
+Out = Annotated[Path, typer.Argument(help="parquet file to write")]
+Folder = Annotated[Path, typer.Argument(help="folder for train.parquet and heldout.parquet")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of every command that reads problems; the fields become options."""
+
+    split: Annotated[str, typer.Option(help="written to extra_info.split; default: train, of benchmarks test")] = ""
+    instruction: Annotated[str, typer.Option(help="a line after every question")] = ""
+    tokenizer: Annotated[Path | None, typer.Option(help="model folder: lengths are in its tokens")] = None
+    chat_template: Annotated[str | None, typer.Option(help="in place of the tokenizer's, as data.chat_template")] = None
+    max_prompt: Annotated[int | None, typer.Option(help="more tokens are a long-prompt", min=1)] = None
+    max_response: Annotated[int | None, typer.Option(help="more tokens are a long-demonstration", min=1)] = None
+    against: Annotated[list[Path] | None, typer.Option(help="file or folder of test sets to compare with")] = None
+    words: Annotated[int, typer.Option(help="in a row, in common with a test problem: contaminated", min=1)] = WORDS
+    reward: Annotated[str | None, typer.Option(help="grade demonstrations against their answers, e.g. math")] = None
+    workers: Annotated[int, typer.Option(help="grader processes", min=1)] = 2
+    drop: Annotated[list[Drop] | None, typer.Option(help="leave out rows with this finding; may be repeated")] = None
+
+    def check(self) -> None:
+        """An option without the one it needs would do nothing."""
+        asked = {f"--drop {one.value}": self._needed(Kind(one.value)) for one in self.drop or ()}
+        asked |= {
+            f"--{name.replace('_', '-')}": [("--tokenizer", self.tokenizer)] for name in _OF_LENGTHS if getattr(self, name)
+        }
+        for option, needs in asked.items():
+            for name, given in needs:
+                if not given:
+                    raise DataError(f"{option} needs {name}")
+
+    def _needed(self, kind: Kind) -> list[tuple[str, Any]]:
+        return {
+            Kind.CONTAMINATED: [("--against", self.against)],
+            Kind.WRONG: [("--reward", self.reward)],
+            Kind.LONG_PROMPT: [("--max-prompt", self.max_prompt)],
+            Kind.LONG_DEMONSTRATION: [("--max-response", self.max_response)],
+        }.get(kind, [])
+
+    def lengths(self) -> Lengths | None:
+        """How lengths are counted."""
+        if self.tokenizer is None:
+            return None
+        from megatron_hpt.data.tokenizer import load_tokenizer
+
+        data = DataConfig(train="", chat_template=self.chat_template)
+        tokenizer = load_tokenizer(Config(name="preparation", model=ModelConfig(path=str(self.tokenizer)), data=data))
+        return Lengths(tokenizer, self.max_prompt, self.max_response)
+
+
+_OF_LENGTHS = ("chat_template", "max_prompt", "max_response")
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose last parameter is `options: Options` gets its fields as options of the command line."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [one for name, one in signature.parameters.items() if name != "options"]
+    shared = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+        for field, annotation in zip(fields(Options), inspect.get_annotations(Options, eval_str=True).values(), strict=True)
+    ]
+
+    @wraps(command)
+    def with_fields(**given: Any) -> None:
+        options = Options(**{one.name: given.pop(one.name) for one in shared})
+        options.check()
+        command(**given, options=options)
+
+    with_fields.__signature__ = signature.replace(parameters=[*own, *shared])
+    with_fields.__annotations__ = {one.name: one.annotation for one in (*own, *shared)}
+    return with_fields
 
 
 @app.command()
-def arithmetic(out: Out, held_out: int = 64, seed: int = 0) -> None:
+@with_options
+def openr1(
+    source: Source,
+    out: Out,
+    system_prompt: Annotated[SystemPrompt, typer.Option(help="HPT's numbers are without it")] = SystemPrompt.STRIP,
+    *,
+    options: Options,
+) -> None:
+    """Elliott/Openr1-Math-46k-8192, and other parquet in veRL's schema."""
+    _prepare(find(source), formats.openr1(system_prompt is SystemPrompt.KEEP), out, options)
+
+
+@app.command()
+@with_options
+def benchmarks(
+    folder: Annotated[Path, typer.Argument(help="test sets: NAME.json or NAME/test.json, arrays of {prompt, answer}")],
+    out: Annotated[Path, typer.Argument(help="folder for a parquet file each, named in lower case without hyphens")],
+    *,
+    options: Options,
+) -> None:
+    """Test sets; sources and ids are kept where they have any."""
+    for name, files in sets_in(folder).items():
+        target = out / f"{name.lower().replace('-', '').replace('_', '')}.parquet"
+        _prepare(files, formats.benchmark(name.lower()), target, options, split="test")
+
+
+@app.command()
+@with_options
+def gsm8k(source: Source, out: Out, *, options: Options) -> None:
+    """GSM8K's question and answer: the steps become demonstrations whose last line boxes what stands after ####."""
+    _prepare(find(source), formats.GSM8K, out, options)
+
+
+@app.command()
+@with_options
+def math(source: Source, out: Out, *, options: Options) -> None:
+    """MATH's problem and solution: the answer is what the solution boxes."""
+    _prepare(find(source), formats.MATH, out, options)
+
+
+@app.command()
+@with_options
+def columns(
+    source: Source,
+    out: Out,
+    mapping: Annotated[list[str], typer.Argument(help="prompt=… answer=… [demonstration=… system=… id=… source=… level=…]")],
+    data_source: Annotated[str, typer.Option(help="data_source of rows without one; default: OUT's name")] = "",
+    *,
+    options: Options,
+) -> None:
+    """Any file, by the columns that prompt, answer and others are in; a.b is a field of a record."""
+    roles = dict(one.partition("=")[::2] for one in mapping)
+    if unnamed := [role for role, column in roles.items() if not column]:
+        raise DataError(f"given {unnamed[0]!r}; expected ROLE=COLUMN, e.g. prompt=question")
+    _prepare(find(source), formats.mapped(data_source or out.stem, roles), out, options)
+
+
+@app.command()
+@with_options
+def reasoning_gym(
+    task: Annotated[str, typer.Argument(help="e.g. leg_counting")],
+    out: Out,
+    parameters: Annotated[list[str] | None, typer.Argument(help="of the task, in YAML, e.g. min_animals=2")] = None,
+    rows: Annotated[int, typer.Option(min=1)] = 10_000,
+    seed: int = 0,
+    answers: Annotated[
+        Answers, typer.Option(help="entry: judged by the task's own scoring; text: by any reward")
+    ] = Answers.ENTRY,
+    *,
+    options: Options,
+) -> None:
+    """Problems that reasoning-gym generates."""
+    import yaml
+
+    from megatron_hpt.data.preparation.generated import generate
+
+    given = {name: yaml.safe_load(text) for name, _, text in (one.partition("=") for one in parameters or ())}
+    problems = generate(task, rows, seed, given)
+    _write(problems.batches(), problems.rows, problems.format(answers is Answers.ENTRY), out, options)
+
+
+@app.command()
+def arithmetic(out: Folder, held_out: int = 64, seed: int = 0) -> None:
     """Sums of three numbers from 1 to 9, every step written out (the quickstart's task)."""
     sums.write(out, held_out, seed)
     print(f"wrote {out}/train.parquet and {out}/heldout.parquet")
 
 
 @app.command()
-def word_problems(out: Out, train: int = 2000, held_out: int = 48) -> None:
+def word_problems(out: Folder, train: int = 2000, held_out: int = 48) -> None:
     """Grade-school word problems with step-by-step solutions, from reasoning-gym's gsm_symbolic."""
     words.write(out, train, held_out)
     print(f"wrote {train} problems to {out}/train.parquet and {held_out} to {out}/heldout.parquet")
 
 
+def _prepare(files: Files, form: Format, out: Path, options: Options, split: str = "train") -> None:
+    files.require(form.needed)
+    _write(files.batches(form.columns), files.nbytes, form, out, options, split, files.paths)
+
+
+def _write(
+    batches: Iterable[Batch],
+    total: int,
+    form: Format,
+    out: Path,
+    options: Options,
+    split: str = "train",
+    sources: Sequence[Path] = (),
+) -> None:
+    started = time.monotonic()
+    with ExitStack() as stack:
+        plan = Plan(
+            form,
+            options.split or split,
+            options.instruction,
+            options.lengths(),
+            held_out(options.against, options.words, {out, *sources}) if options.against else None,
+            stack.enter_context(_graders(options.reward, options.workers)) if options.reward else None,
+            frozenset(Kind(one.value) for one in options.drop or ()),
+        )
+        advance = stack.enter_context(_progress(out.name, total))
+        summary = Preparation(plan).write(batches, out, advance)
+    unit = "tokens" if options.tokenizer else "characters"
+    print("\n".join(told(summary, out, rejects_path(out), unit, time.monotonic() - started)))
+
+
+@contextmanager
+def _graders(reward: str, workers: int) -> Iterator[Grade]:
+    from megatron_hpt.rewards.pool import GraderPool
+    from megatron_hpt.rewards.registry import check_name
+
+    check_name(reward)
+    with GraderPool(RewardConfig(name=reward, workers=workers)) as pool:
+        yield lambda answers: [grade.score for grade in asyncio.run(pool.grade(answers))]
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shares of the total as they are done: a bar with the time left, or a line now and then."""
+    bar = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*bar, console=console, disable=not console.is_terminal) as progress:
+        task, said = progress.add_task(what, total=total), time.monotonic()
+
+        def advance(done: int) -> None:
+            nonlocal said
+            progress.advance(task, done)
+            if not console.is_terminal and time.monotonic() - said > _SAY_EVERY_S:
+                said, state = time.monotonic(), progress.tasks[task]
+                print(
+                    f"{what}: {state.percentage:.0f} %, time left {state.time_remaining or 0:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        yield advance
+
+
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except (HptError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -153,7 +153,6 @@ def _look(url: str) -> tuple[str, ...]:
     try:
         control = connect(url, 2.0)
         version, load = control.version(), control.load()
-        control.close()
     except HptError as error:
         return "-", "-", "-", "-", str(error)
     return (

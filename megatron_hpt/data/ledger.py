@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from megatron_hpt.data.files import whole
 from megatron_hpt.data.rows import Batch, from_schema, from_table, to_table
@@ -49,6 +50,20 @@ class Ledger:
             DataError: missing or damaged; names the file.
         """
         return self._open(step, lambda reader: from_schema(reader.schema))
+
+    def select(self, step: int, groups: Collection[int], columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Some columns of the rows of some groups; the others are not read.
+
+        Raises:
+            DataError: missing or damaged; names the file.
+        """
+
+        def use(reader: pa.ipc.RecordBatchFileReader) -> list[dict[str, Any]]:
+            table = reader.read_all()
+            chosen = pc.is_in(table["group"], value_set=pa.array(groups, pa.int32()))
+            return table.select(columns).filter(chosen).to_pylist()
+
+        return self._open(step, use)
 
     def steps(self) -> list[int]:
         """Steps whose batches are there, in order."""

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from megatron_hpt.errors import DataError
 
-Stage = Sequence[range]
-"""Ranges of rows that are shuffled among each other."""
+
+@dataclass(frozen=True)
+class Layout:
+    """What reading makes near: rows of one block are had together."""
+
+    small: Sequence[range]
+    """Rows of blocks that are read whole."""
+    large: Sequence[range] = ()
+    """Rows of blocks that can be read from their beginning only, as far as needed."""
+    windows: int = 1
+    """Parts of an epoch that are shuffled within themselves."""
 
 
 def uniform(*parts: object) -> float:
@@ -23,30 +33,45 @@ def uniform(*parts: object) -> float:
 class Shuffle:
     """Draws from the rows of one source: every epoch has each row once, in an order of its own.
 
-    The stages of a source are gone through in order, each shuffled within itself; a source of one stage is shuffled as a whole.
+    In one window, any order of the rows is as likely as any other. In several, each has its share of the small blocks, other
+    ones in every epoch, and the next part of every large one; its rows are in any order.
     """
 
-    def __init__(self, stages: Sequence[Stage], seed: Sequence[int]) -> None:
-        self._stages, self._seed = stages, seed
-        self._ends = np.cumsum([sum(map(len, stage)) for stage in stages])
+    def __init__(self, layout: Layout, seed: Sequence[int]) -> None:
+        """Args:
+        seed: of one length for all that must differ.
+        """
+        self._layout, self._seed = layout, seed
+        self.rows = sum(map(len, (*layout.small, *layout.large)))
+        self._windows = lru_cache(2)(self._dealt)
         self._order = lru_cache(2)(self._permuted)
-
-    @property
-    def rows(self) -> int:
-        """Of an epoch."""
-        return int(self._ends[-1])
 
     def at(self, draw: int) -> int:
         """The row that a draw gives; draws are counted from the first epoch's first."""
         epoch, place = divmod(draw, self.rows)
-        stage = int(np.searchsorted(self._ends, place, side="right"))
-        return int(self._order(epoch, stage)[place - (self._ends[stage - 1] if stage else 0)])
+        ends = self._windows(epoch)[1]
+        window = int(np.searchsorted(ends, place, side="right"))
+        return int(self._order(epoch, window)[place - (ends[window - 1] if window else 0)])
 
-    def _permuted(self, epoch: int, stage: int) -> np.ndarray:
-        """int32 or int64 [rows of the stage]."""
+    def _dealt(self, epoch: int) -> tuple[list[list[range]], np.ndarray]:
+        """Ranges of rows of each window of an epoch, and where the windows end."""
+        small, windows = list(self._layout.small), self._layout.windows
+        if windows > 1:
+            order = np.random.default_rng((*self._seed, epoch)).permutation(len(small))
+            small = [small[index] for index in order]
+        dealt = [
+            small[part * len(small) // windows : (part + 1) * len(small) // windows]
+            + [rows[part * len(rows) // windows : (part + 1) * len(rows) // windows] for rows in self._layout.large]
+            for part in range(windows)
+        ]
+        return dealt, np.cumsum([sum(map(len, ranges)) for ranges in dealt])
+
+    def _permuted(self, epoch: int, window: int) -> np.ndarray:
+        """int32 or int64 [rows of the window]."""
         width = np.int32 if self.rows < 2**31 else np.int64
-        rows = np.concatenate([np.arange(part.start, part.stop, dtype=width) for part in self._stages[stage]])
-        np.random.default_rng((*self._seed, epoch, stage)).shuffle(rows)
+        parts = [np.arange(part.start, part.stop, dtype=width) for part in self._windows(epoch)[0][window]]
+        rows = np.concatenate(parts)
+        np.random.default_rng((*self._seed, epoch, window + 1)).shuffle(rows)
         return rows
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,11 +19,17 @@ SCHEMA = pa.schema(
         ("data_source", pa.string()),
         ("prompt", _MESSAGES),
         ("target", _MESSAGES),
+        ("target_lst", pa.list_(pa.string())),
         ("ability", pa.string()),
         ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        ("extra_info", pa.struct([("split", pa.string()), ("index", pa.string())])),
+        ("extra_info", pa.struct([(name, pa.string()) for name in ("split", "index", "level")])),
     ]
 )
+ROW_GROUP = 1024
+"""Rows that are written, and read again, together: what a reader holds in memory."""
+
+Message = dict[str, str]
+"""`role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +40,66 @@ class Problem:
     answer: str
     demonstration: str | None
     """A written-out solution whose last \\boxed{…} holds the answer."""
+    more: tuple[str, ...] = ()
+    """Further demonstrations."""
+    before: tuple[Message, ...] = ()
+    """What comes before the question: a system prompt, earlier turns."""
+    level: str | None = None
+    """How hard it is, in its source's words."""
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The messages that are rendered."""
+        return [*self.before, {"role": "user", "content": self.question}]
+
+    @property
+    def demonstrations(self) -> list[str]:
+        """All of them."""
+        return [self.demonstration, *self.more] if self.demonstration else []
+
+
+def schema_row(problem: Problem, source: str, split: str, index: str) -> dict[str, Any]:
+    """A row of SCHEMA.
+
+    Args:
+        index: the prompt's id.
+    """
+    shown = problem.demonstrations
+    return {
+        "data_source": source,
+        "prompt": problem.prompt,
+        "target": [{"role": "assistant", "content": shown[0]}] if shown else None,
+        "target_lst": shown if len(shown) > 1 else None,
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": problem.answer},
+        "extra_info": {"split": split, "index": index, "level": problem.level},
+    }
+
+
+@contextmanager
+def problem_file(path: Path) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
+    """Yield what appends rows of SCHEMA to a parquet file; the file appears whole when the block succeeds.
+
+    Pages carry checksums: a reader can tell a damaged one.
+    """
+    waiting: list[dict[str, Any]] = []
+    with whole(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, write_page_checksum=True) as writer:
+
+        def append(rows: Sequence[dict[str, Any]]) -> None:
+            waiting.extend(rows)
+            while len(waiting) >= ROW_GROUP:
+                writer.write_table(pa.Table.from_pylist(waiting[:ROW_GROUP], schema=SCHEMA))
+                del waiting[:ROW_GROUP]
+
+        yield append
+        if waiting:
+            writer.write_table(pa.Table.from_pylist(waiting, schema=SCHEMA))
 
 
 def write_problems(path: Path, problems: Iterable[Problem], source: str, split: str) -> int:
     """Write problems as a parquet file, whole; returns how many."""
-    rows = [
-        {
-            "data_source": source,
-            "prompt": [{"role": "user", "content": problem.question}],
-            "target": [{"role": "assistant", "content": problem.demonstration}] if problem.demonstration else None,
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": problem.answer},
-            "extra_info": {"split": split, "index": f"{source}-{split}-{index}"},
-        }
-        for index, problem in enumerate(problems)
-    ]
-    with whole(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
-    return len(rows)
+    number = 0
+    with problem_file(path) as append:
+        for number, problem in enumerate(problems, start=1):
+            append([schema_row(problem, source, split, f"{source}-{split}-{number - 1}")])
+    return number

@@ -15,13 +15,14 @@ import pyarrow as pa
 from megatron_hpt.data.columns import check_schema, readable
 from megatron_hpt.data.formats import FORMATS, Block, Format, format_of, rows_of
 from megatron_hpt.data.locations import Location, find
-from megatron_hpt.data.order import Stage
+from megatron_hpt.data.order import Layout
 from megatron_hpt.data.spool import Spool
 from megatron_hpt.errors import DataError
 
-LARGE_BYTES = 64 << 20
-"""A block above this is read only as far as it is needed, and shuffled in stages."""
-STAGE_BYTES = 96 << 20
+WINDOW_BYTES = 256 << 20
+"""Of rows that are shuffled among each other: what the first batch may need to be read."""
+LARGE_BYTES = WINDOW_BYTES // 4
+"""A block above this is read only as far as it is needed, and is in several windows."""
 _OPEN_BLOCKS = 4
 _FOOTERS = 16
 
@@ -145,18 +146,12 @@ class ProblemSet:
             self._readers.pop(next(iter(self._readers)))
         return reader
 
-    def stages(self) -> list[Stage]:
-        """The rows, in the parts that are shuffled within themselves.
-
-        One part, unless there are blocks that can be read from their beginning only and are large: then as many as keep a part
-        near `STAGE_BYTES`, each with its share of every block.
-        """
-        large = sum(block.bytes for block in self.blocks if block.bytes > LARGE_BYTES)
-        number = max(1, -(-large // STAGE_BYTES))
-        return [
-            [
-                range(first + part * block.rows // number, first + (part + 1) * block.rows // number)
-                for first, block in zip(self._firsts, self.blocks, strict=True)
-            ]
-            for part in range(number)
+    @property
+    def layout(self) -> Layout:
+        """The rows by block, in as many windows as keep one near `WINDOW_BYTES`."""
+        parts = [
+            (range(first, first + b.rows), b.bytes > LARGE_BYTES) for first, b in zip(self._firsts, self.blocks, strict=True)
         ]
+        small, large = ([rows for rows, is_large in parts if is_large is kind] for kind in (False, True))
+        windows = min(self.rows, -(-sum(block.bytes for block in self.blocks) // WINDOW_BYTES))
+        return Layout(small, large, max(1, windows if large else min(windows, len(small))))

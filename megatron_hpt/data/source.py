@@ -42,7 +42,7 @@ class PromptSource:
     ) -> None:
         self._sets, self._reader, self._seed, self._curriculum = sets, reader, seed, curriculum
         self._mixture = Mixture(weights, (seed, len(sets)))
-        self._shuffles = [Shuffle(problems.stages(), (seed, number)) for number, problems in enumerate(sets)]
+        self._shuffles = [Shuffle(problems.layout, (seed, number)) for number, problems in enumerate(sets)]
 
     def take(self, position: int, number: int, streaks: Streaks = {}) -> Taken:  # noqa: B006 (never changed)
         """The next prompts that are not dropped or passed over, from a position on; they may span epochs.

@@ -32,7 +32,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "math-500": Benchmark("MATH-500", 500),
     "minerva": Benchmark("Minerva", 272, aliases=("minerva-math",)),
     "olympiad-bench": Benchmark("Olympiad", 674, aliases=("olympiad",)),
-    "gpqa": Benchmark("GPQA-Diamond", 198, aliases=("gpqa-diamond",)),
+    "gpqa": Benchmark("GPQA-Diamond", 198, grader="choice", aliases=("gpqa-diamond",)),
 }
 """`amc` is the set that the paper reports, AMC 12 of 2022 and 2023; `amc23` the one that its repository holds."""
 _DEFAULT = Benchmark("", 0)

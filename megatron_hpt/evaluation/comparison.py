@@ -1,139 +1,177 @@
-"""Several algorithms from one start: what each run reached and used, as a table and as curves."""
+"""Models beside one another: results in the layout of the paper's table 2, exclusive solves as in its table 4."""
 
 from __future__ import annotations
 
-import statistics
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from megatron_hpt.data.files import whole
-from megatron_hpt.errors import DataError
-
-Lines = Sequence[dict[str, Any]]
-"""The metrics of one run."""
-_PHASES = ("rollout", "reward", "train", "transfer")
+from megatron_hpt.errors import DataError, did_you_mean
+from megatron_hpt.evaluation import paper
+from megatron_hpt.evaluation.comparable import comparable
+from megatron_hpt.evaluation.measures import Measures, measured
+from megatron_hpt.evaluation.outcomes import Entry, Problem, read_entries
+from megatron_hpt.evaluation.paired import Difference, difference, mean_difference
+from megatron_hpt.evaluation.statistics import Estimate, Scores, mean_of
 
 
 @dataclass(frozen=True)
-class Reached:
-    """One finished run."""
+class Column:
+    """A column of the results: one benchmark, or the average of several."""
 
-    accuracy: float
-    """Held-out, of the final weights."""
-    solved: float
-    """Held-out prompts solved at least once of k."""
-    generated: int
-    """Tokens sampled for training."""
-    trained: int
-    """Response tokens in the loss."""
-    seconds: float
-    """Of the steps, without start and evaluations."""
+    title: str
+    benchmarks: tuple[str, ...]
 
 
-def reached(lines: Lines) -> Reached:
-    """Read off a run's metrics.
+@dataclass(frozen=True)
+class Score:
+    """One number of the results."""
 
-    Raises:
-        DataError: no evaluation of the final weights.
-    """
-    key = accuracy_key(lines)
-    if lines[-1].get(key) is None:
-        raise DataError(f"the run's last line has no {key}; it did not finish, or nothing was held out")
-    return Reached(
-        accuracy=lines[-1][key],
-        solved=lines[-1][key.replace("/avg@", "/solved@")],
-        generated=sum(line["rollout/tokens"] for line in lines),
-        trained=sum(line["train/tokens"] for line in lines),
-        seconds=sum(line.get(f"time/{phase}_s", 0.0) for line in lines for phase in _PHASES),
-    )
+    value: float
+    estimate: Estimate | None = None
+    """None: reported by others, or by a run that kept no samples."""
 
 
-def accuracy_key(lines: Lines) -> str:
-    """The metric of held-out accuracy.
+@dataclass(frozen=True)
+class Versus:
+    """The first entry against another one, on a benchmark."""
 
-    Raises:
-        DataError: nothing was evaluated.
-    """
-    key = next((key for line in lines for key in line if key.startswith("eval/") and "/avg@" in key), None)
-    if key is None:
-        raise DataError("the run evaluated nothing; give it evaluation.sets")
-    return key
+    other: str
+    benchmark: str
+    groups: Mapping[str, Difference]
+    """By level or subject, where the data has one."""
+    total: Difference
 
 
-def table(runs: Mapping[str, Sequence[Lines]]) -> str:
-    """A Markdown table: one row an algorithm, mean ± standard deviation over its seeds.
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is shown."""
+
+    entries: Sequence[Entry]
+    """As they were compared; those of a paper last, without samples."""
+    columns: Sequence[Column]
+    scores: Mapping[str, Mapping[str, Score]]
+    """Label → title of the column."""
+    measures: Mapping[str, Mapping[str, Measures]]
+    """Benchmark → label."""
+    versus: Sequence[Versus]
+    published: frozenset[str]
+    """Labels that come from the paper."""
+    notes: Sequence[str]
+
+
+def compare(arguments: Sequence[str], model: str | None, intersect: bool, across_protocols: bool) -> Comparison:
+    """Read evaluations and runs, and compare them.
 
     Args:
-        runs: algorithm → the metrics of its seeds.
+        arguments: see `read_entries`; the first one is compared with each of the others.
+        model: whose rows of the paper are shown beside them.
+
+    Raises:
+        DataError: something cannot be read or compared, or the paper has no such model.
     """
-    header = (
-        "| algorithm | seeds | held-out accuracy | solved at least once | generated tokens | trained tokens | seconds |\n"
-        "|---|---|---|---|---|---|---|\n"
+    entries, notes = comparable(read_entries(arguments), intersect, across_protocols)
+    columns = columns_of(entries)
+    measures: dict[str, dict[str, Measures]] = {}
+    for column in (column for column in columns if len(column.benchmarks) == 1):
+        have = {e.label: e.outcomes[column.title] for e in entries if column.title in e.outcomes}
+        if have:
+            measures[column.title] = {label: measured(outcome.problems) for label, outcome in have.items()}
+    published, more = _published(model, entries) if model else ([], [])
+    rows = [*entries, *published]
+    return Comparison(
+        entries=rows,
+        columns=columns,
+        scores={entry.label: _scores(entry, columns, measures) for entry in rows},
+        measures=measures,
+        versus=[found for other in entries[1:] for found in _versus(entries[0], other, columns)],
+        published=frozenset(entry.label for entry in published),
+        notes=[*notes, *more],
     )
-    return header + "".join(_row(name, [reached(lines) for lines in seeds]) for name, seeds in runs.items())
 
 
-def _row(name: str, seeds: Sequence[Reached]) -> str:
-    accuracy, solved = ([getattr(seed, field) for seed in seeds] for field in ("accuracy", "solved"))
-    used = [statistics.fmean(getattr(seed, field) for seed in seeds) for field in ("generated", "trained", "seconds")]
-    cells = [name, str(len(seeds)), _spread(accuracy), _spread(solved), *(f"{mean:,.0f}" for mean in used)]
-    return f"| {' | '.join(cells)} |\n"
+def columns_of(entries: Sequence[Entry]) -> list[Column]:
+    """The paper's order: mathematics and its average, general knowledge and its average; then other benchmarks by name."""
+    there = {column for entry in entries for column in entry.columns}
+    columns: list[Column] = []
+    for group in (paper.MATHEMATICS, paper.GENERAL):
+        present = tuple(title for title in group if title in there)
+        columns += [Column(title, (title,)) for title in present]
+        if len(present) > 1:
+            name = "mathematics" if group is paper.MATHEMATICS else "general"
+            columns.append(Column(f"Avg {name}" if present == group else f"Avg {name} ({len(present)})", present))
+    others = sorted(there - {*paper.MATHEMATICS, *paper.GENERAL})
+    return [*columns, *(Column(name, (name,)) for name in others)]
 
 
-def _spread(values: Sequence[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
+def _scores(entry: Entry, columns: Sequence[Column], measures: Mapping[str, Mapping[str, Measures]]) -> dict[str, Score]:
+    """What a row shows; an average only where it has all of the benchmarks."""
+    single: dict[str, Score] = {column: Score(value) for column, value in entry.reported.items()}
+    for column in entry.outcomes:
+        if (found := measures[column][entry.label].average) is not None:
+            single[column] = Score(found.value, found)
+    scores = {}
+    for column in columns:
+        parts = [single[name] for name in column.benchmarks if name in single]
+        if len(parts) == len(column.benchmarks):
+            estimates = [part.estimate for part in parts if part.estimate is not None]
+            together = mean_of(estimates) if len(estimates) == len(parts) else None
+            scores[column.title] = Score(sum(part.value for part in parts) / len(parts), together)
+    return scores
 
 
-def draw(runs: Mapping[str, Sequence[Lines]], path: Path) -> None:
-    """Held-out accuracy by step and by tokens, and the SFT share: means over seeds, the range of accuracy as a band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (accuracy, by_tokens, share) = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
-    for index, (name, seeds) in enumerate(runs.items()):
-        color = f"C{index}"
-        steps, rows = _aligned([_evaluations(lines) for lines in seeds])
-        accuracy.plot(steps, [statistics.fmean(row) for row in rows], marker="o", markersize=3, color=color, label=name)
-        accuracy.fill_between(steps, [min(row) for row in rows], [max(row) for row in rows], color=color, alpha=0.12)
-        used, means = _by_tokens(seeds)
-        by_tokens.plot(used, means, marker="o", markersize=3, color=color, label=name)
-        steps, rows = _aligned([{line["step"]: line["gate/demonstration_weight"] for line in lines} for lines in seeds])
-        share.plot(steps, [statistics.fmean(row) for row in rows], linewidth=1.3, color=color, label=name)
-    accuracy.set_title("held-out accuracy (mean and range over seeds)", fontsize=10, loc="left")
-    by_tokens.set_title("held-out accuracy by thousands of tokens generated and trained", fontsize=10, loc="left")
-    share.set_title("weight of demonstrations, mean over prompts", fontsize=10, loc="left")
-    for axis, unit in ((accuracy, "step"), (by_tokens, "thousand tokens"), (share, "step")):
-        axis.set_xlabel(unit, fontsize=9)
-        axis.set_ylim(-0.02, 1.02)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    accuracy.legend(fontsize=8, frameon=False)
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
-
-
-def _by_tokens(seeds: Sequence[Lines]) -> tuple[list[float], list[float]]:
-    """Mean accuracy at each evaluation, against the mean of what had been generated and trained before it."""
-    steps, rows = _aligned([_evaluations(lines) for lines in seeds])
-    spent = [
-        [sum(line["rollout/tokens"] + line["train/tokens"] for line in lines if line["step"] < step) for lines in seeds]
-        for step in steps
+def _published(model: str, entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """The paper's rows of a model, and what sets them apart."""
+    if model not in paper.TABLES:
+        known = ", ".join(paper.TABLES)
+        raise DataError(f"--paper: given {model!r}; the paper reports {known}{did_you_mean(model, paper.TABLES)}")
+    rows = [Entry(f"paper: {run}", reported=values) for run, values in paper.rows(model).items()]
+    notes = [
+        "rows of the paper (arXiv 2509.04419): avg@32 on AIME24, AIME25 and AMC, avg@1 elsewhere, temperature 0.6, top-p 0.95, "
+        "8192 tokens; * taken by it from other papers"
     ]
-    return [statistics.fmean(row) / 1000 for row in spent], [statistics.fmean(row) for row in rows]
+    sizes = {len(entry.outcomes["AMC"].problems) for entry in entries if "AMC" in entry.outcomes}
+    if sizes - {paper.AMC_PROBLEMS}:
+        held = ", ".join(map(str, sorted(sizes)))
+        notes.append(
+            f"the paper's AMC is {paper.AMC_PROBLEMS} problems (AMC12 of 2022 and 2023), here it is {held}: another set"
+        )
+    return rows, notes
 
 
-def _evaluations(lines: Lines) -> dict[int, float]:
-    key = accuracy_key(lines)
-    return {line["eval/version"]: line[key] for line in lines if line.get(key) is not None}
+def _versus(first: Entry, other: Entry, columns: Sequence[Column]) -> list[Versus]:
+    """On every benchmark that both have samples of, and on averages of those."""
+    found = []
+    for column in columns:
+        if not all(name in entry.outcomes for name in column.benchmarks for entry in (first, other)):
+            continue
+        pairs = [_paired(first.outcomes[name].problems, other.outcomes[name].problems) for name in column.benchmarks]
+        if len(pairs) > 1:
+            total, groups = mean_difference([pair[:2] for pair in pairs]), {}
+        else:
+            ((mine, theirs, names),) = pairs
+            total, groups = difference(mine, theirs), _by_group(mine, theirs, names)
+        if total is not None:
+            found.append(Versus(other.label, column.title, groups, total))
+    return found
 
 
-def _aligned(curves: Sequence[Mapping[int, float]]) -> tuple[list[int], list[list[float]]]:
-    """The steps that all curves have, and their values there."""
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return steps, [[curve[step] for curve in curves] for step in steps]
+def _paired(first: Sequence[Problem], other: Sequence[Problem]) -> tuple[Scores, Scores, list[str | None]]:
+    """Scores of the same problems in the first one's order, and their groups."""
+    theirs = {problem.id: problem.scores for problem in other}
+    return [problem.scores for problem in first], [theirs[p.id] for p in first], [problem.group for problem in first]
+
+
+def _by_group(first: Scores, other: Scores, names: Sequence[str | None]) -> dict[str, Difference]:
+    found = {}
+    for name in sorted({name for name in names if name is not None}, key=_natural):
+        places = [place for place, group in enumerate(names) if group == name]
+        inside = difference([first[place] for place in places], [other[place] for place in places])
+        if inside is not None:
+            found[name] = inside
+    return found
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sorts 2 before 10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text) if part]

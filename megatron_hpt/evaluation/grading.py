@@ -3,55 +3,74 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
 
+from megatron_hpt.config import RewardConfig
 from megatron_hpt.evaluation.samples import SampleRow
+from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.math import last_boxed
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.rewards.registry import lookup
-
-LOST = "the grader crashed or took too long"
+from megatron_hpt.rewards.registry import check, check_name
 
 
-def check_grader(name: str) -> None:
-    """Raises:
-    ConfigError: no reward of that name.
+def label(settings: RewardConfig) -> str:
+    """What samples record of their grader: the reward's name, or as JSON what is not one name for all data."""
+    if isinstance(settings.name, str) and not settings.by_source:
+        return settings.name
+    return json.dumps({"name": settings.name, "by_source": settings.by_source})
+
+
+def settings_of(grader: str, base: RewardConfig) -> RewardConfig:
+    """The settings behind a label; all but the rewards' names are those of `base`.
+
+    Raises:
+        ConfigError: no reward of that name.
     """
-    lookup(name)
+    if grader.startswith("{"):
+        return RewardConfig.model_validate({**base.model_dump(), **json.loads(grader)})
+    check_name(grader)
+    return RewardConfig.model_validate({**base.model_dump(), "name": grader, "by_source": {}})
+
+
+def check_grader(grader: str, base: RewardConfig) -> None:
+    """Raises:
+    ConfigError: no reward of that name, or it cannot run here.
+    """
+    check(settings_of(grader, base))
 
 
 class Graders:
-    """Grader processes by reward, started when they are first needed; a context manager."""
+    """Grader processes by label, started when they are first needed; a context manager."""
 
-    def __init__(self, workers: int, deadline_s: float, started: dict[str, GraderPool] | None = None) -> None:
+    def __init__(self, settings: RewardConfig, started: Mapping[str, GraderPool] | None = None) -> None:
         """
         Args:
-            workers: processes for each reward.
-            deadline_s: seconds that the answers to one problem may take.
+            settings: of every grader, but for the rewards' names.
             started: pools that somebody else ends.
         """
-        self._workers, self._deadline_s = workers, deadline_s
+        self._settings = settings
         self._pools = dict(started or {})
         self._stack = ExitStack()
 
     async def grade(self, rows: Sequence[SampleRow], grader: str) -> list[SampleRow]:
         """The samples with their scores, the answers to one problem together."""
         problems = [list(group) for _, group in groupby(rows, key=lambda row: row.problem_id)]
-        scores = await asyncio.gather(
-            *(self._pool(grader).grade([(row.response, row.ground_truth) for row in group]) for group in problems)
+        grades = await asyncio.gather(
+            *(self._pool(grader).grade([_answer(row) for row in group]) for group in problems),
         )
         return [
-            replace(row, score=score, ungraded_reason=LOST if score is None else None, grader=grader)
-            for group, found in zip(problems, scores, strict=True)
-            for row, score in zip(group, found, strict=True)
+            replace(row, score=grade.score, ungraded_reason=grade.reason, grader=grader)
+            for group, found in zip(problems, grades, strict=True)
+            for row, grade in zip(group, found, strict=True)
         ]
 
     def _pool(self, grader: str) -> GraderPool:
         if grader not in self._pools:
-            self._pools[grader] = self._stack.enter_context(GraderPool(lookup(grader), self._workers, self._deadline_s))
+            self._pools[grader] = self._stack.enter_context(GraderPool(settings_of(grader, self._settings)))
         return self._pools[grader]
 
     def __enter__(self) -> Graders:
@@ -59,6 +78,10 @@ class Graders:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+
+def _answer(row: SampleRow) -> Answer:
+    return Answer(row.response, row.ground_truth, row.prompt, row.data_source)
 
 
 def answer_of(response: str) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hpt.evaluation.statistics import CONFIDENCE, Scores, graded, student_quantile
+from megatron_hpt.evaluation.statistics import CONFIDENCE, CORRECT, Scores, graded, student_quantile
 
 EXHAUSTIVE_UP_TO = 16
 """Problems that differ, for which every assignment of signs is tried; of more, DRAWS assignments are drawn."""
@@ -41,24 +41,57 @@ def difference(first: Scores, second: Scores, confidence: float = CONFIDENCE) ->
     Returns:
         None if there is no problem for which both have a grade.
     """
-    pairs = [(graded(a), graded(b)) for a, b in zip(first, second, strict=True)]
-    known = [(float(np.mean(a)), float(np.mean(b))) for a, b in pairs if a and b]
-    if not known:
+    a, b = _means(first, second)
+    if not a.size:
         return None
-    a, b = np.array(known).T
+    solved_a, solved_b = _means(_correct(first), _correct(second))
     low, high = paired_interval(a - b, confidence)
     p_value, test = paired_test(a - b)
     return Difference(
-        plus=float((a * (1 - b)).sum()),
-        minus=float((b * (1 - a)).sum()),
+        plus=float((solved_a * (1 - solved_b)).sum()),
+        minus=float((solved_b * (1 - solved_a)).sum()),
         value=float((a - b).mean()),
         low=low,
         high=high,
         p_value=p_value,
         test=test,
-        problems=len(known),
-        left_out=len(pairs) - len(known),
+        problems=a.size,
+        left_out=len(first) - a.size,
     )
+
+
+def mean_difference(pairs: Sequence[tuple[Scores, Scores]], confidence: float = CONFIDENCE) -> Difference | None:
+    """The difference of the unweighted means of several benchmarks, every benchmark as a pair of `difference`'s arguments.
+
+    The interval adds the benchmarks' as `statistics.mean_of` does; the test draws the signs of all problems together.
+
+    Returns:
+        None if there is a benchmark with nothing to compare.
+    """
+    parts = [difference(first, second, confidence) for first, second in pairs]
+    if not parts or None in parts:
+        return None
+    value = math.fsum(part.value for part in parts) / len(parts)
+    down, up = (
+        math.sqrt(math.fsum((part.value - getattr(part, end)) ** 2 for part in parts)) / len(parts) for end in ("low", "high")
+    )
+    weighted = [(a - b) / (a.size * len(parts)) for a, b in (_means(*pair) for pair in pairs)]
+    p_value, test = paired_test(np.concatenate(weighted))
+    sums = {name: sum(getattr(part, name) for part in parts) for name in ("plus", "minus", "problems", "left_out")}
+    return Difference(value=value, low=value - down, high=value + up, p_value=p_value, test=test, **sums)
+
+
+def _correct(scores: Scores) -> Scores:
+    """1 for a correct sample, 0 for any other, whatever it scored."""
+    return [[None if score is None else float(score == CORRECT) for score in problem] for problem in scores]
+
+
+def _means(first: Scores, second: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Mean scores of the problems for which both have a grade."""
+    pairs = [(graded(a), graded(b)) for a, b in zip(first, second, strict=True)]
+    known = [(float(np.mean(a)), float(np.mean(b))) for a, b in pairs if a and b]
+    first_means, second_means = np.array(known, dtype=np.float64).reshape(-1, 2).T
+    return first_means, second_means
 
 
 def paired_interval(differences: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -69,15 +102,16 @@ def paired_interval(differences: np.ndarray, confidence: float = CONFIDENCE) -> 
     10.1002/sim.1781), so that models that differ nowhere do not have an interval of length 0.
 
     Args:
-        differences: float64 [problems], in [-1, 1].
+        differences: float64 [problems].
     """
     n, mean, square = differences.size, float(differences.mean()), float((differences**2).mean())
     if np.isin(differences, (-1.0, 0.0, 1.0)).all():
         mean, square, n = mean * n / (n + 2), (square * n + 1) / (n + 2), n + 2
+    largest = 1.0 if (np.abs(differences) <= 1).all() else math.inf
     if n == 1:
-        return -1.0, 1.0
+        return -largest, largest
     half = student_quantile(0.5 + confidence / 2, n - 1) * math.sqrt(max(0.0, square - mean * mean) / (n - 1))
-    return max(-1.0, mean - half), min(1.0, mean + half)
+    return max(-largest, mean - half), min(largest, mean + half)
 
 
 def paired_test(differences: np.ndarray) -> tuple[float, str]:
@@ -92,7 +126,7 @@ def paired_test(differences: np.ndarray) -> tuple[float, str]:
     if (sizes == sizes[0]).all():
         name = "McNemar, exact" if sizes[0] == 1 else "random signs, exact"
         return binomial_test(int((differences > 0).sum()), sizes.size), name
-    observed = abs(float(differences.sum())) - 1e-9
+    observed = abs(float(differences.sum())) - 1e-9 * float(sizes.sum())  # sums that are equal but for rounding are
     if sizes.size <= EXHAUSTIVE_UP_TO:
         signs = 1 - 2.0 * (np.arange(2**sizes.size)[:, None] >> np.arange(sizes.size) & 1)
         return float((np.abs(signs @ sizes) >= observed).mean()), "random signs, exact"
@@ -108,12 +142,3 @@ def binomial_test(wins: int, games: int) -> float:
     """Two-sided exact p-value of so many heads of a fair coin."""
     tail = sum(math.comb(games, heads) for heads in range(min(wins, games - wins) + 1))
     return min(1.0, 2 * tail / 2**games)
-
-
-def by_group(groups: Sequence[str | None]) -> dict[str, list[int]]:
-    """Places of the problems of each group, groups in natural order; empty if no problem has one."""
-    found: dict[str, list[int]] = {}
-    for place, group in enumerate(groups):
-        if group is not None:
-            found.setdefault(group, []).append(place)
-    return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))

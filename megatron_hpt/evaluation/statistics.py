@@ -2,7 +2,7 @@
 
 Problems are the sampling unit: they stand for all problems of their kind, and the samples of one problem belong together
 (Miller 2024, arXiv 2411.00640, section 3.1: errors are computed over the means of problems). So every metric is a mean over
-problems of a value in [0, 1], and one interval serves all of them.
+problems of a value, in [0, 1] where scores are, and one interval serves all of them.
 
 A sample without a grade is left out, and so is a problem that has too few graded samples; both are counted, neither is 0.
 """
@@ -93,7 +93,7 @@ def estimate(values: Sequence[float | None], confidence: float = CONFIDENCE) -> 
     """The mean over problems, and its interval.
 
     Args:
-        values: one a problem, in [0, 1]; None: left out.
+        values: one a problem; None: left out.
 
     Returns:
         None if every problem was left out.
@@ -106,23 +106,27 @@ def estimate(values: Sequence[float | None], confidence: float = CONFIDENCE) -> 
 
 
 def interval(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Confidence interval of the mean of independent values in [0, 1].
+    """Confidence interval of the mean of independent values.
 
-    Wilson's, with the number of values replaced by the effective sample size p(1−p) / SE², SE being the standard error over
-    values (Franco, Little, Louis, Slud 2019, doi 10.1093/jssam/smy019, recommend it for proportions of clusters), and with
-    Student's quantile for so many values. It stays within [0, 1], and values that are all alike do not make it a point: they
-    count as that many yes-or-no answers. With one sample a problem it is Wilson's own but for n−1 and the quantile. Normal
-    intervals fail on 30 hard problems: docs/compare.md has the coverage of both.
+    Of values in [0, 1] Wilson's, with the number of values replaced by the effective sample size p(1−p) / SE², SE being the
+    standard error over values (Franco, Little, Louis, Slud 2019, doi 10.1093/jssam/smy019, recommend it for proportions of
+    clusters), and with Student's quantile for so many values. It stays within [0, 1], and values that are all alike do not
+    make it a point: they count as that many yes-or-no answers. With one sample a problem it is Wilson's own but for n−1 and
+    the quantile. Normal intervals fail on 30 hard problems: docs/compare.md has the coverage of both. Of other values it is
+    Student's.
 
     Args:
         values: float64 [problems].
     """
     n, p = values.size, float(values.mean())
+    is_share = bool(((values >= 0) & (values <= 1)).all())
     if n == 1:
-        return 0.0, 1.0
+        return (0.0, 1.0) if is_share else (-math.inf, math.inf)
     squared_error = float(values.var(ddof=1)) / n
-    effective = p * (1 - p) / squared_error if squared_error > 1e-15 else n
     q = student_quantile(0.5 + confidence / 2, n - 1)
+    if not is_share:
+        return p - q * math.sqrt(squared_error), p + q * math.sqrt(squared_error)
+    effective = p * (1 - p) / squared_error if squared_error > 1e-15 else n
     shrunk = 1 + q * q / effective
     centre = (p + q * q / (2 * effective)) / shrunk
     half = q * math.sqrt(p * (1 - p) / effective + (q / (2 * effective)) ** 2) / shrunk
@@ -155,4 +159,4 @@ def mean_of(parts: Sequence[Estimate]) -> Estimate:
     down = math.sqrt(math.fsum((part.value - part.low) ** 2 for part in parts)) / len(parts)
     up = math.sqrt(math.fsum((part.high - part.value) ** 2 for part in parts)) / len(parts)
     problems, left_out = (sum(getattr(part, name) for part in parts) for name in ("problems", "left_out"))
-    return Estimate(value, max(0.0, value - down), min(1.0, value + up), problems, left_out)
+    return Estimate(value, value - down, value + up, problems, left_out)

@@ -64,11 +64,11 @@ def prepare(model: str, benchmarks: Sequence[str], options: Options) -> Job:
         EngineError: a server that does not answer, or is none.
     """
     chosen = choose(benchmarks, options.data, options.samples, options.grader)
-    for one in chosen:
-        check_grader(one.grader)
     subject = resolve(model)
     servers = tuple(look(url) for url in subject.urls)
     config = _settings(subject, servers, options)
+    for one in chosen:
+        check_grader(one.grader, config.reward)
     if not servers:
         check_started_engine(config, _head_dim(read_config(config.model.path)))
     tokenizer = load_tokenizer(config)

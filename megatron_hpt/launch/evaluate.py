@@ -19,8 +19,9 @@ from megatron_hpt.errors import DataError, Interrupted
 from megatron_hpt.evaluation.collecting import Collection, Source
 from megatron_hpt.evaluation.continuing import claimed, continued
 from megatron_hpt.evaluation.grading import Graders, check_grader
+from megatron_hpt.evaluation.measures import Measures, measured
+from megatron_hpt.evaluation.outcomes import read_problems
 from megatron_hpt.evaluation.samples import read_record, read_samples, samples_file, write_record, write_samples
-from megatron_hpt.evaluation.summary import Summary, summarize
 from megatron_hpt.launch.asked import Job, Options, prepare
 from megatron_hpt.launch.launchers import gpus_here
 from megatron_hpt.launch.models import write_overridden
@@ -56,14 +57,14 @@ def evaluate(model: str, benchmarks: Sequence[str], options: Options, console: C
     return job.folder
 
 
-def summaries(folder: Path) -> dict[str, Summary]:
+def summaries(folder: Path) -> dict[str, Measures]:
     """What there is to tell of every benchmark of an evaluation whose samples are there.
 
     Raises:
         DataError: not an evaluation, or none of its benchmarks is complete.
     """
     files = {name: samples_file(folder, name) for name in read_record(folder).benchmarks}
-    found = {name: summarize(read_samples(file)) for name, file in files.items() if file.is_file()}
+    found = {name: measured(read_problems(file)) for name, file in files.items() if file.is_file()}
     if not found:
         raise DataError(f"{folder}: no benchmark is complete yet; the command that began the evaluation continues it")
     return found
@@ -83,8 +84,8 @@ def regrade(folder: Path, grader: str | None, reward: RewardConfig) -> None:
     record = read_record(folder)
     changed = {name: replace(one, grader=grader or one.grader) for name, one in record.benchmarks.items()}
     for one in changed.values():
-        check_grader(one.grader)
-    with claimed(folder), Graders(reward.workers, reward.deadline_s) as graders:
+        check_grader(one.grader, reward)
+    with claimed(folder), Graders(reward) as graders:
         for name, one in changed.items():
             file = samples_file(folder, name)
             if file.is_file():
@@ -95,7 +96,7 @@ def regrade(folder: Path, grader: str | None, reward: RewardConfig) -> None:
 def _collect(job: Job, collection: Collection, console: Console) -> None:
     """Sample what is missing and grade, with engines only where something is missing."""
     reward, missing = job.config.reward, len(collection.missing)
-    with Counter(missing, console) as counter, Graders(reward.workers, reward.deadline_s) as graders:
+    with Counter(missing, console) as counter, Graders(reward) as graders:
         if not missing:
             asyncio.run(collection.fill(None, graders))
         elif job.servers:

@@ -23,15 +23,13 @@ from megatron_hpt.weights.hf_config import ModelShape
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Memory of the fullest ranks, and whether there is that much."""
+class GpuFit:
+    """Memory of the fullest GPUs, and whether there is that much."""
 
     stage: int
     """The pipeline stage whose ranks are fullest."""
     trainer: TrainerMemory
     engine: EngineMemory
-    host: float
-    """Bytes in the host memory of one node."""
     moments: tuple[Moment, ...]
     """Of a GPU that a trainer rank and an engine share; none: they share none."""
     largest_share: float
@@ -40,19 +38,34 @@ class Fit:
     """Why it does not fit; none: it does."""
 
 
+@dataclass(frozen=True)
+class Fit(GpuFit):
+    """The same, and the nodes that the GPUs are in."""
+
+    host: float
+    """Bytes in the host memory of one node."""
+
+
 def fit(config: Config, shape: ModelShape, cluster: ClusterConfig, topology: Topology) -> Fit:
-    """Whether a layout that divides the model fits the GPUs."""
-    room = cluster.gpu.memory_gib * GIB
+    """Whether a layout that divides the model fits a cluster."""
+    gpus = fit_gpus(config, shape, cluster.gpu.memory_gib, topology.is_colocated)
+    host = host_bytes(shape, config, gpus.stage) * min(config.parallel.ranks, cluster.gpus_per_node)
+    problems = (*_node_problems(config, cluster, host), *gpus.problems)
+    return Fit(gpus.stage, gpus.trainer, gpus.engine, gpus.moments, gpus.largest_share, problems, host)
+
+
+def fit_gpus(config: Config, shape: ModelShape, gib: float, colocated: bool) -> GpuFit:
+    """Whether it fits GPUs of so much memory.
+
+    Args:
+        colocated: engines are on the trainer's.
+    """
+    room = gib * GIB
     stage, trainer = heaviest_stage(shape, config, _pipeline_full(config))
     engine = engine_memory(shape, config, engine_item_bytes(config, ITEM_BYTES[config.model.dtype]), room)
-    host = host_bytes(shape, config, stage) * min(config.parallel.ranks, cluster.gpus_per_node)
-    shared = moments(config.rollout, trainer, engine) if topology.is_colocated else ()
+    shared = moments(config.rollout, trainer, engine) if colocated else ()
     most = largest_share(config.rollout, trainer, room)
-    problems = (
-        *_node_problems(config, cluster, host),
-        *_gpu_problems(config, cluster, trainer, engine, shared, most),
-    )
-    return Fit(stage, trainer, engine, host, shared, most, problems)
+    return GpuFit(stage, trainer, engine, shared, most, tuple(_gpu_problems(config, gib, trainer, engine, shared, most)))
 
 
 def _node_problems(config: Config, cluster: ClusterConfig, host: float) -> Iterator[str]:
@@ -68,14 +81,14 @@ def _node_problems(config: Config, cluster: ClusterConfig, host: float) -> Itera
 
 def _gpu_problems(
     config: Config,
-    cluster: ClusterConfig,
+    gib: float,
     trainer: TrainerMemory,
     engine: EngineMemory,
     shared: tuple[Moment, ...],
     most: float,
 ) -> Iterator[str]:
     """The first one: what comes after it may be its consequence."""
-    gib, share = cluster.gpu.memory_gib, config.rollout.gpu_memory_share
+    share = config.rollout.gpu_memory_share
     if trainer.total > gib * GIB:
         yield f"a trainer rank needs {trainer.total / GIB:.1f} GiB of {gib:g}"
     elif engine.tokens < config.max_sequence_length and not config.rollout.urls:

@@ -11,12 +11,14 @@ from megatron_hpt.data.source import held_out_limits, sources
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.evaluation.benchmarks import canonical
+from megatron_hpt.launch.fit import fit_gpus
 from megatron_hpt.launch.inspection import check_training_data
 from megatron_hpt.launch.layout import check_layout, check_lengths
+from megatron_hpt.launch.memory import GIB
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
 from megatron_hpt.objective.gate import Gate, Phases, Union
-from megatron_hpt.rewards.registry import lookup
+from megatron_hpt.rewards import registry
 from megatron_hpt.rollout.engines import ENGINES, interpreter
 from megatron_hpt.weights.hf_config import ModelShape, read_config, run_shape, shape_of_any
 from megatron_hpt.weights.mapping import hf_tensor_shapes
@@ -31,7 +33,7 @@ def check(config: Config) -> None:
     """
     algorithm = algorithms.of_run(config)
     check_algorithm(config, algorithm)
-    lookup(config.reward.name)
+    registry.check(config.reward)
     shape = run_shape(config)
     check_weights(config.model.path, shape)
     _check_reference_model(config, shape)
@@ -109,8 +111,10 @@ def check_engine(config: Config, shape: ModelShape) -> None:
 
     if not config.rollout.urls:
         check_started_engine(config, shape.head_dim)
-    check_transport(config.transfer.transport)
     check_sleep(config, torch.cuda.is_available())
+    check_transport(config.transfer.transport)
+    if config.transfer.shares_gpus:
+        check_memory(config, shape, torch.cuda.get_device_properties(0).total_memory)
     _check_engine_model(config, shape)
 
 
@@ -146,6 +150,20 @@ def check_sleep(config: Config, on_gpus: bool) -> None:
             f"rollout.sleep: {config.rollout.engine} gives memory back on GPUs only, and this machine has none; set "
             "rollout.sleep=false"
         )
+
+
+def check_memory(config: Config, shape: ModelShape, gpu_bytes: int) -> None:
+    """Trainer and engine fit the GPU that they share, by the plan's arithmetic: an engine that does not find its share ends
+    the run when it starts, or later in the trainer's hands.
+
+    Args:
+        gpu_bytes: memory of each GPU.
+
+    Raises:
+        ConfigError: they do not; says how much does.
+    """
+    if problems := fit_gpus(config, shape, round(gpu_bytes / GIB, 1), colocated=True).problems:
+        raise ConfigError("\n".join([*problems, "megatron-hpt plan shows what takes it, and the nearest layout that fits"]))
 
 
 def _check_engine_model(config: Config, shape: ModelShape) -> None:

@@ -44,6 +44,7 @@ class Servers:
         return list(self._children)
 
     def __enter__(self) -> Servers:
+        self._folder.mkdir(parents=True, exist_ok=True)
         os.environ[TOKEN_VARIABLE] = token() or secrets.token_urlsafe(24)  # what the engines inherit and their clients send
         try:
             for index in range(self._config.rollout.servers):

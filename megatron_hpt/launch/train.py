@@ -19,7 +19,7 @@ from megatron_hpt.launch.launchers import Launcher, on_this_machine
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.run import RunDir, create, newest, open_run
 from megatron_hpt.telemetry import metrics
-from megatron_hpt.telemetry.report import write_report
+from megatron_hpt.telemetry.report.write import write_report
 
 logger = logging.getLogger(__name__)
 Launch = Callable[[Config], Callable[[RunDir], Launcher]]
@@ -122,6 +122,6 @@ def _report(run: RunDir) -> None:
     """Draw what there is; a failure to draw must not hide how the run ended."""
     try:
         if metrics.read(run.metrics):
-            write_report(run)
+            write_report([run])
     except Exception:
         logger.exception("the report of %s could not be drawn", run.path)

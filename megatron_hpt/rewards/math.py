@@ -1,71 +1,111 @@
 """The rule that HPT reports with: the last \\boxed{…} of the response against the ground truth.
 
-Equal strings and plain numbers are decided here; everything else by math-verify. No box is a wrong answer, not an
-ungraded one: the reference's version 6 says so too.
+Version 6 of the reference (docs/rewards.md): equal after undoing ways of writing, or equal as one would say it, or equal by
+math-verify. No box, an empty one, or one that does not close is a wrong answer, not an ungraded one.
 """
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal, InvalidOperation
-from functools import cache
+from collections.abc import Sequence
+from decimal import Decimal
+from functools import lru_cache
+from itertools import pairwise
+from os.path import commonprefix
 
-_PLAIN = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
+from megatron_hpt.rewards import symbolic
+from megatron_hpt.rewards.boxes import last_boxed, unboxed
+from megatron_hpt.rewards.forms import number, readable, spoken, typeset
+from megatron_hpt.rewards.grades import Answer
 
+Truth = str | int | float | Sequence[str]
 
-def last_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{…}, or None if there is none or its braces do not balance."""
-    start = text.rfind("\\boxed")
-    if start < 0 or not text.startswith("\\boxed{", start):
-        return None
-    depth = 0
-    for position in range(start + len("\\boxed"), len(text)):
-        if text[position] == "{":
-            depth += 1
-        elif text[position] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start + len("\\boxed{") : position]
-    return None
+_ROUNDING = Decimal("2e-6")
+"""Plain numbers that differ by less may be equal after math-verify's rounding to six places."""
+_REPETITIVE_FROM, _REPETITIVE_SHARE = 128, 0.2
 
 
-def grade(response: str, ground_truth: str) -> float:
-    """1.0 if the last boxed answer equals the ground truth, else 0.0. Runs in a grader process: it may hang."""
-    answer = last_boxed(response)
-    if answer is None:
+def reward(answer: Answer) -> float:
+    """As `grade`."""
+    return grade(answer.response, answer.ground_truth)
+
+
+def grade(response: str, ground_truth: Truth) -> float:
+    """1.0 if the last boxed answer equals the ground truth, or one of several, else 0.0. It may take long."""
+    given = last_boxed(response)
+    if given is None or not given.strip():
         return 0.0
-    truth = last_boxed(ground_truth) or ground_truth
-    answer, truth = answer.strip(), truth.strip()
-    if answer == truth:
+    accepted = ground_truth if isinstance(ground_truth, (list, tuple)) else [ground_truth]
+    return float(any(equal(given, unboxed(str(truth))) for truth in accepted))
+
+
+@lru_cache(maxsize=4096)
+def equal(given: str, truth: str) -> bool:
+    """Whether two answers are the same. What is cheap comes first; a truth that is not an expression is compared as text."""
+    given, truth = given.strip(), truth.strip()
+    if given == truth:
+        return True
+    plain = _compare_numbers(given, truth)
+    if plain is not None:
+        return plain
+    if not (symbolic.is_parsable(given) and symbolic.is_parsable(truth)):
+        return False
+    if typeset(given) == typeset(truth) or _same_spoken(given, truth):
+        return True
+    if _is_repetitive(given) or _is_repetitive(truth):
+        return False
+    return _same_expression(given, truth)
+
+
+def _same_spoken(given: str, truth: str) -> bool:
+    said = spoken(given)
+    return bool(said) and said == spoken(truth)
+
+
+def _same_expression(given: str, truth: str) -> bool:
+    if symbolic.equal(given, truth):
+        return True
+    plain = readable(given), readable(truth)
+    return plain != (given, truth) and symbolic.equal(*plain)
+
+
+def _compare_numbers(given: str, truth: str) -> bool | None:
+    """Whether two plain numbers are equal; None if one is not plain, or they differ by about as much as is rounded away."""
+    one, other = number(given), number(truth)
+    if one is None or other is None:
+        return None
+    if one == other:
+        return True
+    return False if abs(one - other) > _ROUNDING else None
+
+
+def _is_repetitive(text: str) -> bool:
+    """Long, and over a fifth of its substrings have occurred before: what a policy writes that has got stuck."""
+    if len(text) <= _REPETITIVE_FROM:
+        return False
+    suffixes = sorted(text[start:] for start in range(len(text)))
+    repeated = sum(len(commonprefix(pair)) for pair in pairwise(suffixes))  # noqa: RUF071 (of characters)
+    return repeated > _REPETITIVE_SHARE * len(text) * (len(text) + 1) / 2
+
+
+def strict(answer: Answer) -> float:
+    """1.0 if the last box after the reasoning is written like the ground truth, or math-verify finds them equal.
+
+    Units, words, per cent and case all count, and a box inside <think> does not.
+    """
+    given = last_boxed(answer.response.rpartition("</think>")[2])
+    if given is None or not given.strip():
+        return 0.0
+    given, truth = given.strip(), unboxed(answer.ground_truth).strip()
+    if given == truth:
         return 1.0
-    numbers = _number(answer), _number(truth)
-    if None not in numbers:
-        return float(numbers[0] == numbers[1])
-    return float(_equivalent(answer, truth))
+    plain = _compare_numbers(given, truth)
+    if plain is not None:
+        return float(plain)
+    if not (symbolic.is_parsable(given) and symbolic.is_parsable(truth)) or _is_repetitive(given):
+        return 0.0
+    return float(_marks(given) == _marks(truth) and symbolic.equal(given, truth))
 
 
-def _number(text: str) -> Decimal | None:
-    if not _PLAIN.fullmatch(text):
-        return None
-    try:
-        return Decimal(text)
-    except InvalidOperation:
-        return None
-
-
-@cache
-def _extraction() -> list:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig
-
-    return [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-
-
-def _equivalent(answer: str, truth: str) -> bool:
-    from math_verify import parse, verify
-
-    # math-verify's own alarms are off: they need the main thread, and the pool's deadline covers the whole call.
-    options = {"extraction_config": _extraction(), "fallback_mode": "no_fallback", "parsing_timeout": None}
-    gold = parse(f"${truth}$", **options)
-    if not gold:  # nothing to compare with: ungraded, not wrong
-        raise ValueError(f"the ground truth {truth!r} is not a mathematical expression")
-    return verify(gold, parse(f"${answer}$", **options), timeout_seconds=None, raise_on_error=True)
+def _marks(text: str) -> tuple[bool, bool, str]:
+    """What math-verify looks past: a per cent sign, words, and the case of a name."""
+    return "%" in text, "\\text" in text, text if text.isalpha() else ""

@@ -1,68 +1,85 @@
-"""Graders in subprocesses with a hard deadline: a grader that hangs or crashes costs one answer, never the run.
-
-The outcome is a number or None, "ungraded": it is counted and left out of the gate, never a silent 0.
-"""
+"""All graders of a run: chooses the rewards of each answer, has them graded where they run, and adds them up."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
-import multiprocessing
-import signal
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
-from pebble import ProcessPool
-
-from megatron_hpt.rewards.registry import Reward
+from megatron_hpt.config import RewardConfig
+from megatron_hpt.rewards.grades import Answer, Grade, as_answers, graded
+from megatron_hpt.rewards.http import RewardServer
+from megatron_hpt.rewards.processes import GraderProcesses
 
 logger = logging.getLogger(__name__)
 
 
-def _start_grader() -> None:
-    """Ctrl-C reaches the whole terminal group; the coordinator decides when its graders end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off; the pool has one
-    importlib.import_module("math_verify")  # seconds on a cold disk, which no answer's deadline should pay for
-
-
-def _grade_all(reward: Reward, answers: list[tuple[str, str]]) -> list[float]:
-    return [float(reward(response, truth)) for response, truth in answers]
-
-
 class GraderPool:
-    """Subprocesses that grade; a context manager."""
+    """Grades answers in subprocesses, or by a server; a context manager. Works from any thread and event loop."""
 
-    def __init__(self, reward: Reward, workers: int, deadline_s: float) -> None:
-        self._reward, self._deadline_s = reward, deadline_s
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(max_workers=workers, context=context, initializer=_start_grader)
+    def __init__(self, settings: RewardConfig) -> None:
+        """
+        Raises:
+            ConfigError: a reward cannot be made here.
+        """
+        self._default, self._by_source = weights(settings.name), {s: weights(c) for s, c in settings.by_source.items()}
+        self._server = RewardServer(settings) if "http" in settings.names else None
+        self._processes = GraderProcesses(settings) if set(settings.names) - {"http"} else None
+        self.ungraded: Counter[str] = Counter()
+        """How many answers got no grade so far, by cause."""
 
-    async def grade(self, answers: Sequence[tuple[str, str]]) -> list[float | None]:
-        """Grade (response, ground truth) pairs, in order; None where no grade could be had."""
-        answers = list(answers)
-        if not answers:
-            return []
-        grades = await self._attempt(answers)
-        if grades is not None:
-            return list(grades)
-        if len(answers) == 1:
-            return [None]
-        # Somebody in this bunch hung or crashed: one by one, so that only the culprit stays ungraded.
-        single = [await self._attempt([answer]) for answer in answers]
-        return [None if one is None else one[0] for one in single]
+    async def grade(self, answers: Sequence[Answer | tuple[str, str]]) -> list[Grade]:
+        """Grade answers, or (response, ground truth) pairs, in order. Never raises for an answer: see `Grade.cause`."""
+        answers = as_answers(answers)
+        terms = [self._by_source.get(answer.data_source, self._default) for answer in answers]
+        jobs = [(name, place) for place, term in enumerate(terms) for name in term]
+        found = await self._run([(name, answers[place]) for name, place in jobs])
+        by_answer: list[dict[str, Grade]] = [{} for _ in answers]
+        for (name, place), grade in zip(jobs, found, strict=True):
+            by_answer[place][name] = grade
+        grades = [weighted(term, parts) for term, parts in zip(terms, by_answer, strict=True)]
+        self._count(answers, grades)
+        return grades
 
-    async def _attempt(self, answers: list[tuple[str, str]]) -> list[float] | None:
-        future = self._pool.schedule(_grade_all, args=(self._reward, answers), timeout=self._deadline_s)
-        try:
-            return await asyncio.wrap_future(future)
-        except Exception as error:  # whatever a reward raises, or how its process died: the answer is ungraded
-            logger.warning("%d answers not graded together: %s: %s", len(answers), type(error).__name__, error)
-            return None
+    async def _run(self, jobs: Sequence[tuple[str, Answer]]) -> list[Grade]:
+        remote = [index for index, (name, _) in enumerate(jobs) if name == "http"]
+        local = [index for index, (name, _) in enumerate(jobs) if name != "http"]
+        futures = self._processes.submit(jobs[index] for index in local) if local else []
+        asked = self._server.grade([jobs[index][1] for index in remote]) if remote else _none()
+        by_server, *by_processes = await asyncio.gather(asked, *map(asyncio.wrap_future, futures))
+        found = dict(zip(remote, by_server, strict=True)) | dict(zip(local, by_processes, strict=True))
+        return [found[index] for index in range(len(jobs))]
+
+    def _count(self, answers: Sequence[Answer], grades: Sequence[Grade]) -> None:
+        lost = [(answer, grade) for answer, grade in zip(answers, grades, strict=True) if grade.cause]
+        self.ungraded.update(str(grade.cause) for _, grade in lost)
+        for answer, grade in lost[:3]:
+            logger.warning("ungraded (%s): %s; the answer ends with %r", grade.cause, grade.detail, answer.response[-100:])
+        if len(lost) > 3:
+            logger.warning("and %d more answers of these %d", len(lost) - 3, len(grades))
 
     def __enter__(self) -> GraderPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pool.stop()
-        self._pool.join()
+        if self._processes:
+            self._processes.close()
+
+
+async def _none() -> list[Grade]:
+    return []
+
+
+def weights(choice: str | Mapping[str, float]) -> Mapping[str, float]:
+    """A choice of rewards as a weighted sum."""
+    return {choice: 1.0} if isinstance(choice, str) else choice
+
+
+def weighted(term: Mapping[str, float], parts: Mapping[str, Grade]) -> Grade:
+    """The weighted sum of grades; ungraded if one of them is. It is rounded once, so that 0.7 + 0.2 + 0.1 is 1."""
+    for part in parts.values():
+        if part.score is None:
+            return part
+    return graded(math.fsum(weight * (parts[name].score or 0.0) for name, weight in term.items()))

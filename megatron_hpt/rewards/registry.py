@@ -1,23 +1,85 @@
-"""Rewards by name. A reward is a function (response text, ground truth) → number that runs in a grader process."""
+"""Rewards by name: what each compares, and how it is made from the settings."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from megatron_hpt.config import REWARDS as NAMES
+from megatron_hpt.config import RewardConfig
 from megatron_hpt.errors import ConfigError, did_you_mean
-from megatron_hpt.rewards import math
+from megatron_hpt.imports import import_function
+from megatron_hpt.rewards import answers, code, gym, math
+from megatron_hpt.rewards.grades import Answer
 
-Reward = Callable[[str, str], float]
+Reward = Callable[[Answer], float]
+"""Runs in a grader process. Raising leaves the answer ungraded."""
 
-REWARDS: dict[str, Reward] = {"math": math.grade}
+
+@dataclass(frozen=True)
+class Row:
+    """A reward of this project."""
+
+    about: str
+    build: Callable[[RewardConfig], Reward]
 
 
-def lookup(name: str) -> Reward:
-    """The reward a recipe names.
+def _as_is(reward: Reward) -> Callable[[RewardConfig], Reward]:
+    return lambda settings: reward
+
+
+LOCAL: dict[str, Row] = {
+    "math": Row("the last box, equal in writing, in words or by math-verify: HPT's rule", _as_is(math.reward)),
+    "math_strict": Row("the last box after the reasoning, equal in writing or by math-verify", _as_is(math.strict)),
+    "choice": Row("the letter chosen, A to D", _as_is(answers.choice)),
+    "exact": Row("the final answer, character by character", _as_is(answers.exact)),
+    "numeric": Row("the last number of the final answer, within reward.tolerance", answers.numeric),
+    "format": Row("the response matches reward.pattern", answers.form),
+    "reasoning_gym": Row("the verifier of the task in reasoning-gym", gym.build),
+    "code": Row("the program in the response passes the tests, in a sandbox", code.build),
+}
+"""Those that run in grader processes; `http` is the one that does not."""
+
+
+def build(name: str, settings: RewardConfig) -> Reward:
+    """A reward that runs in a grader process.
 
     Raises:
-        ConfigError: no such reward.
+        ConfigError: no such reward, or it cannot run here.
     """
-    if name not in REWARDS:
-        raise ConfigError(f"reward.name: given {name!r}; allowed: {', '.join(REWARDS)}{did_you_mean(name, REWARDS)}")
-    return REWARDS[name]
+    if ":" in name:
+        return _of_user(import_function(name, "reward.name"))
+    check_name(name)
+    return LOCAL[name].build(settings)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that nothing has.
+
+    Raises:
+        ConfigError: says which there are.
+    """
+    if name not in NAMES and ":" not in name:
+        raise ConfigError(f"reward.name: given {name!r}; allowed: {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
+
+
+def _of_user(function: Callable[..., float]) -> Reward:
+    """The user's function of (response, ground_truth), which may also ask for data_source and prompt by name."""
+    asked = [name for name in ("data_source", "prompt") if name in inspect.signature(function).parameters]
+
+    def grade(answer: Answer) -> float:
+        return function(answer.response, answer.ground_truth, **{name: getattr(answer, name) for name in asked})
+
+    return grade
+
+
+def check(settings: RewardConfig) -> None:
+    """Everything that the settings name can be made here.
+
+    Raises:
+        ConfigError: names the setting and says what to change.
+    """
+    for name in settings.names:
+        if name != "http":
+            build(name, settings)

@@ -21,13 +21,12 @@ from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.data.source import open_sets, training_source
 from megatron_hpt.data.tokenizer import load_tokenizer
-from megatron_hpt.evaluation.grading import Graders
+from megatron_hpt.evaluation.grading import Graders, label
 from megatron_hpt.evaluation.selection import Selection
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.gate import Choice
 from megatron_hpt.process import die_with_parent, log_to
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.rollout.assembly import GateDecider, Group, assemble, decide
 from megatron_hpt.rollout.engines import ENGINES
 from megatron_hpt.rollout.evaluations import Evaluations
@@ -67,7 +66,7 @@ class Coordinator:
         self._tokenizer = load_tokenizer(config)
         self._grader = Grader(pool, self._tokenizer)
         self._source = training_source(config, open_sets(config, run.path), self._tokenizer)
-        graders = Graders(config.reward.workers, config.reward.deadline_s, {config.reward.name: pool})
+        graders = Graders(config.reward, {label(config.reward): pool})
         self._evaluations = Evaluations(run, config, self._tokenizer, graders)
         self._selection = Selection(run, config.evaluation, read_metrics(run.metrics))
 
@@ -103,11 +102,12 @@ class Coordinator:
         if self._evaluates_before(step):
             with watch.phase("eval"):
                 evaluation = await self._evaluate(step)
-        retried = self._engines.retried
+        retried, ungraded = self._engines.retried, Counter(self._grader.pool.ungraded)
         groups, data = await self._groups(step, watch)
         engines = {"rollout/engines": self._engines.in_service, "rollout/retried": self._engines.retried - retried}
         seconds = {key: watch.seconds[key] for key in ("time/data_s", "time/rollout_s", "time/reward_s")}
-        metrics = {**evaluation, **seconds, **engines, **data, "rollout/policy_version": step}
+        causes = {f"rollout/ungraded_{cause}": n for cause, n in (self._grader.pool.ungraded - ungraded).items()}
+        metrics = {**evaluation, **seconds, **engines, **causes, **data, "rollout/policy_version": step}
         self._ledger.write(assemble(step, groups, self._algorithm, self._config, metrics, self._history.choices))
 
     async def _groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], dict[str, int]]:
@@ -184,7 +184,7 @@ class Coordinator:
 
 def graders(config: Config) -> GraderPool:
     """The pool of grader processes that a configuration asks for."""
-    return GraderPool(lookup(config.reward.name), config.reward.workers, config.reward.deadline_s)
+    return GraderPool(config.reward)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from megatron_hpt.config import Config, files_of
 from megatron_hpt.data.prompts import load_prompts
 from megatron_hpt.data.source import held_out_limits
 from megatron_hpt.evaluation.collecting import Collection, Source
-from megatron_hpt.evaluation.grading import Graders
+from megatron_hpt.evaluation.grading import Graders, label
 from megatron_hpt.evaluation.metrics import of_samples
 from megatron_hpt.evaluation.problems import of_prompts, sha256_of
 from megatron_hpt.evaluation.samples import Evaluation, Protocol, SetRecord, read_samples, samples_file, write_record
@@ -61,7 +61,7 @@ class Evaluations:
         return {**metrics, "eval/version": version}
 
     def _set_record(self, name: str, paths: str | Sequence[str]) -> SetRecord:
-        samples, grader = self._config.evaluation.samples, self._config.reward.name
+        samples, grader = self._config.evaluation.samples, label(self._config.reward)
         return SetRecord(", ".join(files_of(paths)), sha256_of(paths), len(self._sets[name]), samples, grader)
 
 

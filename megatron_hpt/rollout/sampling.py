@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.errors import EngineError
+from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rollout.assembly import Group
 from megatron_hpt.rollout.engine import Sample, Sampler, SamplingRequest
@@ -43,7 +44,9 @@ class Grader:
     async def grade(self, prompt: Prompt, responses: Sequence[list[int]]) -> list[float | None]:
         """Their rewards, in order; None: ungraded."""
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return await self.pool.grade([(text, prompt.ground_truth) for text in texts])
+        problem = self.tokenizer.decode(prompt.tokens)
+        answers = [Answer(text, prompt.ground_truth, problem, prompt.data_source) for text in texts]
+        return [grade.score for grade in await self.pool.grade(answers)]
 
 
 class Decider(Protocol):

@@ -11,6 +11,11 @@ from megatron_hpt.rewards.math import grade
 from megatron_hpt.vectors.check import Outcome
 
 VERSION = "6"
+DIFFERENT = {
+    "boxed/equation_swap": "5=x is the equation x=5; the reference's math-verify 0.6 unwraps one and compares 5 with an "
+    "equation",
+}
+"""Cases that are answered differently on purpose, and why (docs/rewards.md)."""
 
 
 def check_graders(path: Path) -> Outcome:
@@ -29,15 +34,16 @@ def check_graders(path: Path) -> Outcome:
         outcome.cases += 1
         outcome.quantities += 1
         ours = _grade(response, truth)
-        if ours != theirs:
+        if ours != theirs and name in DIFFERENT:
+            outcome.treated.setdefault(DIFFERENT[name], []).append(name)
+        elif ours != theirs:
             outcome.misses.append(f"{name}: ours {ours}, theirs {theirs} (ground truth {truth!r})")
     return outcome
 
 
 def _grade(response: str, truth: Any) -> bool | str:
-    """Our verdict; the reference also takes numbers and lists of accepted answers, which our data never holds."""
-    accepted = truth if isinstance(truth, list) else [truth]
+    """Our verdict."""
     try:
-        return any(grade(response, str(one)) == 1.0 for one in accepted)
+        return grade(response, truth) == 1.0
     except Exception as error:  # the pool would call it ungraded
         return f"ungraded ({type(error).__name__}: {error})"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hpt.data.order import Shuffle
+from megatron_hpt.data.order import Layout, Shuffle
 from megatron_hpt.data.prompts import demonstration_tokens
 from megatron_hpt.objective import advantage as a
 from megatron_hpt.objective.gate import Choice, Situation, Soft, Switch, Thresholds
@@ -219,7 +219,7 @@ def _positions(case: Case, index: int, response: list[int]) -> Iterator[Comparis
 def check_sampler(case: Case) -> Iterator[Comparison]:
     """One permutation an epoch. Ours is a function of seed and position, so that nothing has to be saved to resume."""
     number = case.config["n"]
-    shuffle = Shuffle([[range(number)]], (case.config["seed"],))
+    shuffle = Shuffle(Layout([range(number)]), (case.config["seed"],))
     epochs: dict[str, Any] = {
         f"epoch{epoch + 1}": [shuffle.at(epoch * number + draw) for draw in range(number)] for epoch in (0, 1)
     }

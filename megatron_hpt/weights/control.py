@@ -33,8 +33,8 @@ from typing import Any, ClassVar
 import httpx
 import torch
 
-from megatron_hpt.errors import DeadlineError, EngineGone, TransferError
-from megatron_hpt.process import token_header
+from megatron_hpt.errors import TransferError
+from megatron_hpt.weights.calls import Calls
 from megatron_hpt.weights.layouts import EngineLayout
 from megatron_hpt.weights.manifest import Contents, Manifest, as_version
 
@@ -76,14 +76,7 @@ class EngineControl(ABC):
         self.url = url
         self._asleep: set[Memory] = set()
         self._deadline_s, self._in_flight = deadline_s, in_flight
-        # No connection is kept: the servers close idle ones after 5 s, and a training step lasts longer.
-        self._http = httpx.Client(
-            base_url=url,
-            timeout=deadline_s,
-            trust_env=False,
-            headers=token_header(),
-            limits=httpx.Limits(max_keepalive_connections=0),
-        )
+        self._calls = Calls(url, deadline_s)
 
     @abstractmethod
     def prepare(self, contents: Contents) -> None:
@@ -168,39 +161,8 @@ class EngineControl(ABC):
     def layout(self) -> EngineLayout:
         """How the engine is cut."""
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._http.close()
-
     def _call(self, method: str, route: str, **request: Any) -> httpx.Response:
-        try:
-            response = self._http.request(method, route, **request)
-        except httpx.TimeoutException:
-            raise DeadlineError(f"engine {self.url} did not answer {route} within {self._deadline_s:g} s") from None
-        except httpx.HTTPError as error:
-            raise EngineGone(f"engine {self.url} cannot be reached for {route}: {error}") from None
-        if response.status_code != httpx.codes.OK:
-            words = f"engine {self.url} failed {route} ({response.status_code}): {_words(response)}"
-            # A server whose engine process died still answers for a while.
-            raise (TransferError if response.is_client_error or self._is_well() else EngineGone)(words)
-        return response
-
-    def _is_well(self) -> bool:
-        try:
-            return self._http.get("/health", timeout=min(5.0, self._deadline_s)).status_code == httpx.codes.OK
-        except httpx.HTTPError:
-            return False
-
-
-def _words(response: httpx.Response) -> str:
-    """An engine's error without its wrapping."""
-    try:
-        body = response.json()
-    except ValueError:
-        return response.text[:2000]
-    error = body.get("error", body) if isinstance(body, dict) else body
-    message = error.get("message", error) if isinstance(error, dict) else error
-    return str(message)[:2000]
+        return self._calls.ask(method, route, **request)
 
 
 class VllmControl(EngineControl):
@@ -401,7 +363,6 @@ def connect(url: str, deadline_s: float) -> EngineControl:
         try:
             control.version()
         except TransferError:
-            control.close()
             continue
         return control
     raise TransferError(f"{url} is neither a vLLM server in development mode nor an SGLang server, or wants another token")

@@ -210,9 +210,7 @@ class WeightSender:
         self._raise_any(failed)
 
     def close(self) -> None:
-        """Free what the transport holds and the connections."""
-        for target in self._targets:
-            target.control.close()
+        """Free what the transport holds."""
         self._sink.close()
 
     def _open(self, outgoing: Outgoing) -> None:

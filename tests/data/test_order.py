@@ -8,37 +8,59 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hpt.data.order import Mixture, Shuffle, uniform
+from megatron_hpt.data.order import Layout, Mixture, Shuffle, uniform
 from megatron_hpt.errors import DataError
 
-STAGES = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 
 
-@given(sizes=STAGES, seed=st.integers(0, 3), draws=st.permutations(range(40)))
-def test_every_epoch_has_each_row_once_in_any_order_of_asking(sizes: list[int], seed: int, draws: list[int]) -> None:
-    starts = np.cumsum([0, *sizes])
-    stages = [[range(a, b)] for a, b in itertools.pairwise(starts)]
-    shuffle, rows = Shuffle(stages, (seed,)), sum(sizes)
+@given(
+    sizes=SIZES,
+    large=st.sets(st.integers(0, 5)),
+    windows=st.integers(1, 4),
+    seed=st.integers(0, 3),
+    draws=st.permutations(range(40)),
+)
+def test_every_epoch_has_each_row_once_in_any_order_of_asking(
+    sizes: list[int], large: set[int], windows: int, seed: int, draws: list[int]
+) -> None:
+    starts = np.cumsum([0, *sizes]).tolist()
+    blocks = [range(a, b) for a, b in itertools.pairwise(starts)]
+    kinds = [[block for index, block in enumerate(blocks) if (index in large) is kind] for kind in (False, True)]
+    layout, rows = Layout(*kinds, windows), sum(sizes)
+    shuffle = Shuffle(layout, (seed,))
     for epoch in range(2):
-        taken = [shuffle.at(epoch * rows + place) for place in range(rows)]
-        assert sorted(taken) == list(range(rows))
-        assert [sorted(taken[a:b]) for a, b in itertools.pairwise(starts)] == [list(part) for (part,) in stages]
-    again = Shuffle(stages, (seed,))
+        assert sorted(shuffle.at(epoch * rows + place) for place in range(rows)) == list(range(rows))
+    again = Shuffle(layout, (seed,))
     assert {draw: again.at(draw) for draw in draws} == {draw: shuffle.at(draw) for draw in draws}
+
+
+def test_a_window_has_whole_small_blocks_and_the_next_part_of_large_ones() -> None:
+    small, large = [range(10 * block, 10 * block + 10) for block in range(8)], [range(80, 120)]
+    shuffle, met = Shuffle(Layout(small, large, 4), (0,)), set()
+    for epoch in range(5):
+        for window in range(4):
+            rows = {shuffle.at(120 * epoch + 30 * window + place) for place in range(30)}
+            assert {row for row in rows if row >= 80} == set(range(80 + 10 * window, 90 + 10 * window))
+            blocks = {row // 10 for row in rows if row < 80}
+            assert len(blocks) == 2
+            met.add(frozenset(blocks))
+    assert len(met) > 10  # other blocks are together in other epochs
 
 
 def test_epochs_seeds_and_sources_have_other_orders() -> None:
     orders = {
-        tuple(Shuffle([[range(50)]], seed).at(50 * epoch + i) for i in range(50))
+        tuple(Shuffle(Layout([range(25), range(25, 50)], windows=windows), seed).at(50 * epoch + i) for i in range(50))
         for seed in [(0, 0), (1, 0), (0, 1)]
         for epoch in (0, 1)
+        for windows in (1, 2)
     }
-    assert len(orders) == 6
+    assert len(orders) == 12
 
 
 def test_a_shuffle_is_uniform() -> None:
     """Row 0 is first as often as any other, over seeds."""
-    first = Counter(Shuffle([[range(5)]], (seed,)).at(0) for seed in range(2000))
+    first = Counter(Shuffle(Layout([range(2), range(2, 5)]), (seed,)).at(0) for seed in range(2000))
     assert all(abs(count - 400) < 5 * 18 for count in first.values())  # 5 standard deviations
 
 

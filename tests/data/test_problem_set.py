@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_hpt.data import problem_set
+from megatron_hpt.data.order import Layout
 from megatron_hpt.data.problem_set import ProblemSet
 from megatron_hpt.data.scan import scan
 from megatron_hpt.errors import DataError
@@ -51,14 +52,16 @@ def test_rows_are_the_same_in_any_order_of_asking(files: Path, order: list[int],
     assert found[25].where == f"{files}/1.parquet, row 0"
 
 
-def test_large_blocks_are_shuffled_in_stages_that_need_a_part_of_them(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ProblemSet(str(files)).stages() == [[range(0, 10), range(10, 20), range(20, 25), range(25, 40), range(40, 57)]]
-    monkeypatch.setattr(problem_set, "LARGE_BYTES", 0)
-    monkeypatch.setattr(problem_set, "STAGE_BYTES", sum(block.bytes for block in ProblemSet(str(files)).blocks) // 3)
-    stages = ProblemSet(str(files)).stages()
-    assert len(stages) in (3, 4)
-    assert sorted(index for stage in stages for part in stage for index in part) == list(range(57))
-    assert all(part.start == first for part, first in zip(stages[0], (0, 10, 20, 25, 40), strict=True))
+def test_a_set_larger_than_a_window_has_several(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [range(0, 10), range(10, 20), range(20, 25), range(25, 40), range(40, 57)]
+    assert ProblemSet(str(files)).layout == Layout(blocks, [], 1)
+    sizes = [block.bytes for block in ProblemSet(str(files)).blocks]
+    monkeypatch.setattr(problem_set, "WINDOW_BYTES", sum(sizes) // 2 + 1)
+    assert ProblemSet(str(files)).layout == Layout(blocks, [], 2)
+    monkeypatch.setattr(problem_set, "LARGE_BYTES", sizes[-1] - 1)
+    assert ProblemSet(str(files)).layout == Layout(blocks[:-1], blocks[-1:], 2)
+    monkeypatch.setattr(problem_set, "WINDOW_BYTES", 1)
+    assert ProblemSet(str(files)).layout.windows == 57
 
 
 def test_rows_without_an_id_have_one_of_their_own(tmp_path: Path) -> None:
@@ -176,6 +179,8 @@ def test_files_without_rows_are_passed_over_but_not_all_of_them(tmp_path: Path) 
 
 MEMORY = """
 import sys
+from megatron_hpt.data.order import Shuffle
+from megatron_hpt.data.order import Layout
 from megatron_hpt.data.problem_set import ProblemSet
 from megatron_hpt.data.scan import scan
 import pyarrow.parquet
@@ -187,9 +192,9 @@ def mib(key):
 before = mib("VmRSS")
 problems = ProblemSet(sys.argv[1])
 scan([problems])
-stage = [index for part in problems.stages()[0] for index in part]
-for index in stage[:: max(1, len(stage) // 500)]:
-    problems.row(index)
+shuffle = Shuffle(problems.layout, (0,))
+for draw in range(500):
+    problems.row(shuffle.at(draw))
 print(mib("VmHWM") - before)
 """
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hpt.config import RewardConfig
 from megatron_hpt.errors import DataError, EngineError
 from megatron_hpt.evaluation.collecting import Collection, Source
-from megatron_hpt.evaluation.grading import Graders
+from megatron_hpt.evaluation.grading import Graders, label, settings_of
 from megatron_hpt.evaluation.journal import Journal
 from megatron_hpt.evaluation.problems import Problem
 from megatron_hpt.evaluation.samples import (
@@ -62,7 +63,7 @@ def fill(folder: Path, graders: Graders, lives: float = float("inf"), seed: int 
 
 @pytest.fixture(scope="module")
 def graders():
-    with Graders(1, 10.0) as graders:
+    with Graders(RewardConfig()) as graders:
         yield graders
 
 
@@ -122,3 +123,11 @@ def test_the_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text("{}")
     with pytest.raises(DataError, match="not the folder of an evaluation"):
         read_record(tmp_path)
+
+
+def test_a_label_names_sums_and_rewards_by_source_too() -> None:
+    plain = RewardConfig(name="math_strict", tolerance=0.1)
+    mixed = RewardConfig(name={"math": 0.9, "format": 0.1}, by_source={"gpqa": "choice"}, tolerance=0.1)
+    assert label(plain) == "math_strict"
+    for reward in (plain, mixed):
+        assert settings_of(label(reward), RewardConfig(tolerance=0.1)) == reward

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hpt.evaluation.paired import binomial_test, by_group, difference, paired_interval, paired_test
+from megatron_hpt.evaluation.paired import binomial_test, difference, mean_difference, paired_interval, paired_test
 
 ONE = st.lists(st.tuples(st.sampled_from([0.0, 1.0, None]), st.sampled_from([0.0, 1.0, None])), min_size=1, max_size=12)
 
@@ -85,6 +85,21 @@ def test_models_that_differ_nowhere_may_still_differ() -> None:
     assert paired_interval(np.zeros(500))[1] < 0.005
 
 
-def test_groups_are_in_natural_order() -> None:
-    assert by_group(["10", "2", None, "2"]) == {"2": [1, 3], "10": [0]}
-    assert by_group([None]) == {}
+def test_the_difference_of_averages_weighs_benchmarks_alike() -> None:
+    small = ([[1.0]] * 2, [[0.0]] * 2)
+    large = ([[0.0, 1.0]] * 8, [[1.0, 1.0]] * 8)
+    found, parts = mean_difference([small, large]), [difference(*small), difference(*large)]
+    assert found.value == pytest.approx((1.0 - 0.5) / 2)
+    assert (found.plus, found.minus, found.problems) == (2.0, 4.0, 10)
+    assert found.value - found.low == pytest.approx(sum((p.value - p.low) ** 2 for p in parts) ** 0.5 / 2)
+    # Ten signs: the two of ±1/4 both against the eight of ∓1/32, or as far the other way round, or farther.
+    sums = [abs(sum(row[:2]) / 4 + sum(row[2:]) / 32) for row in itertools.product((-1, 1), repeat=10)]
+    assert found.p_value == pytest.approx(np.mean([total >= 0.25 - 1e-12 for total in sums]))
+    assert mean_difference([small, ([[None]], [[1.0]])]) is None
+
+
+def test_partial_and_negative_scores_solve_nothing() -> None:
+    found = difference([[0.5, 1.0], [-1.0, -1.0]], [[0.0, 0.0], [0.5, 1.5]])
+    assert (found.plus, found.minus) == (0.5, 0.0)  # half of the first one's samples are correct, none of the other's
+    assert found.value == pytest.approx((0.75 - 2.0) / 2)
+    assert found.low < -2.0 < found.high

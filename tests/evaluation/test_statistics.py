@@ -107,6 +107,14 @@ def test_an_interval_holds_its_value_and_stays_within_bounds(values: list[float]
     assert narrow.high <= found.high + 1e-12
 
 
+def test_rewards_outside_0_and_1_have_a_mean_too() -> None:
+    """A run's rewards may be anything; its metrics are made by the same functions."""
+    assert metrics.average_at_k([[-1.0, 1.0], [-1.0], [2.5]]) == pytest.approx(0.5)
+    found = estimate([-1.0, 0.0, 2.5])
+    assert found.low < -1.0 < 2.5 < found.high  # three values: Student's interval is wide, and not cut
+    assert mean_of([found]) == found
+
+
 DIFFICULTIES = {
     "spread": lambda draws, n: draws.beta(0.3, 0.6, n),
     "easy": lambda draws, n: draws.beta(2.0, 0.3, n),

@@ -14,7 +14,7 @@ from megatron_hpt.data.parquet import Problem, write_problems
 from megatron_hpt.errors import CheckpointError, ConfigError, EngineError, HptError, ModelError
 from megatron_hpt.evaluation.collecting import Collection
 from megatron_hpt.evaluation.samples import SampleRow, read_samples, samples_file, write_record, write_samples
-from megatron_hpt.evaluation.summary import summarize, table
+from megatron_hpt.evaluation.summary import table
 from megatron_hpt.launch.asked import Options, prepare
 from megatron_hpt.launch.evaluate import evaluate, regrade, summaries
 from megatron_hpt.launch.subject import resolve
@@ -116,9 +116,9 @@ def test_what_is_sampled_needs_no_engine(tiny_model: Path, options: Options) -> 
     console = Console(file=io.StringIO(), width=200)
     assert evaluate(str(tiny_model), ["heldout@4"], options, console) == folder
     (found,) = summaries(folder).values()
-    assert (found.average.value, found.problems, found.samples, found.ungraded) == (0.5, 16, 4, 0)
-    assert {k: round(e.value, 6) for k, e in found.passes.items()} == {1: 0.5, 2: round(5 / 6, 6), 4: 1.0}
-    assert found.majority.value == 1.0
+    assert (found.average.value, found.problems, found.k, found.ungraded) == (0.5, 16, 4, 0)
+    assert {k: round(e.value, 6) for k, e in found.passed.items()} == {1: 0.5, 2: round(5 / 6, 6), 4: 1.0}
+    assert found.majority[4].value == 1.0
     console.print(table({"heldout": found}, {}))
     assert "heldout          16  4  50.0 (" in console.file.getvalue()
     with pytest.raises(ConfigError, match=r"holds another evaluation: temperature was 0\.6, now 1\.0\. Give another folder"):
@@ -133,7 +133,7 @@ def test_grading_again_changes_scores_alone(tiny_model: Path, options: Options) 
     before = read_samples(samples_file(folder, "heldout"))
     tampered = [replace(row, score=None, ungraded_reason="crash") for row in before]
     write_samples(samples_file(folder, "heldout"), tampered)
-    assert summarize(tampered).average is None
+    assert summaries(folder)["heldout"].average is None
     regrade(folder, None, RewardConfig())
     assert read_samples(samples_file(folder, "heldout")) == before
     with pytest.raises(HptError, match="given 'nothing'"):

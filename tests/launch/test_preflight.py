@@ -24,7 +24,7 @@ from megatron_hpt.launch import preflight
 from megatron_hpt.launch.layout import check_layout
 from megatron_hpt.run import RunDir
 from megatron_hpt.weights.conversion import ToMegatron
-from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.weights.hf_config import model_shape, run_shape
 from megatron_hpt.weights.hf_files import write_config
 
 
@@ -214,3 +214,26 @@ def test_resume_without_a_run_is_explained(config: Config, tmp_path: Path) -> No
 
     with pytest.raises(ConfigError, match="no run of 'x' under"):
         newest("x", tmp_path)
+
+
+def test_engines_that_cannot_sleep_are_refused(config: Config) -> None:
+    config.rollout.sleep = True
+    with pytest.raises(ConfigError, match=r"rollout\.sleep: with transfer\.transport=shared_memory .*cuda_ipc"):
+        preflight.check(config)
+    config.transfer.transport = "cuda_ipc"
+    with pytest.raises(ConfigError, match=r"rollout\.sleep: vllm gives memory back on GPUs only, and this machine has none"):
+        preflight.check(config)
+    preflight.check_sleep(config, on_gpus=True)
+    config.rollout.urls = ["http://a:1"]
+    with pytest.raises(ConfigError, match=r"rollout\.sleep: servers of your own"):
+        preflight.check(config)
+
+
+def test_trainer_and_engine_must_fit_the_gpu_that_they_share(config: Config) -> None:
+    config.transfer.transport, config.rollout.sleep, config.actor.offload = "cuda_ipc", True, "all"
+    shape = run_shape(config)
+    preflight.check_memory(config, shape, 80 * 2**30)
+    with pytest.raises(ConfigError, match=r"a trainer rank needs 6\.\d GiB of 6\nmegatron-hpt plan shows"):
+        preflight.check_memory(config, shape, 6 * 2**30)
+    with pytest.raises(ConfigError, match=r"rollouts take 3\.0 GiB .* which has 24; .* is 0\.92, at most 0\.87 fits"):
+        preflight.check_memory(config, shape, 24 * 2**30)

@@ -37,7 +37,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Config:
 
     def command(config, python, start):
         assert start.weights is Weights.FOLDER
-        (start.folder / "token").touch()
+        (start.folder / f"private_{start.port}").write_text("as SGLang's token")
         return [python, "-c", SERVER, str(start.port)]
 
     serving = replace(ENGINES["vllm"], command=command, environment=lambda config, on_gpus: dict(os.environ))

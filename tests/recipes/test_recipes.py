@@ -19,7 +19,7 @@ from megatron_hpt.launch.plan import of_recipe
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.objective.roles import Role
 from megatron_hpt.objective.tokens import Counts
-from megatron_hpt.rewards.registry import lookup
+from megatron_hpt.rewards import registry
 from megatron_hpt.weights.hf_config import ModelShape, model_shape
 from megatron_hpt.weights.mapping import hf_tensor_shapes
 
@@ -75,7 +75,7 @@ def test_every_run_is_valid_in_full_size(file: str, size: str, method: str, layo
     preflight.check_algorithm(config, algorithm)
     preflight.check_layout(config, shape)
     preflight.check_lengths(config, shape)
-    lookup(config.reward.name)
+    registry.check(config.reward)
     assert without_effect(config) == []
 
 

@@ -4,12 +4,11 @@ import asyncio
 
 import pytest
 
-from megatron_hpt.config import GateConfig
+from megatron_hpt.config import GateConfig, RewardConfig
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.errors import EngineError
 from megatron_hpt.objective.gates import hybrid
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.rewards.registry import lookup
 from megatron_hpt.rollout.assembly import GateDecider
 from megatron_hpt.rollout.pool import EnginePool
 from megatron_hpt.rollout.sampling import Early, Grader, Settings, grade, sample, seed_of
@@ -27,7 +26,7 @@ LONG_S = 60.0
 @pytest.fixture(scope="module")
 def graders():
     """A pool of grader processes."""
-    with GraderPool(lookup("math"), 1, 30.0) as pool:
+    with GraderPool(RewardConfig(deadline_s=30.0)) as pool:
         yield pool
 
 

@@ -244,7 +244,6 @@ def test_two_trainers(server: Server, trainer: Trainer) -> None:
 def test_requests_under_way(server: Server, trainer: Trainer) -> None:
     """Kept, computed again or aborted, as the trainer was told; none is lost."""
     for mode in InFlight:
-        control = server.control(60, mode)
         answers: list[httpx.Response] = []
         ask = threading.Thread(target=lambda found=answers: found.append(_long(server)))
         ask.start()
@@ -254,7 +253,6 @@ def test_requests_under_way(server: Server, trainer: Trainer) -> None:
         ask.join(60)
         assert answers
         assert answers[0].status_code == 200
-        control.close()
 
 
 def _long(server: Server) -> httpx.Response:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_hpt.errors import ModelError, TransferError
-from megatron_hpt.weights.control import EngineControl, Load
+from megatron_hpt.weights.control import EngineControl, Load, Memory
 from megatron_hpt.weights.hf_config import ModelShape
 from megatron_hpt.weights.layouts import EngineLayout
 from megatron_hpt.weights.manifest import Contents, Manifest
@@ -46,9 +46,9 @@ class HostedRanks(EngineControl):
 
     def resume(self) -> None: ...
 
-    def sleep(self) -> None: ...
+    def _sleep(self) -> None: ...
 
-    def wake(self) -> None: ...
+    def _wake(self, memory: Memory) -> None: ...
 
     def compare(self, contents: Contents, manifest: Manifest) -> None: ...
 

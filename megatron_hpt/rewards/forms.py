@@ -1,0 +1,142 @@
+"""Normal forms of an answer in LaTeX: two answers with an equal form say the same.
+
+`typeset` undoes ways of writing (what MATH's own scripts do), `spoken` also reads words, case and thousands (after PRM800K).
+Both are for comparison only, never for evaluation.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal, InvalidOperation
+
+from megatron_hpt.rewards.boxes import argument
+from megatron_hpt.rewards.words import without_units
+
+Rules = tuple[tuple[re.Pattern[str], str], ...]
+
+
+def _rules(*pairs: tuple[str, str]) -> Rules:
+    return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
+
+
+_LAYOUT = _rules(
+    (r"\n|\\!|\\(?:displaystyle|quad|qquad)(?![A-Za-z])", ""),
+    # a number that ends a sentence, or is said to be near; "B." is left as it is
+    (r"^\s*(?:(?:\\approx(?![A-Za-z])|≈)\s*)?([+-]?(?:\d[\d,]*\.?\d*|\.\d+))\s*\.?\s*$", r"\1"),
+    (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+    (r"\\\\", r"\\"),
+    (r"\\begin\{array\}\{.*?\}", r"\\begin{pmatrix}"),
+    (r"\\end\{array\}", r"\\end{pmatrix}"),
+    (r"bmatrix", "pmatrix"),
+    (r"\\[td]frac", r"\\frac"),
+    (r"\\(ne|le|ge)q(?![A-Za-z])", r"\\\1"),
+    (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
+)
+_MONEY = _rules((r"\\?\$", ""), (r"\\%", ""))
+_SHORTHAND = _rules(
+    (r"(^|[ {])\.(?=\d)", r"\g<1>0."),
+    (r"^\s*[A-Za-z][A-Za-z\d]?\s*=([^=]+)$", r"\1"),  # "x=5": which letter it has is not asked
+    (r"\\sqrt\s*([^{\s\[\\])", r"\\sqrt{\1}"),
+    (r"\s|\\[ ,;:]|~", ""),
+    (r"\\frac([^{\\])([^{\\])", r"\\frac{\1}{\2}"),
+    (r"\\frac([^{\\])(?=\{)", r"\\frac{\1}"),
+    (r"^0\.50*$", r"\\frac{1}{2}"),
+    (r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
+    (r"^\\frac\{-(\d+)\}", r"-\\frac{\1}"),
+)
+_WORDS = _rules(
+    (r"\\?[$%]", ""),
+    (r"\s(?:or|and)\s|\s*,?\s*\\text\s*\{\s*,?\s*(?:or|and)\s*\}\s*", " , "),
+)
+_LARGE = _rules((r"\s*\bmillion", r"*10^6"), (r"\s*\bbillion", r"*10^9"), (r"\s*\btrillion", r"*10^{12}"))
+_MIXED = _rules((r"(?<![\d.,])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"(?<=\d)\{,\}(?=\d{3})", ","))
+_SYMBOLS = _rules(
+    (r"\\(?:text|mathrm|textbf|textit|mathbf|mbox)\s*(?=\{)", ""),
+    (r"\\pi(?![A-Za-z])", "pi"),
+    (r"\\infty(?![A-Za-z])", "inf"),
+    (r"\\cup(?![A-Za-z])", "U"),
+    (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
+    (r"\\[,;: ]|~", " "),
+    (r"\\([{}])", r"\1"),
+)
+_SPACES = _rules((r"-\s+", "-"), (r"(\d)\s+(?=\(?\d+\)?/)", r"\1+"), (r"[\s{}]", ""))
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?", re.IGNORECASE)
+_WHOLE_WITHIN = Decimal("1e-7")
+
+
+def _apply(text: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def without_text(latex: str) -> str:
+    """Content of the one \\text{…} that the whole answer is; any other answer as it is."""
+    latex = latex.strip()
+    inner = latex.removeprefix("\\text").lstrip()
+    return inner[1:-1].strip() if inner != latex and inner and argument(inner, 0) == len(inner) else latex
+
+
+def typeset(latex: str) -> str:
+    """The answer without choices of layout: spaces, sizes, units, ways to write a fraction or a root."""
+    laid_out = _apply(without_text(latex), _LAYOUT).strip()
+    return _apply(_apply(without_units(laid_out), _MONEY).strip(), _SHORTHAND)
+
+
+def spoken(latex: str) -> str:
+    """The answer as one would say it: words, units, case, braces and separators of thousands make no difference."""
+    text = _apply(_apply(_apply(without_text(latex), _LAYOUT), _LARGE), _WORDS)
+    text = _fractions(without_units(text).replace("{,}", ","))
+    text = _apply(_apply(text, _SYMBOLS), _SPACES).lower()
+    return _whole(_THOUSANDS.sub("", text))
+
+
+def readable(latex: str) -> str:
+    """The answer in LaTeX that a parser reads: without units and currency, powers of ten and mixed numbers written out."""
+    text = _apply(_apply(without_text(latex), _LAYOUT), _LARGE)
+    return _apply(_apply(without_units(text), _MONEY).strip(), _MIXED)
+
+
+def number(text: str) -> Decimal | None:
+    """The value of a plain decimal number; None if it is not one."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return None
+
+
+def _whole(text: str) -> str:
+    """A number that is whole, up to rounding, without its decimals."""
+    value = number(text)
+    if value is None or value.adjusted() > 300:
+        return text
+    nearest = value.to_integral_value()
+    return str(int(nearest)) if len(text) < 400 and abs(value - nearest) < _WHOLE_WITHIN else text
+
+
+def _fractions(text: str) -> str:
+    r"""\frac{a}{b} as a/b and \sqrt{a} as sqrt(a), with parentheses where an operand is not one number or letter."""
+    text = re.sub(r"\\frac\s*([^{\s\\])\s*([^{\s\\])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac\s*([^{\s\\])\s*(?=\{)", r"\\frac{\1}", text)
+    text = re.sub(r"\\sqrt\s*([^{\s\[\\])", r"\\sqrt{\1}", text)
+    for _ in range(text.count("\\frac") + text.count("\\sqrt")):
+        start = max(text.rfind("\\frac{"), text.rfind("\\sqrt{"))  # the innermost of the last
+        if start < 0:
+            break
+        first = argument(text, start + 5)
+        inner = text[start + 6 : first - 1]
+        if text.startswith("\\sqrt", start):
+            text = f"{text[:start]} sqrt({inner}){text[first:]}"
+            continue
+        second = argument(text, first)
+        if second == first:
+            break
+        text = f"{text[:start]} {_operand(inner)}/{_operand(text[first + 1 : second - 1])}{text[second:]}"
+    return text
+
+
+def _operand(text: str) -> str:
+    return text if re.fullmatch(r"\s*-?(?:\d+|[A-Za-z]|\\[A-Za-z]+)\s*", text) else f"({text})"

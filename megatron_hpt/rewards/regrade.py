@@ -1,0 +1,133 @@
+"""A file of answers, graded again by one reward or several, and where they disagree."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_hpt.config import RewardConfig
+from megatron_hpt.data.files import whole
+from megatron_hpt.errors import DataError
+from megatron_hpt.rewards.grades import Answer, Grade
+from megatron_hpt.rewards.pool import GraderPool
+
+BUNCH = 512
+"""Answers between two reports of progress."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a file has what a grader needs; ``a.b`` is field b of the record in column a."""
+
+    response: str = "response"
+    truth: str = "ground_truth"
+    source: str = "data_source"
+    prompt: str = "prompt"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL or parquet file.
+
+    Raises:
+        DataError: it is neither, or has no rows; names file and line.
+    """
+    try:
+        if path.suffix == ".parquet":
+            rows = pq.read_table(path).to_pylist()
+        else:
+            with path.open(encoding="utf-8") as lines:
+                rows = [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: cannot be read as {path.suffix or 'JSONL'}: {error}") from None
+    if not rows:
+        raise DataError(f"{path}: has no rows")
+    return rows
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}; expected an object of named fields")
+    return row
+
+
+def answers_of(rows: Sequence[dict[str, Any]], columns: Columns, path: Path) -> list[Answer]:
+    """The answers in them.
+
+    Raises:
+        DataError: a row without response or ground truth; names the row and the columns that there are.
+    """
+    answers = []
+    for number, row in enumerate(rows):
+        response, truth = _text(row, columns.response), _text(row, columns.truth)
+        for name, value in ((columns.response, response), (columns.truth, truth)):
+            if value is None:
+                raise DataError(f"{path}, row {number}: no text in {name!r}; its columns are {', '.join(row)}")
+        answers.append(Answer(response or "", truth or "", _text(row, columns.prompt) or "", _text(row, columns.source) or ""))
+    return answers
+
+
+def _text(row: Any, path: str) -> str | None:
+    for name in path.split("."):
+        row = row.get(name) if isinstance(row, dict) else None
+    return str(row) if isinstance(row, (str, int, float)) else None
+
+
+def grade_in_bunches(answers: Sequence[Answer], settings: RewardConfig, done: Callable[[int], None]) -> list[Grade]:
+    """Grades in order.
+
+    Args:
+        done: told how many are.
+
+    Raises:
+        ConfigError: the reward cannot be made here.
+    """
+    grades: list[Grade] = []
+    with GraderPool(settings) as pool:
+        for start in range(0, len(answers), BUNCH):
+            grades += asyncio.run(pool.grade(answers[start : start + BUNCH]))
+            done(len(grades))
+    return grades
+
+
+def disagreements(first: Sequence[Grade], second: Sequence[Grade]) -> Iterator[int]:
+    """Places of the answers to which both give a score, and not the same."""
+    for place, (one, other) in enumerate(zip(first, second, strict=True)):
+        if None not in (one.score, other.score) and one.score != other.score:
+            yield place
+
+
+def summary(grades: Sequence[Grade]) -> dict[str, Any]:
+    """Answers, mean score, share of exactly 1, and what is ungraded, by cause."""
+    scores = [grade.score for grade in grades if grade.score is not None]
+    return {
+        "answers": len(grades),
+        "mean": sum(scores) / len(scores) if scores else None,
+        "right": sum(score == 1.0 for score in scores) / len(scores) if scores else None,
+        "ungraded": dict(Counter(str(grade.cause) for grade in grades if grade.cause)),
+    }
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]], graded: dict[str, Sequence[Grade]]) -> None:
+    """The rows with a column `grade_<reward>` for each reward (null: ungraded) and one with the reason, as parquet or JSONL."""
+    columns: dict[str, list[Any]] = {}
+    for name, grades in graded.items():
+        columns[f"grade_{name}"] = [grade.score for grade in grades]
+        columns[f"ungraded_{name}"] = [grade.reason for grade in grades]
+    wider = [{**row, **{key: values[place] for key, values in columns.items()}} for place, row in enumerate(rows)]
+    with whole(path) as temporary:
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(wider), temporary)
+        else:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in wider))

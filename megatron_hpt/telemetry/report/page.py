@@ -1,0 +1,58 @@
+"""The HTML page: one file that asks for nothing outside itself, and says so to the browser (Content-Security-Policy)."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from string import Template
+from typing import Any
+
+from megatron_hpt.objective.gate import Choice
+from megatron_hpt.telemetry.report import charts
+from megatron_hpt.telemetry.report.panels import STATE_COLORS
+from megatron_hpt.telemetry.report.visits import State
+
+VEGA_LITE = "6.4"
+"""Of the versions that vl-convert brings."""
+CHOICES = {
+    Choice.DEMONSTRATION: {"name": "demonstration (SFT)", "color": "#a86f00"},
+    Choice.ROLLOUTS: {"name": "its own answers (RL)", "color": STATE_COLORS[State.RL]},
+    Choice.OFF_POLICY: {"name": "demonstration by off-policy RL", "color": "#a8507c"},
+    Choice.BOTH: {"name": "both", "color": "#1f7fb0"},
+    Choice.SKIPPED: {"name": "nothing", "color": "#6b6b6b"},
+}
+"""For people; the colours are dark enough for white text."""
+_SCRIPTS = ("base.js", "charts.js", "answers.js", "page.js")
+_SETTINGS = Template('<details class="config"><summary>configuration of $name</summary><pre>$text</pre></details>')
+
+
+def page(title: str, subtitle: str, payload: Mapping[str, Any], settings: Sequence[tuple[str, str]]) -> str:
+    """The whole page.
+
+    Args:
+        payload: what the scripts show.
+        settings: name and configuration of every run.
+    """
+    import vl_convert
+
+    own = {"themes": {"light": charts.theme(False), "dark": charts.theme(True)}, "choices": CHOICES}
+    return Template(_part("page.html")).substitute(
+        title=html.escape(title),
+        subtitle=html.escape(subtitle),
+        style=_part("page.css"),
+        settings="".join(_SETTINGS.substitute(name=html.escape(name), text=html.escape(text)) for name, text in settings),
+        vega=_script(vl_convert.javascript_bundle(vl_version=VEGA_LITE)),
+        payload=_script(json.dumps({**payload, **own}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
+        script=f"(() => {{\n'use strict';\n{''.join(map(_part, _SCRIPTS))}}})();",
+    )
+
+
+def _part(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text()
+
+
+def _script(text: str) -> str:
+    """Nothing in it ends the element, or opens a comment in which the end would be overlooked; such text is in strings only."""
+    return text.replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("<script", "<\\u0073cript")

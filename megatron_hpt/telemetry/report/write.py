@@ -1,0 +1,108 @@
+"""Write the report of one or several runs: the page and the picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_hpt.data.files import whole, write_whole
+from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.run import RunDir
+from megatron_hpt.telemetry.report import answers, charts, panels, record, visits
+from megatron_hpt.telemetry.report.page import VEGA_LITE, page
+from megatron_hpt.telemetry.report.record import Record
+from megatron_hpt.telemetry.report.visits import Visits
+
+PAGE = 5_000_000
+"""Bytes that a page should not exceed: answers take what the curves leave."""
+_VEGA = 1_000_000
+"""Bytes of the drawing library, and of the page itself, rounded up."""
+_FEWEST = 100_000
+"""Bytes of answers that every run may show nevertheless."""
+
+
+def write_report(runs: Sequence[RunDir], target: Path | None = None) -> Path:
+    """Write the page, and beside it the picture: the same name with ``.png``.
+
+    The cost does not grow with the answers: of the ledger's rows only those that are shown are read.
+
+    Args:
+        target: file of the page; default: ``report.html`` of the run, or of the current folder if there are several.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ConfigError: the target is no ``.html``.
+        DataError: a run has no finished step yet.
+    """
+    target = target or (runs[0].report if len(runs) == 1 else Path(runs[0].report.name))
+    if target.suffix != ".html":
+        raise ConfigError(f"--out: given {target}; the page's name ends in .html (the picture beside it has .png)")
+    records = [record.read(run, label) for run, label in zip(runs, record.labels(runs), strict=True)]
+    training = panels.training(records)
+    with whole(target.with_suffix(".png")) as temporary:
+        temporary.write_bytes(picture(records, training))
+    curves = {"training": training, "evaluation": panels.evaluations(records), "differences": record.differences(records)}
+    ledgers = [visits.read(Ledger(one.run.batches)) for one in records]
+    described = [_described(one, index, decided) for index, (one, decided) in enumerate(zip(records, ledgers, strict=True))]
+    budget = max(_FEWEST, (PAGE - _VEGA - len(json.dumps([curves, described]))) // len(records))
+    for one, decided, told in zip(records, ledgers, described, strict=True):
+        told["answers"] = _answers(one, decided, budget)
+    payload = {"runs": described, **curves}
+    settings = [(one.label, one.run.config.read_text()) for one in records]
+    write_whole(target, page(_title(records), f"megatron_hpt, {time.strftime('%Y-%m-%d %H:%M')}", payload, settings))
+    return target
+
+
+def _title(records: Sequence[Record]) -> str:
+    return records[0].label if len(records) == 1 else f"{len(records)} runs: " + ", ".join(one.label for one in records)
+
+
+def _described(one: Record, index: int, decided: Visits) -> dict[str, Any]:
+    """A run without its answers."""
+    color, dash = charts.style(index)
+    sampled = [f"Decisions of every {decided.every}th step."] if decided.every > 1 else []
+    told = [*_missing(one, decided), *sampled, *_short(decided.unreadable)]
+    return {
+        "label": one.label,
+        "style": {"color": color, "dash": dash},
+        "grid": panels.columns(one.grid),
+        "facts": record.facts(one),
+        "notes": record.notes(one),
+        "depth": {"charts": panels.depth(one, decided.all), "notes": told},
+    }
+
+
+def _answers(one: Record, decided: Visits, budget: int) -> dict[str, Any]:
+    reading = answers.read(one, decided.all, budget) if decided.all else answers.Reading([])
+    return {"steps": reading.steps, "notes": [*_missing(one, decided), *_short(reading.problems)]}
+
+
+def _missing(one: Record, decided: Visits) -> list[str]:
+    return [] if decided.all else [f"{one.label} has no ledger (batches/ is empty or gone): curves only."]
+
+
+def _short(messages: Sequence[str], most: int = 3) -> list[str]:
+    return [*messages[:most], *([f"… and {len(messages) - most} more"] if len(messages) > most else [])]
+
+
+def picture(records: Sequence[Record], training: Sequence[dict[str, Any]]) -> bytes:
+    """Six of the curves as a PNG."""
+    import vl_convert
+
+    names = [one.label for one in records]
+    drawn = [panel for panel in training if panel["key"] in panels.PICTURE and panel["spec"]]
+    spec = {
+        "concat": [
+            charts.still(panel["spec"], panels.points(panel, records), names, panel["title"], width=330) for panel in drawn
+        ],
+        "columns": 3,
+        "config": {**charts.theme(False), "background": "white"},
+        "padding": 14,
+    }
+    return vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=1.6)
