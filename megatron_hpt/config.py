@@ -296,7 +296,7 @@ RewardChoice = typing.Annotated[str | dict[str, float], AfterValidator(check_rew
 
 class CodeRewardConfig(Section):
     time_s: PositiveFloat = 5.0
-    """Seconds that a program may take for each of its tests, and all of its processes together on one core."""
+    """Seconds that a program may take for each of its tests."""
     memory_mib: PositiveInt = 512
     """Memory of one of its processes."""
     processes: PositiveInt = 16
@@ -352,6 +352,11 @@ class RewardConfig(Section):
     def _usable(self) -> RewardConfig:
         if "http" in self.names and not self.http.url.startswith(("http://", "https://")):
             raise ValueError(f"reward.http.url: given {self.http.url!r}; the http reward needs a server, http://host:port")
+        if "code" in self.names and self.code.time_s >= self.deadline_s:
+            raise ValueError(
+                f"reward.code.time_s: given {self.code.time_s:g}; must be below reward.deadline_s={self.deadline_s:g}, or a program "
+                "that does not end is ungraded instead of wrong"
+            )
         try:
             re.compile(self.pattern)
         except re.error as error:

@@ -251,6 +251,11 @@ def test_the_reward(response: str, truth: str, score: float | None) -> None:
         assert grade(Answer(response, truth)) == score
 
 
+def test_a_program_may_not_take_longer_than_its_grade() -> None:
+    with pytest.raises(ValueError, match=r"reward\.code\.time_s: given 30; must be below reward\.deadline_s=10"):
+        RewardConfig(name="code", code=CodeRewardConfig(time_s=30.0))
+
+
 def test_programs_are_jailed_in_grader_processes_too() -> None:
     settings = RewardConfig(name="code", deadline_s=30.0, code=CodeRewardConfig(time_s=1.0))
     with GraderPool(settings) as pool:
