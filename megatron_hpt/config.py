@@ -354,8 +354,8 @@ class RewardConfig(Section):
             raise ValueError(f"reward.http.url: given {self.http.url!r}; the http reward needs a server, http://host:port")
         if "code" in self.names and self.code.time_s >= self.deadline_s:
             raise ValueError(
-                f"reward.code.time_s: given {self.code.time_s:g}; must be below reward.deadline_s={self.deadline_s:g}, or a program "
-                "that does not end is ungraded instead of wrong"
+                f"reward.code.time_s: given {self.code.time_s:g}; must be below reward.deadline_s={self.deadline_s:g}, "
+                "or a program that does not end is ungraded instead of wrong"
             )
         try:
             re.compile(self.pattern)
