@@ -4,6 +4,7 @@ tools/grade.py ANSWERS.jsonl --response output --truth reward_model.ground_truth
 tools/grade.py ANSWERS.parquet --grader math --against math_strict --out GRADES.parquet
 """
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +40,8 @@ def main(
 ) -> None:
     console = Console(soft_wrap=True)
     try:
+        if out:
+            regrade.check_out(out)
         rows = regrade.read_rows(file)
         answers = regrade.answers_of(rows, regrade.Columns(response, truth, source, prompt), file)
         shared = [f"reward.workers={workers}", f"reward.deadline_s={deadline_s}", *(setting or [])]
@@ -56,7 +59,7 @@ def main(
 def settings(reward: str, overrides: list[str]) -> RewardConfig:
     """The section `reward` of a configuration that has nothing else."""
     nothing = Config(name="grade", model={"path": "none"}, data={"train": "none"})
-    return apply_overrides(nothing, [f"reward.name={yaml.safe_dump(yaml.safe_load(reward)).strip()}", *overrides]).reward
+    return apply_overrides(nothing, [f"reward.name={json.dumps(yaml.safe_load(reward))}", *overrides]).reward
 
 
 def grade(console: Console, name: str, answers: list[Answer], reward: RewardConfig) -> list[Grade]:
