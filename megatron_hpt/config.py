@@ -610,17 +610,33 @@ class Config(Section):
         return self.data.max_prompt_length + self.data.max_response_length
 
 
+S = typing.TypeVar("S", bound=Section)
+
+
 def validated(tree: dict[str, Any], origin: str) -> Config:
     """Build a Config from plain data; every problem is one line with key, given value and what is allowed.
 
     Raises:
         ConfigError: naming `origin` (a file or "overrides") and each key.
     """
+    return validated_section(Config, tree, origin)
+
+
+def validated_section(kind: type[S], tree: dict[str, Any], origin: str) -> S:
+    """As `validated`, for a section alone.
+
+    Raises:
+        ConfigError: naming `origin` (a file or "overrides") and each key.
+    """
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise ConfigError(f"{origin}: the configuration is not valid\n  " + "\n  ".join(lines)) from None
+
+
+_LONGEST_GIVEN = 200
+"""A whole section is not repeated: what is wrong with it says which of its keys is meant."""
 
 
 def _explain(problem: Any) -> str:
@@ -630,7 +646,9 @@ def _explain(problem: Any) -> str:
         return unknown_key(path)
     if problem["type"] == "missing":
         return f"{key}: missing; it has no default"
-    return f"{key}: given {problem['input']!r}; {problem['msg'].lower()}"
+    given = repr(problem["input"])
+    said = f"given {given}; {problem['msg'].lower()}" if len(given) <= _LONGEST_GIVEN else problem["msg"]
+    return f"{key}: {said}" if key else said
 
 
 def unknown_key(path: list[str]) -> str:
@@ -680,6 +698,12 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
             raise ConfigError(f"override {override!r}: expected section.key=value, e.g. trainer.steps=20")
         _set(tree, key.split("."), _parse(key, text))
     return validated(tree, "overrides " + " ".join(overrides) if overrides else config.name)
+
+
+def reward_alone(overrides: list[str]) -> RewardConfig:
+    """The section `reward` of a configuration that has nothing else; raises as `apply_overrides`."""
+    nothing = Config(name="rewards", model=ModelConfig(path="none"), data=DataConfig(train="none"))
+    return apply_overrides(nothing, overrides).reward
 
 
 def _parse(key: str, text: str) -> Any:
