@@ -14,6 +14,7 @@ import yaml
 from megatron_hpt.config import RewardConfig, validated_section
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.samples import SampleRow
+from megatron_hpt.rewards.answers import chosen, final
 from megatron_hpt.rewards.boxes import last_boxed
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.pool import GraderPool
@@ -80,7 +81,7 @@ class Graders:
             *(self._pool(grader).grade([_answer(row) for row in group]) for group in problems),
         )
         return [
-            replace(row, score=grade.score, ungraded_reason=grade.reason, grader=grader)
+            replace(row, answer=answer_of(row.response, grader), score=grade.score, ungraded_reason=grade.reason, grader=grader)
             for group, found in zip(problems, grades, strict=True)
             for row, grade in zip(group, found, strict=True)
         ]
@@ -101,6 +102,10 @@ def _answer(row: SampleRow) -> Answer:
     return Answer(row.response, row.ground_truth, row.prompt, row.data_source)
 
 
-def answer_of(response: str) -> str | None:
-    """What maj@k counts: the content of the last box."""
-    return last_boxed(response)
+_ANSWERS = {"choice": chosen, "exact": final, "numeric": final, "reasoning_gym": final}
+"""How graders that do not insist on a box read the answer."""
+
+
+def answer_of(response: str, grader: str) -> str | None:
+    """What maj@k counts: the answer as the grader reads it; None: there is none."""
+    return _ANSWERS.get(grader, last_boxed)(response)

@@ -17,6 +17,7 @@ from megatron_hpt.evaluation.problems import Problem
 from megatron_hpt.evaluation.samples import (
     Evaluation,
     Protocol,
+    SampleRow,
     SetRecord,
     read_record,
     read_samples,
@@ -151,3 +152,14 @@ def test_a_grader_that_is_none_is_refused(grader: str, message: str) -> None:
 def test_a_sum_is_written_as_in_settings() -> None:
     assert checked_grader("{math: 0.9, format: 0.1}", RewardConfig()) == label(RewardConfig(name={"math": 0.9, "format": 0.1}))
     assert checked_grader("math", RewardConfig()) == "math"
+
+
+@pytest.mark.parametrize(
+    ("grader", "answers"),
+    [("choice", ["B", "B", "C", None]), ("math", [None, "\\text{B}", "C", None])],
+)
+def test_votes_are_for_what_the_grader_reads(graders: Graders, grader: str, answers: list[str | None]) -> None:
+    """A letter that counts as right without a box is a vote too."""
+    responses = ("so the answer is B.", "\\boxed{\\text{B}}", "\\boxed{C}", "who knows")
+    rows = [SampleRow("p", n, 0, "", None, "", text, "B", None, 1, False) for n, text in enumerate(responses)]
+    assert [row.answer for row in asyncio.run(graders.grade(rows, grader))] == answers
