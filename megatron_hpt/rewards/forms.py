@@ -37,7 +37,7 @@ _SHORTHAND = _rules(
     (r"(^|[ {])\.(?=\d)", r"\g<1>0."),
     (r"^\s*[A-Za-z][A-Za-z\d]?\s*=([^=]+)$", r"\1"),  # "x=5": which letter it has is not asked
     (r"\\sqrt\s*([^{\s\[\\])", r"\\sqrt{\1}"),
-    (r"\s|\\[ ,;:]|~", ""),
+    (r"\s|\\[ ,;:](?!\d)|~", ""),  # between digits it is kept: a thin space is not read as one of thousands
     (r"\\frac([^{\\])([^{\\])", r"\\frac{\1}{\2}"),
     (r"\\frac([^{\\])(?=\{)", r"\\frac{\1}"),
     (r"^0\.50*$", r"\\frac{1}{2}"),
@@ -49,14 +49,15 @@ _WORDS = _rules(
     (r"\s(?:or|and)\s|\s*,?\s*\\text\s*\{\s*,?\s*(?:or|and)\s*\}\s*", " , "),
 )
 _LARGE = _rules((r"\s*\bmillion", r"*10^6"), (r"\s*\bbillion", r"*10^9"), (r"\s*\btrillion", r"*10^{12}"))
+_CONNECTIVE = re.compile(r"\s*,?\s*\\text\s*\{\s*,?\s*(?:or|and)\s*\}\s*")
 _MIXED = _rules((r"(?<![\d.,])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"(?<=\d)\{,\}(?=\d{3})", ","))
 _SYMBOLS = _rules(
-    (r"\\(?:text|mathrm|textbf|textit|mathbf|mbox)\s*(?=\{)", ""),
+    (r"\\(?:text|mathrm|mathbf|textbf|textit|mbox|underline)\s*(?=\{)", ""),
     (r"\\pi(?![A-Za-z])", "pi"),
     (r"\\infty(?![A-Za-z])", "inf"),
     (r"\\cup(?![A-Za-z])", "U"),
     (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
-    (r"\\[,;: ]|~", " "),
+    (r"\\[,;: ](?!\d)|~", " "),
     (r"\\([{}])", r"\1"),
 )
 _SPACES = _rules((r"-\s+", "-"), (r"(\d)\s+(?=\(?\d+\)?/)", r"\1+"), (r"[\s{}]", ""))
@@ -92,10 +93,15 @@ def spoken(latex: str) -> str:
     return _whole(_THOUSANDS.sub("", text))
 
 
+def listed(latex: str) -> str:
+    """The answer with commas for \\text{ or } and \\text{ and }, which math-verify drops: it reads 1\\text{ or }2 as 12."""
+    return _CONNECTIVE.sub(", ", latex)
+
+
 def readable(latex: str) -> str:
-    """The answer in LaTeX that a parser reads: without units and currency, powers of ten and mixed numbers written out."""
-    text = _apply(_apply(without_text(latex), _LAYOUT), _LARGE)
-    return _apply(_apply(without_units(text), _MONEY).strip(), _MIXED)
+    """The answer in LaTeX that a parser reads: without units and currency, mixed numbers written out."""
+    text = without_units(_apply(without_text(latex), _LAYOUT))
+    return _apply(_apply(text, _MONEY).strip(), _MIXED)
 
 
 def number(text: str) -> Decimal | None:

@@ -14,7 +14,7 @@ from os.path import commonprefix
 
 from megatron_hpt.rewards import symbolic
 from megatron_hpt.rewards.boxes import last_boxed, unboxed
-from megatron_hpt.rewards.forms import number, readable, spoken, typeset
+from megatron_hpt.rewards.forms import listed, number, readable, spoken, typeset
 from megatron_hpt.rewards.grades import Answer
 
 Truth = str | int | float | Sequence[str]
@@ -62,6 +62,7 @@ def _same_spoken(given: str, truth: str) -> bool:
 
 
 def _same_expression(given: str, truth: str) -> bool:
+    given, truth = listed(given), listed(truth)
     if symbolic.equal(given, truth):
         return True
     plain = readable(given), readable(truth)

@@ -11,7 +11,7 @@ import re
 _MEASURES = """
     degree deg mile mph kmph kmh feet foot inch yard acre hectare gallon gal litre liter metre meter centimeter kilometer
     millimeter mtr gram kilogram pound ounce ton ohm watt joule newton volt hertz second sec minute min hour day week month
-    year square cubic cube unit percent dollar cent rupee
+    year square cubic cube unit percent rupee
 """
 _THINGS = """
     apple coin toy pie tile mark soldier man men woman women monkey round number way ratio people person student ticket

@@ -33,10 +33,12 @@ RIGHT = [
     ("\\frac12", "0.5"),
     ("0.333333", "\\frac{1}{3}"),
     ("7 3/4", "\\frac{31}{4}"),
-    ("5 million", "5000000"),
+    ("5 million", "5*10^6"),
     ("2,1", "1,2"),
     ("\\{2,1\\}", "\\{1,2\\}"),
     ("1 \\text{ or } 2", "1,2"),
+    ("2\\text{ or }1", "1,2"),
+    ("3\\text{ or }3", "3"),
     ("(-\\infty,3)", "x<3"),
     ("(x+1)^2", "x^2+2x+1"),
     ("\\begin{bmatrix}1\\\\2\\end{bmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
@@ -52,9 +54,13 @@ WRONG = [
     ("6.2831853", "2\\pi"),  # near is not equal
     ("(1.4142136,2)", "(\\sqrt2,2)"),
     ("(1,2)", "(2,1)"),
+    ("1\\text{ or }2", "12"),
     ("(1,2)", "[1,2)"),
     ("-4", "4"),
     ("", "5"),
+    ("1\\,000", "1000"),  # as the reference says, like the next two
+    ("5 million", "5000000"),
+    ("5 dollars", "5"),
     # the reference calls all of these right (docs/rewards.md)
     ("x+a", "x+c"),
     ("(a,b)", "(c,b)"),

@@ -18,7 +18,7 @@ from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.sandbox import Limits, SandboxError, run
 
 pytestmark = pytest.mark.slow
-LIMITS = Limits(time_s=2.0, memory_mib=256, processes=16, disk_mib=8)
+LIMITS = Limits(time_s=1.0, memory_mib=256, processes=16, disk_mib=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
