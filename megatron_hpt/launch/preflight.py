@@ -257,7 +257,7 @@ def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
     limits = held_out_limits(config)
     held_out = {name: load_prompts(paths, tokenizer, limits) for name, paths in config.evaluation.held_out.items()}
     _check_validation(config, held_out)
-    check_training_data(config, tokenizer, gate)
+    check_training_data(config, tokenizer, gate, {prompt.data_source for prompts in held_out.values() for prompt in prompts})
 
 
 def _check_curriculum(config: Config) -> None:
