@@ -152,7 +152,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="folder of the named sets: parquet, or JSON as published")] = Path("data"),
     out: Annotated[Path | None, typer.Option(help="folder of the evaluation; default: evaluations/NAME")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="a problem; default: 32 for the small sets, 1 elsewhere")] = None,
-    grader: Annotated[str | None, typer.Option(help="a reward; default: each set's own")] = None,
+    grader: Annotated[str | None, typer.Option(help="a reward or a sum of some; default: each set's own")] = None,
     temperature: Annotated[float, typer.Option(min=1e-3)] = 0.6,
     top_p: Annotated[float, typer.Option(min=1e-6, max=1)] = 0.95,
     max_tokens: Annotated[int, typer.Option(min=1, help="of a response")] = 8192,
@@ -173,18 +173,22 @@ def evaluate(
     _print_evaluation(evaluate(model, benchmarks.split(","), options, Console()))
 
 
-@app.command()
+@app.command(context_settings={"allow_interspersed_args": True})
 def regrade(
     evaluation: Annotated[Path, typer.Argument(help="folder of an evaluation")],
-    grader: Annotated[str | None, typer.Option(help="a reward for all sets; default: each set's, as it is now")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, e.g. reward.http.url=http://node7:8000")] = None,
+    grader: Annotated[
+        str | None, typer.Option(help="a reward or a sum of some, for all sets; default: each set's, as it is now")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="grader processes")] = 1,
     deadline: Annotated[float, typer.Option(min=0.1, help="seconds for an answer")] = 10.0,
 ) -> None:
     """Grade an evaluation's samples again, without an engine, and print its table."""
-    from megatron_hpt.config import RewardConfig
+    from megatron_hpt.config import reward_alone
     from megatron_hpt.launch.evaluate import regrade
 
-    regrade(evaluation, grader, RewardConfig(workers=workers, deadline_s=deadline))
+    own = [f"reward.workers={workers}", f"reward.deadline_s={deadline}"]
+    regrade(evaluation, grader, reward_alone([*own, *(overrides or [])]))
     _print_evaluation(evaluation)
 
 
@@ -193,8 +197,11 @@ def _print_evaluation(folder: Path) -> None:
     from megatron_hpt.evaluation.summary import table
     from megatron_hpt.launch.evaluate import summaries
 
-    console = _wide_console()
-    console.print(table(summaries(folder), {name: row.title for name, row in BENCHMARKS.items()}))
+    drawn = table(summaries(folder), {name: row.title for name, row in BENCHMARKS.items()})
+    # A narrow terminal breaks the lines; the table would rather leave figures out.
+    needed = Console(width=1000).measure(drawn).maximum
+    console = Console(width=max(Console().width, needed))
+    console.print(drawn)
     console.print(f"every sample: {folder}", highlight=False, soft_wrap=True)
 
 

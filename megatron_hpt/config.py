@@ -296,7 +296,7 @@ RewardChoice = typing.Annotated[str | dict[str, float], AfterValidator(check_rew
 
 class CodeRewardConfig(Section):
     time_s: PositiveFloat = 5.0
-    """Seconds that a program may take for each of its tests, and all of its processes together on one core."""
+    """Seconds that a program may take for each of its tests."""
     memory_mib: PositiveInt = 512
     """Memory of one of its processes."""
     processes: PositiveInt = 16
@@ -352,10 +352,10 @@ class RewardConfig(Section):
     def _usable(self) -> RewardConfig:
         if "http" in self.names and not self.http.url.startswith(("http://", "https://")):
             raise ValueError(f"reward.http.url: given {self.http.url!r}; the http reward needs a server, http://host:port")
-        if "code" in self.names and self.deadline_s <= self.code.time_s:
+        if "code" in self.names and self.code.time_s >= self.deadline_s:
             raise ValueError(
-                f"reward.deadline_s: given {self.deadline_s:g}; with the code reward it must be more than reward.code.time_s, "
-                f"{self.code.time_s:g} for each test of a program"
+                f"reward.code.time_s: given {self.code.time_s:g}; must be below reward.deadline_s={self.deadline_s:g}, "
+                "or a program that does not end is ungraded instead of wrong"
             )
         try:
             re.compile(self.pattern)
@@ -610,17 +610,33 @@ class Config(Section):
         return self.data.max_prompt_length + self.data.max_response_length
 
 
+S = typing.TypeVar("S", bound=Section)
+
+
 def validated(tree: dict[str, Any], origin: str) -> Config:
     """Build a Config from plain data; every problem is one line with key, given value and what is allowed.
 
     Raises:
         ConfigError: naming `origin` (a file or "overrides") and each key.
     """
+    return validated_section(Config, tree, origin)
+
+
+def validated_section(kind: type[S], tree: dict[str, Any], origin: str) -> S:
+    """As `validated`, for a section alone.
+
+    Raises:
+        ConfigError: naming `origin` (a file or "overrides") and each key.
+    """
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise ConfigError(f"{origin}: the configuration is not valid\n  " + "\n  ".join(lines)) from None
+
+
+_LONGEST_GIVEN = 200
+"""A whole section is not repeated: what is wrong with it says which of its keys is meant."""
 
 
 def _explain(problem: Any) -> str:
@@ -630,7 +646,9 @@ def _explain(problem: Any) -> str:
         return unknown_key(path)
     if problem["type"] == "missing":
         return f"{key}: missing; it has no default"
-    return f"{key}: given {problem['input']!r}; {problem['msg'].lower()}"
+    given = repr(problem["input"])
+    said = f"given {given}; {problem['msg'].lower()}" if len(given) <= _LONGEST_GIVEN else problem["msg"]
+    return f"{key}: {said}" if key else said
 
 
 def unknown_key(path: list[str]) -> str:
@@ -680,6 +698,12 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
             raise ConfigError(f"override {override!r}: expected section.key=value, e.g. trainer.steps=20")
         _set(tree, key.split("."), _parse(key, text))
     return validated(tree, "overrides " + " ".join(overrides) if overrides else config.name)
+
+
+def reward_alone(overrides: list[str]) -> RewardConfig:
+    """The section `reward` of a configuration that has nothing else; raises as `apply_overrides`."""
+    nothing = Config(name="rewards", model=ModelConfig(path="none"), data=DataConfig(train="none"))
+    return apply_overrides(nothing, overrides).reward
 
 
 def _parse(key: str, text: str) -> Any:

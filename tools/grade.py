@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_hpt.config import Config, RewardConfig, apply_overrides
+from megatron_hpt.config import RewardConfig, reward_alone
 from megatron_hpt.errors import HptError
+from megatron_hpt.evaluation.grading import settings_of
 from megatron_hpt.rewards import regrade
 from megatron_hpt.rewards.grades import Answer, Grade
 
@@ -39,11 +39,13 @@ def main(
 ) -> None:
     console = Console(soft_wrap=True)
     try:
+        if out:
+            regrade.check_out(out)
         rows = regrade.read_rows(file)
         answers = regrade.answers_of(rows, regrade.Columns(response, truth, source, prompt), file)
-        shared = [f"reward.workers={workers}", f"reward.deadline_s={deadline_s}", *(setting or [])]
+        shared = reward_alone([f"reward.workers={workers}", f"reward.deadline_s={deadline_s}", *(setting or [])])
         names = list(dict.fromkeys([grader, *([against] if against else [])]))
-        graded = {name: grade(console, name, answers, settings(name, shared)) for name in names}
+        graded = {name: grade(console, name, answers, settings_of(name, shared)) for name in names}
         if out:
             regrade.write(out, rows, graded)
     except HptError as error:
@@ -51,12 +53,6 @@ def main(
         raise typer.Exit(2) from None
     if against and against != grader:
         report_disagreements(console, answers, graded[grader], graded[against], (grader, against), show)
-
-
-def settings(reward: str, overrides: list[str]) -> RewardConfig:
-    """The section `reward` of a configuration that has nothing else."""
-    nothing = Config(name="grade", model={"path": "none"}, data={"train": "none"})
-    return apply_overrides(nothing, [f"reward.name={yaml.safe_dump(yaml.safe_load(reward)).strip()}", *overrides]).reward
 
 
 def grade(console: Console, name: str, answers: list[Answer], reward: RewardConfig) -> list[Grade]:

@@ -114,8 +114,14 @@ class Lines:
     def batches(self, block: Block, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Parsed as they are read."""
         names = {column.partition(".")[0] for column in columns}
-        for batch in self._reader(block.location):
-            yield batch.select([name for name in batch.schema.names if name in names])
+        try:
+            for batch in self._reader(block.location):
+                yield batch.select([name for name in batch.schema.names if name in names])
+        except pa.ArrowInvalid as error:
+            raise pa.ArrowInvalid(
+                f"{error}; from here on, a line is no JSON or has a field or a type that the first lines have not "
+                "(tools/prepare_data.py columns makes parquet of such a file)"
+            ) from None
 
     @staticmethod
     def _reader(location: Location) -> pj.JSONStreamingReader:

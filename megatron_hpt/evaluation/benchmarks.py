@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hpt.data.preparation.sets import set_name
 from megatron_hpt.errors import ConfigError, DataError, did_you_mean
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -75,7 +76,7 @@ def choose(wanted: Sequence[str], data: Path, samples: int | None = None, grader
 
 
 def _one(text: str, data: Path, samples: int | None, grader: str | None) -> Chosen:
-    name, file = (Path(text).stem, Path(text)) if Path(text).suffix in SUFFIXES else _named(text, data)
+    name, file = (set_name(Path(text)), Path(text)) if Path(text).suffix in SUFFIXES else _named(text, data)
     if not file.is_file():
         raise DataError(f"{file}: no such file; expected problems as parquet (docs/data.md) or as a JSON array")
     known = BENCHMARKS.get(canonical(name) or "", _DEFAULT)
@@ -95,12 +96,13 @@ def _plain(name: str) -> str:
 def _named(text: str, data: Path) -> tuple[str, Path]:
     """A name and its file in `data`, under whichever spelling it lies there."""
     name = canonical(text)
-    files = sorted((path for path in data.glob("*") if path.suffix in SUFFIXES), key=lambda p: SUFFIXES.index(p.suffix))
-    for file in files:
-        if file.stem == text or (name is not None and canonical(file.stem) == name):
+    found = (path for pattern in ("*", "*/test.*") for path in data.glob(pattern) if path.suffix in SUFFIXES)
+    files = {path: set_name(path) for path in sorted(found, key=lambda path: SUFFIXES.index(path.suffix))}
+    for file, own in files.items():
+        if own == text or (name is not None and canonical(own) == name):
             return name or text, file
     if name is None:
-        known = [*BENCHMARKS, *(alias for row in BENCHMARKS.values() for alias in row.aliases), *(f.stem for f in files)]
+        known = [*BENCHMARKS, *(alias for row in BENCHMARKS.values() for alias in row.aliases), *files.values()]
         raise ConfigError(
             f"--benchmarks: given {text!r}; known: {', '.join(BENCHMARKS)}, and what lies in {data} (--data)"
             f"{did_you_mean(text, known)}"

@@ -9,12 +9,18 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
 
-from megatron_hpt.config import RewardConfig
+import yaml
+
+from megatron_hpt.config import RewardConfig, validated_section
+from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.samples import SampleRow
+from megatron_hpt.rewards.answers import chosen, final
+from megatron_hpt.rewards.boxes import last_boxed
 from megatron_hpt.rewards.grades import Answer
-from megatron_hpt.rewards.math import last_boxed
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.registry import check, check_name
+
+_LABELLED = {"name", "by_source"}
 
 
 def label(settings: RewardConfig) -> str:
@@ -25,22 +31,34 @@ def label(settings: RewardConfig) -> str:
 
 
 def settings_of(grader: str, base: RewardConfig) -> RewardConfig:
-    """The settings behind a label; all but the rewards' names are those of `base`.
+    """The settings behind a label, or behind what a user writes: a reward, or a sum such as {math: 0.9, format: 0.1}.
+
+    All but the rewards' names are those of `base`.
 
     Raises:
-        ConfigError: no reward of that name.
+        ConfigError: no reward of that name, or one that lacks a setting.
     """
-    if grader.startswith("{"):
-        return RewardConfig.model_validate({**base.model_dump(), **json.loads(grader)})
-    check_name(grader)
-    return RewardConfig.model_validate({**base.model_dump(), "name": grader, "by_source": {}})
+    try:
+        given = yaml.safe_load(grader) if grader.startswith("{") else grader
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"grader {grader}: not YAML; expected a reward, or a sum such as {{math: 0.9, format: 0.1}}"
+        ) from None
+    if isinstance(given, str):
+        check_name(given)
+    names = given if isinstance(given, dict) and given.keys() == _LABELLED else {"name": given, "by_source": {}}
+    return validated_section(RewardConfig, {**base.model_dump(), **names}, f"grader {grader}")
 
 
-def check_grader(grader: str, base: RewardConfig) -> None:
-    """Raises:
-    ConfigError: no reward of that name, or it cannot run here.
+def checked_grader(grader: str, base: RewardConfig) -> str:
+    """The label of what a user writes, which can run here.
+
+    Raises:
+        ConfigError: no reward of that name, or it cannot run here.
     """
-    check(settings_of(grader, base))
+    settings = settings_of(grader, base)
+    check(settings)
+    return label(settings)
 
 
 class Graders:
@@ -63,7 +81,7 @@ class Graders:
             *(self._pool(grader).grade([_answer(row) for row in group]) for group in problems),
         )
         return [
-            replace(row, score=grade.score, ungraded_reason=grade.reason, grader=grader)
+            replace(row, answer=answer_of(row.response, grader), score=grade.score, ungraded_reason=grade.reason, grader=grader)
             for group, found in zip(problems, grades, strict=True)
             for row, grade in zip(group, found, strict=True)
         ]
@@ -84,6 +102,10 @@ def _answer(row: SampleRow) -> Answer:
     return Answer(row.response, row.ground_truth, row.prompt, row.data_source)
 
 
-def answer_of(response: str) -> str | None:
-    """What maj@k counts: the content of the last box."""
-    return last_boxed(response)
+_ANSWERS = {"choice": chosen, "exact": final, "numeric": final, "reasoning_gym": final}
+"""How graders that do not insist on a box read the answer."""
+
+
+def answer_of(response: str, grader: str) -> str | None:
+    """What maj@k counts: the answer as the grader reads it; None: there is none."""
+    return _ANSWERS.get(grader, last_boxed)(response)

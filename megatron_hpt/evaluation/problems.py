@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,11 @@ from typing import Any
 
 from megatron_hpt.data.fields import ground_truth, messages
 from megatron_hpt.data.locations import find
+from megatron_hpt.data.parquet import schema_row
+from megatron_hpt.data.preparation.fields import Unfit
+from megatron_hpt.data.preparation.formats import benchmark
+from megatron_hpt.data.preparation.reading import Files
+from megatron_hpt.data.preparation.sets import set_name
 from megatron_hpt.data.problem_set import ProblemSet, RawRow
 from megatron_hpt.data.prompts import Prompt, Tokenizer
 from megatron_hpt.data.scan import scan
@@ -37,7 +41,7 @@ def load_problems(file: Path, tokenizer: Tokenizer, system_prompt: str | None = 
     """Load a set.
 
     Args:
-        file: in the project's schema (docs/data.md), or a JSON array of ``{prompt, answer[, source, level]}``.
+        file: in the project's schema (docs/data.md), or a JSON array of ``{prompt, answer[, source, id, level]}``.
         system_prompt: put before problems that have none of their own.
 
     Raises:
@@ -68,29 +72,23 @@ def _schema_rows(file: Path) -> list[RawRow]:
 
 
 def _json_rows(file: Path) -> list[RawRow]:
-    """The rows of a published set, as they are in the project's schema."""
-    try:
-        records = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not a readable JSON file: {error}") from None
-    if not isinstance(records, list) or not records:
-        raise DataError(f"{file}: expected an array of problems, found {records if records == [] else type(records).__name__}")
-    return [_json_row(record, f"{file}, row {index}", file.stem, index) for index, record in enumerate(records)]
-
-
-def _json_row(record: Any, where: str, name: str, index: int) -> RawRow:
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected {{prompt, answer}}, found {record!r}")
-    prompt, answer = record.get("prompt"), record.get("answer")
-    if not isinstance(answer, str) or not answer.strip():
-        raise DataError(f"{where}, answer: given {answer!r}; expected a text")
-    fields = {
-        "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-        "reward_model": {"ground_truth": answer},
-        "data_source": record.get("source", name),
-        "extra_info": {"level": record.get("level")},
-    }
-    return RawRow(fields, where, f"{name}-{index}")
+    """The rows of a published set, as tools/prepare_data.py benchmarks would write them: also with the same ids."""
+    name = set_name(file).lower()
+    form, rows, seen = benchmark(name), [], {}
+    for record in (record for batch in Files((file,)).batches() for record in batch.records):
+        where = f"{file}, row {record.row}"
+        if record.damage:
+            raise DataError(f"{where}: {record.damage}")
+        try:
+            named = form.read(record.fields)
+        except Unfit as why:
+            raise DataError(f"{where}, {why}") from None
+        identity = named.identity or f"{name}-{len(rows)}"
+        if identity in seen:
+            raise DataError(f"{where}, id: {identity!r} is also the id of row {seen[identity]}; ids must be unique")
+        seen[identity] = record.row
+        rows.append(RawRow(schema_row(named.problem, named.source or name, "test", identity), where, identity))
+    return rows
 
 
 def _problem(row: RawRow, tokenizer: Any, system_prompt: str | None) -> Problem:

@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         pa.field("prompt", pa.string(), nullable=False),  # as the model saw it
         pa.field("response", pa.string(), nullable=False),
         pa.field("ground_truth", pa.string(), nullable=False),
-        pa.field("answer", pa.string()),  # what the response's last box holds; null: no box. What maj@k counts
+        pa.field("answer", pa.string()),  # as the grader reads it: of most the last box; null: none. What maj@k counts
         pa.field("tokens", pa.int32(), nullable=False),  # of the response, end-of-sequence included
         pa.field("truncated", pa.bool_(), nullable=False),  # hit the limit of tokens
         pa.field("score", pa.float64()),  # null: ungraded

@@ -7,7 +7,6 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hpt.evaluation.grading import answer_of
 from megatron_hpt.evaluation.journal import Key
 from megatron_hpt.evaluation.problems import Problem
 from megatron_hpt.evaluation.samples import Protocol, SampleRow
@@ -96,7 +95,7 @@ def as_row(one: Wanted, sample: Sample, tokenizer: Any) -> SampleRow:
         prompt=problem.prompt,
         response=response,
         ground_truth=problem.ground_truth,
-        answer=answer_of(response),
+        answer=None,
         tokens=len(sample.tokens),
         truncated=sample.finish_reason == "length",
     )

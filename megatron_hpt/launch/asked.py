@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron_hpt.config import Config, RolloutConfig, apply_overrides
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.benchmarks import Chosen, choose
-from megatron_hpt.evaluation.grading import check_grader
+from megatron_hpt.evaluation.grading import checked_grader
 from megatron_hpt.evaluation.problems import SYSTEM_PROMPTS, Problem, load_problems, sha256_of
 from megatron_hpt.evaluation.samples import Evaluation, Protocol, SetRecord
 from megatron_hpt.launch.launchers import gpus_here
@@ -67,8 +67,7 @@ def prepare(model: str, benchmarks: Sequence[str], options: Options) -> Job:
     subject = resolve(model)
     servers = tuple(look(url) for url in subject.urls)
     config = _settings(subject, servers, options)
-    for one in chosen:
-        check_grader(one.grader, config.reward)
+    chosen = [replace(one, grader=checked_grader(one.grader, config.reward)) for one in chosen]
     if not servers:
         check_started_engine(config, _head_dim(read_config(config.model.path)))
     tokenizer = load_tokenizer(config)

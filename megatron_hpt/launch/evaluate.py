@@ -18,7 +18,7 @@ from megatron_hpt.data.checkpoints import is_checkpoint
 from megatron_hpt.errors import DataError, Interrupted
 from megatron_hpt.evaluation.collecting import Collection, Source
 from megatron_hpt.evaluation.continuing import claimed, continued
-from megatron_hpt.evaluation.grading import Graders, check_grader
+from megatron_hpt.evaluation.grading import Graders, checked_grader
 from megatron_hpt.evaluation.measures import Measures, measured
 from megatron_hpt.evaluation.outcomes import read_problems
 from megatron_hpt.evaluation.samples import read_record, read_samples, samples_file, write_record, write_samples
@@ -82,9 +82,8 @@ def regrade(folder: Path, grader: str | None, reward: RewardConfig) -> None:
         ConfigError: no such reward.
     """
     record = read_record(folder)
-    changed = {name: replace(one, grader=grader or one.grader) for name, one in record.benchmarks.items()}
-    for one in changed.values():
-        check_grader(one.grader, reward)
+    graders = {name: checked_grader(grader or one.grader, reward) for name, one in record.benchmarks.items()}
+    changed = {name: replace(one, grader=graders[name]) for name, one in record.benchmarks.items()}
     with claimed(folder), Graders(reward) as graders:
         for name, one in changed.items():
             file = samples_file(folder, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -60,19 +61,20 @@ def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> Found:
     return found
 
 
-def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate) -> None:
+def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate, held_out: Set[str]) -> None:
     """Every row can be read and used, and there is what the algorithm learns from.
+
+    Args:
+        held_out: data sources of the evaluation sets, which may have rewards of their own.
 
     Raises:
         DataError: with file and row.
-        ConfigError: the gate names a data source that is not there.
+        ConfigError: the gate or the reward names a data source that is not there.
     """
     found = look_at(config, tokenizer, Console(stderr=True))
-    for name in config.algorithm.gate.by_source.keys() - found.overview.data_sources:
-        raise ConfigError(
-            f"algorithm.gate.by_source.{name}: no row of {found.name} is of that data_source; it has "
-            f"{', '.join(sorted(map(repr, found.overview.data_sources)))}"
-        )
+    trained = found.overview.data_sources
+    _check_named("algorithm.gate.by_source", config.algorithm.gate.by_source, trained, found.name)
+    _check_named("reward.by_source", config.reward.by_source, trained | held_out, f"{found.name} or the evaluation sets")
     if not found.prompts:
         raise DataError(
             f"{found.name}: all of the {found.rows} prompts looked at are longer than "
@@ -84,6 +86,13 @@ def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate) -> Non
     for name, number in found.counts.items():
         if number:
             logger.warning("note: %s of the %d prompts looked at: %d", name.replace("_", " "), found.rows, number)
+
+
+def _check_named(key: str, named: Iterable[str], there: Set[str], where: str) -> None:
+    for name in named:
+        if name not in there:
+            has = ", ".join(sorted(map(repr, there)))
+            raise ConfigError(f"{key}.{name}: no row of {where} is of that data_source; it has {has}")
 
 
 def _without_demonstrations(config: Config, found: Found) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_hpt.config import Config, GateConfig, SourceGateConfig, files_of
+from megatron_hpt.data.locations import find
 from megatron_hpt.data.prompts import Prompt, load_prompts
 from megatron_hpt.data.source import held_out_limits, sources
 from megatron_hpt.data.tokenizer import load_tokenizer
@@ -186,9 +187,9 @@ def check_selection(config: Config) -> None:
         ConfigError: names the key.
     """
     evaluation, every = config.evaluation, config.trainer.save_every
-    trained = {Path(file).resolve() for source in sources(config) for file in files_of(source.path)}
+    trained = {file.resolve() for source in sources(config) for file in _files(source.path)}
     for name, paths in evaluation.validation.items():
-        files = [Path(file) for file in files_of(paths)]
+        files = _files(paths)
         if known := next(filter(None, map(canonical, (name, *(file.stem for file in files)))), None):
             raise ConfigError(
                 f"evaluation.validation.{name}: {known} is a test set; one that chose a checkpoint could not be reported. Put "
@@ -203,6 +204,14 @@ def check_selection(config: Config) -> None:
             f"evaluation.select={evaluation.select}: every evaluation must find a checkpoint to choose, so evaluation.every "
             f"(given {evaluation.every}) must be a multiple of trainer.save_every (given {every}), and neither may be 0"
         )
+
+
+def _files(paths: str | list[str]) -> list[Path]:
+    """The files of folders and patterns too; what is not there is refused where it is read."""
+    try:
+        return [Path(location.path) for location in find(paths)]
+    except DataError:
+        return [Path(path) for path in files_of(paths)]
 
 
 def _check_validation(config: Config, held_out: Mapping[str, Sequence[Prompt]]) -> None:
@@ -248,7 +257,7 @@ def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
     limits = held_out_limits(config)
     held_out = {name: load_prompts(paths, tokenizer, limits) for name, paths in config.evaluation.held_out.items()}
     _check_validation(config, held_out)
-    check_training_data(config, tokenizer, gate)
+    check_training_data(config, tokenizer, gate, {prompt.data_source for prompts in held_out.values() for prompt in prompts})
 
 
 def _check_curriculum(config: Config) -> None:

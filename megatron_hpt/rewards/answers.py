@@ -34,10 +34,11 @@ def choice(answer: Answer) -> float:
     truth = _LETTER.fullmatch(unboxed(answer.ground_truth).strip(" ().")) or _LETTER.match(unboxed(answer.ground_truth))
     if truth is None:
         raise Ungradable(f"the ground truth {answer.ground_truth!r} is not a letter from A to D")
-    return float(_chosen(answer.response) == truth[1])
+    return float(chosen(answer.response) == truth[1])
 
 
-def _chosen(response: str) -> str | None:
+def chosen(response: str) -> str | None:
+    """The letter in the last box, or the last one that is announced ("Answer: B"); None if there is none."""
     boxed = last_boxed(response)
     if boxed is not None:
         found = _LETTER.match(boxed)

@@ -119,6 +119,16 @@ def summary(grades: Sequence[Grade]) -> dict[str, Any]:
     }
 
 
+def check_out(path: Path) -> None:
+    """Refuse what `write` does not write, before anything is graded.
+
+    Raises:
+        DataError: another ending.
+    """
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise DataError(f"{path}: not a kind of file that is written; allowed: .parquet, .jsonl")
+
+
 def write(path: Path, rows: Sequence[dict[str, Any]], graded: dict[str, Sequence[Grade]]) -> None:
     """The rows with a column `grade_<reward>` for each reward (null: ungraded) and one with the reason, as parquet or JSONL."""
     columns: dict[str, list[Any]] = {}

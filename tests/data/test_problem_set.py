@@ -165,6 +165,13 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
         scan([ProblemSet(str(tmp_path / "a.jsonl"))])
 
 
+def test_a_field_that_the_first_lines_have_not_is_said(tmp_path: Path) -> None:
+    long = [row(number, ability="x" * 5000) for number in range(1000)]  # more than the first lines, which say what there is
+    (tmp_path / "later.jsonl").write_text("\n".join(map(json.dumps, [*long, row(1000, target_lst=["a", "b"])])))
+    with pytest.raises(DataError, match=r"row \d+ .*has a field or a type that the first lines have not \(tools/prepare_data"):
+        scan([ProblemSet(str(tmp_path / "later.jsonl"))])
+
+
 def test_files_without_rows_are_passed_over_but_not_all_of_them(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS).slice(0, 0), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet: has no rows"):

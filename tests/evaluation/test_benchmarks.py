@@ -72,19 +72,44 @@ def test_problems_are_rendered_with_the_system_prompt(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "expected an array of problems, found dict"),
-        ("[3]", r"row 0: expected \{prompt, answer\}, found 3"),
-        ('[{"prompt": " ", "answer": "1"}]', "row 0, prompt: a message is empty"),
-        ('[{"prompt": "1", "answer": ""}]', "row 0, answer: given ''"),
-        ('[{"prompt": "1", "answer": 5}]', "row 0, answer: given 5; expected a text"),
-        ("[]", r"expected an array of problems, found \[\]"),
-        ("[", "not a readable JSON file"),
+        ("{}", "row 0, prompt: missing"),
+        ("[3]", "row 0: a int, expected a record"),
+        ('[{"prompt": " ", "answer": "1"}]', "row 0, prompt: empty"),
+        ('[{"prompt": "1", "answer": ""}]', "row 0, answer: empty"),
+        ('[{"prompt": "1", "answer": null}]', "row 0, answer: null"),
+        ('[{"prompt": "1", "solution": "2"}]', "row 0, answer: missing; there is prompt, solution"),
+        (
+            '[{"prompt": "1", "answer": "2", "id": "a"}, {"prompt": "2", "answer": "2", "id": "a"}]',
+            "row 1, id: 'a' is also .* row 0",
+        ),
+        ("[]", "has no rows"),
+        ("", "has no rows"),
+        ("[", "row 0: damaged"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_row(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(DataError, match=message):
         load_problems(tmp_path / "bad.json", tiny_llama.tokenizer())
+
+
+def test_a_published_set_and_the_file_prepared_of_it_have_the_same_problems(tmp_path: Path) -> None:
+    """Else what was evaluated on one could not be compared with what was on the other."""
+    from megatron_hpt.data.preparation.formats import benchmark
+    from megatron_hpt.data.preparation.pipeline import Plan, Preparation
+    from megatron_hpt.data.preparation.sets import sets_in
+
+    rows = [{"prompt": "1+1", "answer": 2, "id": "test/algebra/7.json", "source": "math"}, {"prompt": "2+2", "answer": "4"}]
+    (tmp_path / "MATH-500").mkdir()
+    (tmp_path / "MATH-500" / "test.json").write_text(json.dumps(rows))
+    (one,) = choose(["math500"], tmp_path)
+    assert (one.name, one.samples) == ("math-500", 1)
+    ((name, files),) = sets_in(tmp_path).items()
+    prepared = tmp_path / "prepared.parquet"
+    Preparation(Plan(benchmark(name.lower()), "test")).write(files.batches(), prepared)
+    published = load_problems(one.file, tiny_llama.tokenizer())
+    assert published == load_problems(prepared, tiny_llama.tokenizer())
+    assert [problem.problem_id for problem in published] == ["test/algebra/7.json", "math-500-1"]
 
 
 def test_the_published_sets_load() -> None:

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hpt.config import RewardConfig
-from megatron_hpt.errors import DataError, EngineError
+from megatron_hpt.errors import ConfigError, DataError, EngineError
 from megatron_hpt.evaluation.collecting import Collection, Source
-from megatron_hpt.evaluation.grading import Graders, label, settings_of
+from megatron_hpt.evaluation.grading import Graders, checked_grader, label, settings_of
 from megatron_hpt.evaluation.journal import Journal
 from megatron_hpt.evaluation.problems import Problem
 from megatron_hpt.evaluation.samples import (
     Evaluation,
     Protocol,
+    SampleRow,
     SetRecord,
     read_record,
     read_samples,
@@ -131,3 +132,34 @@ def test_a_label_names_sums_and_rewards_by_source_too() -> None:
     assert label(plain) == "math_strict"
     for reward in (plain, mixed):
         assert settings_of(label(reward), RewardConfig(tolerance=0.1)) == reward
+
+
+@pytest.mark.parametrize(
+    ("grader", "message"),
+    [
+        ("maht", "did you mean 'math'"),
+        ("{maht: 1}", "did you mean 'math'"),
+        ("{math", "not YAML; expected a reward, or a sum"),
+        ("{math: much}", "valid number"),
+        ("http", r"reward\.http\.url: given ''; the http reward needs a server"),
+    ],
+)
+def test_a_grader_that_is_none_is_refused(grader: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings_of(grader, RewardConfig())
+
+
+def test_a_sum_is_written_as_in_settings() -> None:
+    assert checked_grader("{math: 0.9, format: 0.1}", RewardConfig()) == label(RewardConfig(name={"math": 0.9, "format": 0.1}))
+    assert checked_grader("math", RewardConfig()) == "math"
+
+
+@pytest.mark.parametrize(
+    ("grader", "answers"),
+    [("choice", ["B", "B", "C", None]), ("math", [None, "\\text{B}", "C", None])],
+)
+def test_votes_are_for_what_the_grader_reads(graders: Graders, grader: str, answers: list[str | None]) -> None:
+    """A letter that counts as right without a box is a vote too."""
+    responses = ("so the answer is B.", "\\boxed{\\text{B}}", "\\boxed{C}", "who knows")
+    rows = [SampleRow("p", n, 0, "", None, "", text, "B", None, 1, False) for n, text in enumerate(responses)]
+    assert [row.answer for row in asyncio.run(graders.grade(rows, grader))] == answers

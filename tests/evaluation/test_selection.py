@@ -107,3 +107,24 @@ def test_a_choice_needs_checkpoints_and_problems_of_its_own(
     )
     with pytest.raises(ConfigError, match=message):
         check_selection(config)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        ("data", "data/own.parquet", r"own\.parquet is in data\.train"),
+        ("data/o*.parquet", "data", r"own\.parquet is in data\.train"),
+        ("own.jsonl", "sets", "aime24 is a test set"),
+    ],
+)
+def test_folders_and_patterns_hide_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, validation: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("data/own.parquet", "sets/AIME_2024.parquet", "own.jsonl"):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).touch()
+    tree = {"data": {"train": train}, "evaluation": {"validation": {"mine": validation}, "select": "mine", "every": 2}}
+    config = validated({"name": "x", "model": {"path": "m"}, **tree, "trainer": {"save_every": 2}}, "recipe")
+    with pytest.raises(ConfigError, match=message):
+        check_selection(config)

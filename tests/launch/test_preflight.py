@@ -18,6 +18,7 @@ from megatron_hpt.config import (
     ParallelConfig,
     dump_yaml,
 )
+from megatron_hpt.data.parquet import Problem, write_problems
 from megatron_hpt.errors import CheckpointError, ConfigError, HptError
 from megatron_hpt.examples import tiny_families, tiny_llama
 from megatron_hpt.launch import preflight
@@ -42,6 +43,13 @@ def test_a_head_that_the_engine_cannot_compute_is_found_before_it_starts(config:
 
 
 def test_a_good_configuration_passes(config: Config) -> None:
+    preflight.check(config)
+
+
+def test_a_reward_may_be_for_the_data_of_an_evaluation_set_alone(config: Config, tmp_path: Path) -> None:
+    write_problems(tmp_path / "choices.parquet", [Problem("1+1", "2", None)], "choices", "test")
+    config.evaluation.sets = {"choices": str(tmp_path / "choices.parquet")}
+    config.reward.by_source = {"choices": "exact"}
     preflight.check(config)
 
 
@@ -99,6 +107,7 @@ def test_a_run_starts_from_a_checkpoint_that_is_whole(config: Config, tmp_path: 
         ("algorithm", {"overlong": OverlongConfig(buffer=24)}, r"overlong\.buffer: given 24; must be below .* \(24\)"),
         ("algorithm", {"gate": GateConfig(threshold=2, off_policy_threshold=0.1)}, r"for 8 samples; the band would be empty"),
         ("algorithm", {"gate": GateConfig(by_source={"maths": {"threshold": 1}})}, r"by_source\.maths: .* it has 'arithmetic'"),
+        ("reward", {"by_source": {"maths": "exact"}}, r"reward\.by_source\.maths: .* evaluation sets .* it has 'arithmetic'"),
         ("algorithm", {"kl": KlConfig(coefficient=0.1, reference="nowhere")}, r"nowhere is not a folder"),
         ("algorithm", {"name": "magic"}, r"algorithm\.name: given 'magic'; allowed: sft"),
         ("reward", {"name": "magic"}, r"reward\.name: given 'magic'; allowed: math"),

@@ -91,7 +91,6 @@ BASE = {"name": "t", "model": {"path": "m"}, "data": {"train": "d"}}
         ({"name": {}}, "a sum of no rewards"),
         ({"name": "http"}, r"reward\.http\.url"),
         ({"pattern": "("}, "not a regular expression"),
-        ({"name": "code", "deadline_s": 5}, r"reward\.deadline_s: given 5; .* more than reward\.code\.time_s, 5"),
     ],
 )
 def test_a_reward_that_cannot_be_is_refused_with_the_configuration(reward: dict, message: str) -> None:

@@ -53,7 +53,12 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
     done = run(tmp_path / "a.jsonl")
     assert (done.returncode, done.stdout.count("\n")) == (2, 1)
     assert "row 0: no text in 'ground_truth'; its columns are response, answer" in done.stdout
-    assert "did you mean 'math'" in run(tmp_path / "a.jsonl", "--truth", "answer", "--grader", "maht").stdout
+    misspelt = run(tmp_path / "a.jsonl", "--truth", "answer", "--grader", "maht").stdout
+    assert "did you mean 'math'" in misspelt
+    assert "..." not in misspelt  # what YAML ends a document with
+    done = run(tmp_path / "a.jsonl", "--truth", "answer", "--out", tmp_path / "grades.csv")
+    assert (done.returncode, done.stdout.count("\n")) == (2, 1)  # nothing was graded
+    assert "grades.csv: not a kind of file that is written; allowed: .parquet, .jsonl" in done.stdout
     for content, message in (("{", "line 1: not JSON"), ("[1]", "line 1: a list"), ("", "has no rows")):
         (tmp_path / "a.jsonl").write_text(content)
         with pytest.raises(DataError, match=message):

@@ -1,6 +1,7 @@
 """Programs in the jail: real namespaces, real limits."""
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -49,6 +50,46 @@ def test_a_program_that_ends_before_its_tests_has_not_passed_them(ending: str) -
     assert not run(f"def double(x): return 3 * x\n{ending}", tests, LIMITS)["passed"]
     if ending:
         assert not run(f"def double(x): return 2 * x\n{ending}", tests, LIMITS)["passed"]
+
+
+CHEATS = {
+    "the sign": "import os, sys\nsys.stdout.write(sys.stdin.readline().strip()); sys.stdout.flush(); os._exit(0)",
+    "an echo": "print(input(), end='')\nraise SystemExit",
+    "no exec": "import builtins\nbuiltins.exec = lambda *given: None",
+    "no test": "import builtins\nmake = builtins.compile\nbuiltins.compile = lambda text, *given: make('pass', *given)",
+    "the wrapper's names": "import __main__\nfor name in list(vars(__main__)): setattr(__main__, name, print)",
+    "another os.write": "import os\nwrite = os.write\nos.read = lambda *given: b''",
+}
+
+
+@pytest.mark.parametrize("program", CHEATS.values(), ids=CHEATS.keys())
+def test_a_program_does_not_pass_by_tampering_with_its_test(program: str) -> None:
+    assert not run(program, [{"code": "assert double(4) == 8"}], LIMITS)["passed"]
+
+
+def test_a_program_that_is_tested_is_a_module_as_when_it_is_run() -> None:
+    program = """
+from __future__ import annotations
+import pickle, sys
+from dataclasses import dataclass
+@dataclass
+class Point:
+    x: int
+print("noise", end="")
+sys.stdout = open("/tmp/elsewhere", "w")
+def again(): return pickle.loads(pickle.dumps(Point(3))).x
+"""
+    assert run(program, [{"code": "assert again() == 3"}, {"code": "import os\nassert __name__ == '__main__'"}], LIMITS)[
+        "passed"
+    ]
+
+
+def test_memory_that_no_process_has_is_refused() -> None:
+    """What a process makes and lets go of again counts for none of its limits: SysV segments, files in memory."""
+    prints("import ctypes; print(ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600))", "-1")
+    prints("import os\ntry: os.memfd_create('x')\nexcept PermissionError: print('refused')", "refused")
+    many = "import os\ntry:\n    for n in range(50_000): os.mknod(f'/tmp/{n}')\nexcept OSError: print(n < 20_000)"
+    prints(many, "True", Limits(10.0, 256, 16, 8))
 
 
 def test_there_is_no_network() -> None:
@@ -117,16 +158,23 @@ print("done")
     ],
 )
 def test_whatever_a_program_does_it_ends_and_leaves_nothing(program: str, detail: str | None) -> None:
-    before, started = count_processes(), time.monotonic()
+    before, started = jailed_processes(), time.monotonic()
     verdict = run(program, [{"input": "", "output": "8"}], LIMITS)
     assert not verdict["passed"]
     assert detail is None or detail in verdict["detail"]
     assert time.monotonic() - started < LIMITS.time_s + 4
-    assert count_processes() <= before + 3  # others run on this machine
+    while jailed_processes() - before and time.monotonic() - started < LIMITS.time_s + 6:  # others may jail programs here too
+        time.sleep(0.1)
+    assert not jailed_processes() - before
 
 
-def count_processes() -> int:
-    return sum(name.isdigit() for name in os.listdir("/proc"))
+def jailed_processes() -> set[str]:
+    """Those that are in another PID namespace than this one."""
+    spaces = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            spaces[pid] = os.readlink(f"/proc/{pid}/ns/pid")
+    return {pid for pid, space in spaces.items() if space != spaces[str(os.getpid())]}
 
 
 def test_a_fork_bomb_stays_within_its_limit() -> None:
@@ -201,6 +249,11 @@ def test_the_reward(response: str, truth: str, score: float | None) -> None:
             grade(Answer(response, truth))
     else:
         assert grade(Answer(response, truth)) == score
+
+
+def test_a_program_may_not_take_longer_than_its_grade() -> None:
+    with pytest.raises(ValueError, match=r"reward\.code\.time_s: given 30; must be below reward\.deadline_s=10"):
+        RewardConfig(name="code", code=CodeRewardConfig(time_s=30.0))
 
 
 def test_programs_are_jailed_in_grader_processes_too() -> None:

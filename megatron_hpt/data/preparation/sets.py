@@ -18,18 +18,19 @@ def sets_in(source: Path) -> dict[str, Files]:
         DataError: no file, or two of one name.
     """
     if not source.is_dir():
-        return {_name(source): local_files(source)}
+        return {set_name(source): local_files(source)}
     sets: dict[str, Files] = {}
     for path in files_below(source):
-        if _name(path) in sets:
-            raise DataError(f"{source}: two files of the name {_name(path)}: {sets[_name(path)].paths[0]} and {path}")
-        sets[_name(path)] = Files((path,))
+        if set_name(path) in sets:
+            raise DataError(f"{source}: two files of the name {set_name(path)}: {sets[set_name(path)].paths[0]} and {path}")
+        sets[set_name(path)] = Files((path,))
     if not sets:
         raise DataError(f"{source}: no file in it ends in {', '.join(SUFFIXES)}")
     return sets
 
 
-def _name(path: Path) -> str:
+def set_name(path: Path) -> str:
+    """What a file of problems is called; NAME/test.json is called by its folder."""
     return path.parent.name if path.stem == "test" else path.stem
 
 

@@ -18,17 +18,28 @@ import time
 _PR_SET_DUMPABLE = 4
 _MOST_OUTPUT = 1 << 20
 _BEHIND = """
-import sys
-source = open("/tmp/program.py").read()
-names = {"__name__": "__main__"}
-exec(compile(source, "program.py", "exec"), names)
-order = sys.stdin.read()
-sign, _, test = order.partition("\\n")
-exec(compile(test, "test.py", "exec"), names)
-sys.__stdout__.write(sign)
-sys.__stdout__.flush()
+import os, sys, types
+
+def main(run=exec, make=compile, read=os.read, write=os.write, end=os._exit):
+    order = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    with open("/tmp/program.py") as file:
+        source = file.read()
+    run(make(source, "program.py", "exec"), module.__dict__)
+    given = b""
+    while part := read(order, 1 << 16):
+        given += part
+    sign, _, test = given.partition(b"\\n")
+    run(make(test, "test.py", "exec"), module.__dict__)
+    sys.stdout.flush()
+    write(1, sign)
+    end(0)
+
+main()
 """
-"""A program with a test behind it: the sign that it came to its end is not known before the program has run."""
+"""A program with a test behind it. Neither the test nor the sign that it came to its end is where a program reads or changes
+things by its ordinary means: standard input is empty for it, and the built-in functions are those from before it."""
 
 
 def main() -> None:

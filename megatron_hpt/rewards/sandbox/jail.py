@@ -6,11 +6,13 @@ grandchild is process 1 of the jail, gives up its privileges and executes the ha
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import platform
 import resource
 import signal
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -21,11 +23,26 @@ _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x2, 0x4, 0x
 _MNT_DETACH = 2
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _READ_ONLY_NOSUID_NODEV = 0x1 | 0x2 | 0x4
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _MOUNT_SETATTR = 442
 _NOBODY = 65534
+_INODES = 10_000
 _DEVICES = ("null", "zero", "full", "random", "urandom")
+_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+"""AUDIT_ARCH_… of linux/audit.h."""
+_REFUSED = {
+    # memory that no limit of a process counts
+    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "add_key": (248, 217),
+    # other name spaces and file trees
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "mount_setattr": (442, 442),
+    # parts of the kernel that programs of this kind do without
+    "ptrace": (101, 117), "process_vm_writev": (311, 271), "bpf": (321, 280), "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "request_key": (249, 218), "keyctl": (250, 219),
+}  # fmt: skip
+"""System calls that fail in the jail, with their numbers on x86_64 and aarch64."""
 
 
 def main() -> None:
@@ -70,7 +87,7 @@ def _inside(root: str, place: dict[str, Any], entered: int, mapped: int) -> int:
 def _make_tree(root: str, place: dict[str, Any]) -> None:
     """A memory file system with what the program may see, as the root of everything."""
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
-    _mount("jail", root, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={place['disk_mib'] + 1}m,mode=755")
+    _mount("jail", root, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={place['disk_mib'] + 1}m,nr_inodes={_INODES},mode=755")
     for path in place["shown"]:
         _show(path, root)
     os.makedirs(f"{root}/dev")
@@ -127,8 +144,22 @@ def _become_harness(place: dict[str, Any]) -> NoReturn:
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _refuse_calls()
     _die_with_parent()  # a change of user has taken it back
     os.execve(place["python"], [place["python"], "-I", "/harness/harness.py"], {"HOME": "/tmp", "PATH": "/usr/bin:/bin"})
+
+
+def _refuse_calls() -> None:
+    """From now on some system calls, and those of other instruction sets, fail with EPERM (linux/seccomp.h, linux/filter.h)."""
+    machine = platform.machine()
+    refused = [numbers[list(_ARCHITECTURE).index(machine)] for numbers in _REFUSED.values()]
+    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
+    fail = len(refused) + 5  # place of the last instruction
+    program = [(load, 0, 0, 4), (equal, 0, fail - 2, _ARCHITECTURE[machine]), (load, 0, 0, 0), (at_least, fail - 4, 0, 1 << 30)]
+    program += [(equal, fail - place - 1, 0, number) for place, number in enumerate(refused, len(program))]
+    program += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x00050000 | errno.EPERM)]
+    filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    _call("prctl", _PR_SET_SECCOMP, 2, struct.pack("HP", len(program), ctypes.addressof(filters)), 0, 0)
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
@@ -136,7 +167,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
     _check(_LIBC.mount(texts[0], texts[1], texts[2], ctypes.c_ulong(flags), texts[3]), f"mount {target}")
 
 
-def _call(name: str, *arguments: int) -> None:
+def _call(name: str, *arguments: int | bytes) -> None:
     _check(getattr(_LIBC, name)(*arguments), name)
 
 
