@@ -197,8 +197,11 @@ def _print_evaluation(folder: Path) -> None:
     from megatron_hpt.evaluation.summary import table
     from megatron_hpt.launch.evaluate import summaries
 
-    console = _wide_console()
-    console.print(table(summaries(folder), {name: row.title for name, row in BENCHMARKS.items()}))
+    drawn = table(summaries(folder), {name: row.title for name, row in BENCHMARKS.items()})
+    # A narrow terminal breaks the lines; the table would rather leave figures out.
+    needed = Console(width=1000).measure(drawn).maximum
+    console = Console(width=max(Console().width, needed))
+    console.print(drawn)
     console.print(f"every sample: {folder}", highlight=False, soft_wrap=True)
 
 

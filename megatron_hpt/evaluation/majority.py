@@ -74,7 +74,7 @@ def _exact(votes: Votes, ks: Sequence[int]) -> list[float]:
     """
     size = max(ks)
     total = np.zeros(size + 1)
-    for v in range(1, max(votes.counts, default=0) + 1):
+    for v in range(1, min(size, max(votes.counts, default=0)) + 1):
         rivals = [(m, share) for m, share in zip(votes.counts, votes.correct, strict=True) if m >= v]
         harmless = votes.samples - sum(m for m, _ in rivals)  # any number of them stays below v, or has no vote
         ways, right = np.zeros((2, len(rivals) + 1, size + 1))

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, EngineError
@@ -28,11 +29,12 @@ class Servers:
         """
         Args:
             model: Hugging Face folder.
-            folder: for logs and private files.
+            folder: for logs.
             gpus: what those of this machine are called; every engine gets `rollout.tensor_parallel` of them. None: engines run
                 on the host.
         """
         self._config, self._model, self._folder, self._gpus = config, model, folder, gpus
+        self._private = TemporaryDirectory(prefix="megatron-hpt-")
         self._children: dict[str, Child] = {}
         self._restarted = 0
 
@@ -44,12 +46,17 @@ class Servers:
     def __enter__(self) -> Servers:
         self._folder.mkdir(parents=True, exist_ok=True)
         os.environ[TOKEN_VARIABLE] = token() or secrets.token_urlsafe(24)  # what the engines inherit and their clients send
-        for index in range(self._config.rollout.servers):
-            self._start(index)
+        try:
+            for index in range(self._config.rollout.servers):
+                self._start(index)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
         stop_all(list(self._children.values()))
+        self._private.cleanup()
 
     def wait(self, status: Callable[[str], None]) -> None:
         """Return when all of them answer.
@@ -94,7 +101,7 @@ class Servers:
     def _start(self, index: int) -> None:
         config, kind = self._config, ENGINES[self._config.rollout.engine]
         host, port = config.rollout.host, free_port(config.rollout.host)
-        start = Start(str(self._model), port, self._folder, on_gpus=bool(self._gpus), weights=Weights.FOLDER)
+        start = Start(str(self._model), port, Path(self._private.name), on_gpus=bool(self._gpus), weights=Weights.FOLDER)
         command = kind.command(config, interpreter(config), start)
         environment = {**kind.environment(config, start.on_gpus), **self._devices(index)}
         child = Child.start(f"engine {index}", command, self._folder / f"engine_{index}.log", environment)

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, HptError, Interrupted, RequeueRequested
-from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of
+from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of, stop_all
+from megatron_hpt.launch.deaf import Deaf
 from megatron_hpt.launch.launchers import Launcher
 from megatron_hpt.process import TOKEN_VARIABLE, token
 from megatron_hpt.rollout.running import is_healthy
@@ -43,6 +44,7 @@ class Supervisor:
         """URL of an engine that was started again and does not answer yet → when."""
         self._wanting: list[str] = []
         """URLs of dead engines that wait for memory of the trainer's GPUs."""
+        self._deaf = Deaf()
         self._granted = 0
         """Those that the trainer gave it to, so far."""
         self._returned = 0
@@ -94,6 +96,7 @@ class Supervisor:
             if self._noticed is not None:
                 self._end_if_saved()
             self._start_granted()
+            self._end_deaf(progress)
             self._check_children(progress)
             if not self._announced:
                 self._announce_engines(progress)
@@ -179,6 +182,14 @@ class Supervisor:
         again = child.again()
         self._children[self._children.index(child)] = self._engines[url] = again
         self._returning[url] = time.monotonic()
+
+    def _end_deaf(self, progress: Progress) -> None:
+        """End engines that listen no more, so that they can be started again."""
+        away = {*self._returning, *self._wanting}
+        serving = [url for url in self._engines if url not in away] if self._announced else []
+        for url in self._deaf.among(serving):
+            progress.status(f"{self._engines[url].name} listens no more and is ended")
+            stop_all([self._engines[url]])
 
     def _failures(self) -> list[Failure]:
         waiting = [self._engines[url] for url in self._wanting]

@@ -102,7 +102,7 @@ def cache_tokens(config: Config) -> int:
     element = {"float32": 4, "bfloat16": 2}[config.model.dtype]
     bytes_a_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * element // config.rollout.tensor_parallel
     room = config.rollout.kv_cache_gib * 2**30 // max(1, bytes_a_token)
-    return min(room, config.rollout.max_running * config.max_sequence_length)
+    return min(room, config.rollout.max_running * (config.max_sequence_length + sglang.SPARE))
 
 
 ENGINES: dict[str, Kind] = {

@@ -12,7 +12,7 @@ from megatron_hpt.errors import EngineError, EngineGone
 from megatron_hpt.process import token_header
 from megatron_hpt.rollout.completions import UNLABELLED, CompletionsEngine
 from megatron_hpt.rollout.http import HttpEngine
-from megatron_hpt.rollout.sglang import SglangEngine
+from megatron_hpt.rollout.sglang import SPARE, SglangEngine
 from megatron_hpt.rollout.vllm import VllmEngine
 
 
@@ -71,7 +71,8 @@ def _sglang(url: str, http: httpx.Client) -> Running | None:
     info = _get(http, "/model_info")
     if info is None:
         return None
-    context = (_get(http, "/server_info") or {}).get("context_length")
+    given = (_get(http, "/server_info") or {}).get("context_length")
+    context = given and given - SPARE
     name = info.get("served_model_name") or info["model_path"]
     return Running(url, "sglang", name, info["model_path"], str(info["weight_version"]), context)
 

@@ -18,6 +18,10 @@ from megatron_hpt.rollout.engine import Sample, SamplingRequest, Weights
 from megatron_hpt.rollout.gpu_share import SGLANG_STATIC
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 
+SPARE = 6
+"""Tokens of its context that SGLang leaves unused: a response ends 2 before its end, a prompt 6 before it is refused
+(srt/managers/tp_worker.py, scheduler.py)."""
+
 
 def server_command(
     config: Config, python: str, model: str, port: int, host_cache: int | None, weights: Weights = Weights.NONE
@@ -32,7 +36,12 @@ def server_command(
         *("--model-path", model, "--served-model-name", config.name),
         *("--host", config.rollout.host, "--port", str(port)),
         *("--dtype", config.model.dtype, "--tp-size", str(config.rollout.tensor_parallel)),
-        *("--context-length", str(config.max_sequence_length), "--max-running-requests", str(config.rollout.max_running)),
+        *(
+            "--context-length",
+            str(config.max_sequence_length + SPARE),
+            "--max-running-requests",
+            str(config.rollout.max_running),
+        ),
         # A trainer's weights come before the first request, so none are read here.
         *("--load-format", weights.value, "--skip-server-warmup", "--skip-tokenizer-init"),
         "--sleep-on-idle",  # else an idle server keeps a core of the trainer's busy
@@ -68,7 +77,8 @@ def _host_arguments(cache_tokens: int) -> list[str]:
 
 def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
     """Environment of the server, on top of this process's."""
-    own = {"SGLANG_PLUGINS": "megatron_hpt", "HF_HUB_OFFLINE": "1"}
+    # The context may go beyond the model's positions by what no sequence uses.
+    own = {"SGLANG_PLUGINS": "megatron_hpt", "HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     return {**os.environ, **own, **({} if on_gpus else _host_environment(config))}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from megatron_hpt.errors import DeadlineError, EngineGone, TransferError
+from megatron_hpt.listening import refuses
 from megatron_hpt.process import token_header
 
 WATCH_S = 1.0
@@ -17,9 +18,8 @@ WATCH_S = 1.0
 class Calls:
     """Calls of one server, from any thread without an event loop.
 
-    A vLLM server whose engine process dies leaves the calls that wait for it unanswered, refuses new ones, and does not end
-    before their callers give up (0.32: entrypoints/launchers/launcher.py, watchdog_loop). So one that waits looks whether
-    somebody still listens.
+    A vLLM server whose engine process dies leaves the calls that wait for it unanswered (`launch.deaf`). So one that waits
+    looks whether somebody still listens.
     """
 
     def __init__(self, url: str, deadline_s: float) -> None:
@@ -59,25 +59,11 @@ class Calls:
             asking = asyncio.create_task(client.request(method, route, **request))
             while not asking.done():
                 await asyncio.wait([asking], timeout=WATCH_S)
-                if not asking.done() and not await self._listens():
+                if not asking.done() and await asyncio.to_thread(refuses, self.url):
                     asking.cancel()
                     await asyncio.wait([asking])
                     raise httpx.ConnectError("its server stopped listening before it answered")
             return asking.result()
-
-    async def _listens(self) -> bool:
-        """False: connections are refused; a server that is slow to take one may be busy."""
-        url = httpx.URL(self.url)
-        port = url.port or {"http": 80, "https": 443}[url.scheme]
-        try:
-            async with asyncio.timeout(WATCH_S):
-                _, writer = await asyncio.open_connection(url.host, port)
-        except ConnectionRefusedError:
-            return False
-        except (OSError, TimeoutError):
-            return True
-        writer.close()
-        return True
 
     def _is_well(self) -> bool:
         try:

@@ -4,6 +4,7 @@ import itertools
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,13 @@ def test_an_engine_sleeps_through_every_step_and_comes_back_from_the_dead(tmp_pa
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = Run(tmp_path, subprocess.Popen(command, cwd=tmp_path, **pipes))
     run.wait_until(lambda: run.lines() >= 2)
-    run.find("engine core").kill()
+    core = run.find("engine core")
+    core.suspend()  # calls wait for it when it dies: the server listens no more, and does not end
+    time.sleep(4)
+    core.kill()
     code, text = run.finish()
     assert code == 0, text
+    assert "engine 0 listens no more and is ended" in text
     assert "and is started again when the trainer's GPUs are free; restart 1 of 3" in text
     lines = metrics(run.path)
     assert [line["weights/version"] for line in lines] == list(range(1, STEPS + 1))

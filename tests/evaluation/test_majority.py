@@ -32,6 +32,14 @@ def test_majority_is_the_mean_over_all_subsets(samples: list) -> None:
     assert majority_at_k(counted, ks) == pytest.approx(expected, abs=1e-12)
 
 
+@settings(max_examples=100)
+@given(samples=st.lists(SAMPLE, min_size=1, max_size=40), data=st.data())
+def test_one_k_is_what_it_is_among_all(samples: list, data: st.DataObject) -> None:
+    counted = votes([answer for answer, _ in samples], [score for _, score in samples])
+    k = data.draw(st.integers(1, len(samples)))
+    assert majority_at_k(counted, [k]) == pytest.approx([majority_at_k(counted, range(1, len(samples) + 1))[k - 1]], abs=1e-12)
+
+
 def test_by_hand() -> None:
     """Three right, three wrong alike, one other: a tie of two at k = n."""
     counted = votes(["1", "1", "1", "2", "2", "2", "9"], [1.0] * 3 + [0.0] * 4)

@@ -113,19 +113,21 @@ class Server:
         self.process.wait()
 
 
-def greedy(kind: str, url: str, prompts: Sequence[list[int]] = PROMPTS) -> list[tuple[list[int], list[float]]]:
+def greedy(
+    kind: str, url: str, prompts: Sequence[list[int]] = PROMPTS, tokens: int = TOKENS
+) -> list[tuple[list[int], list[float]]]:
     """One prompt after the other, so that batches are equal; every engine's log-probabilities as it reports them."""
     http = httpx.Client(base_url=url, timeout=60, trust_env=False, headers=token_header())
-    return [_one(kind, http, prompt) for prompt in prompts]
+    return [_one(kind, http, prompt, tokens) for prompt in prompts]
 
 
-def _one(kind: str, http: httpx.Client, prompt: list[int]) -> tuple[list[int], list[float]]:
+def _one(kind: str, http: httpx.Client, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
     if kind == "vllm":
-        sampling = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 0, "detokenize": False}
+        sampling = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False}
         body = {"token_ids": prompt, "sampling_params": sampling}
         (choice,) = http.post("/inference/v1/generate", json=body).raise_for_status().json()["choices"]
         return choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]]
-    sampling = {"temperature": 0.0, "max_new_tokens": TOKENS, "ignore_eos": True}
+    sampling = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
     answer = http.post("/generate", json=body).raise_for_status().json()
     return answer["output_ids"], [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]

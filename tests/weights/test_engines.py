@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megatron_hpt.examples import tiny_families, tiny_llama
 from tests.ranks import run_ranks
 
-from .servers import Server, free_port
+from .servers import Server, free_port, greedy
 
 pytestmark = pytest.mark.end_to_end
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,9 @@ def test_a_pushed_engine_is_a_fresh_engine(tmp_path: Path, kind: str, tensor: in
     server = Server.start(kind, model, tmp_path, tensor)
     try:
         fresh = server.ready().greedy()
+        limits = server.config.data
+        ((longest, _),) = greedy(kind, server.url, [[5] * limits.max_prompt_length], limits.max_response_length)
+        assert len(longest) == limits.max_response_length
         layouts = {n: {**layout, "engine_tensor": tensor} for n, layout in OF_MODEL.get(name, LAYOUTS).items()}
         outcome = publish(tmp_path, model, layouts, kind, server.url)
         for layout, found in outcome.items():
