@@ -21,6 +21,9 @@ def _rules(*pairs: tuple[str, str]) -> Rules:
 
 
 _LAYOUT = _rules(
+    (r"\\(?:text)?color\s*\{[A-Za-z]+\}|\\(?:[hv]?phantom|hspace\*?)\s*\{[^{}]*\}", ""),
+    (r"\\(?:bm|boldsymbol|emph|hbox|rm|bf|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])", ""),
+    (r"\\dots(?![A-Za-z])|…", r"\\ldots"),
     (r"\n|\\!|\\(?:displaystyle|quad|qquad)(?![A-Za-z])", ""),
     # a number that ends a sentence, or is said to be near; "B." is left as it is
     (r"^\s*(?:(?:\\approx(?![A-Za-z])|≈)\s*)?([+-]?(?:\d[\d,]*\.?\d*|\.\d+))\s*\.?\s*$", r"\1"),

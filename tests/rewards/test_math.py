@@ -45,6 +45,13 @@ RIGHT = [
     ("0.2.", "0.2"),
     ("\\approx 5", "5"),
     ("\\varnothing", "\\emptyset"),
+    ("\\boldsymbol{17}", "17"),
+    ("\\bm{x+1}", "x + 1"),
+    ("\\color{blue}{17}", "17"),
+    ("\\textcolor{red}{\\frac12}", "\\frac{1}{2}"),
+    ("{\\color{blue}17}", "17"),
+    ("\\Large{17}\\hspace{1cm}", "17"),
+    ("1,2,\\dots,n", "1,2,\\ldots,n"),
 ]
 WRONG = [
     ("13", "12"),

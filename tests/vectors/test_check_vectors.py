@@ -118,3 +118,12 @@ def test_graders_are_compared_with_the_references_verdicts(tmp_path: Path) -> No
     cases[1]["score"]["6"] = True
     (tmp_path / "g.json").write_text(json.dumps({"cases": cases}))
     assert run(str(tmp_path / "v.json"), "--grader", str(tmp_path / "g.json")).returncode == 1
+
+
+def test_the_tool_checks_graders_alone(tmp_path: Path) -> None:
+    case = {"name": "mine", "response": "\\boxed{3}", "ground_truth": "4", "score": {"6": True}}
+    (tmp_path / "g.json").write_text(json.dumps({"cases": [case]}))
+    done = run("--grader", str(tmp_path / "g.json"))
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "1 cases, 1 quantities, 1 functions missed")
+    assert "mine: ours False, theirs True" in done.stdout
+    assert "given no file; expected LOSS.json" in run().stdout
