@@ -310,6 +310,8 @@ class HttpRewardConfig(Section):
     """Server of a reward model, e.g. http://node7:8000."""
     engine: Literal["vllm", "sglang"] = "vllm"
     """What serves it: vllm serve MODEL --runner pooling, or sglang.launch_server --is-embedding; asked at /classify."""
+    key_variable: str = ""
+    """Environment variable with the server's API key, if it wants one; the run's own token is never sent."""
     label: NonNegativeInt = 0
     """Which of the model's outputs is the score."""
     activation: bool = False

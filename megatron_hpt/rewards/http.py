@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import aiohttp
 
 from megatron_hpt.config import HttpRewardConfig, RewardConfig
-from megatron_hpt.process import token_header
+from megatron_hpt.errors import ConfigError
 from megatron_hpt.rewards.grades import Answer, Cause, Grade, graded, ungraded
 
 
@@ -39,13 +40,18 @@ class RewardServer:
     """Asks the server for scores, some answers at a time. Texts are prompt and response, as the policy saw and wrote them."""
 
     def __init__(self, settings: RewardConfig) -> None:
+        """
+        Raises:
+            ConfigError: `reward.http.key_variable` is not set in the environment.
+        """
+        self._headers = _key_header(settings.http.key_variable)
         self._settings, self._server = settings.http, SERVERS[settings.http.engine]
         self._url, self._deadline_s = settings.http.url.rstrip("/") + "/classify", settings.deadline_s
 
     async def grade(self, answers: Sequence[Answer]) -> list[Grade]:
         """Grades in order; a request that fails or is late leaves its answers ungraded."""
         size, gate = self._settings.batch, asyncio.Semaphore(self._settings.requests)
-        async with aiohttp.ClientSession(headers=token_header()) as session:
+        async with aiohttp.ClientSession(headers=self._headers) as session:
 
             async def one(part: Sequence[Answer]) -> list[Grade]:
                 async with gate:
@@ -72,3 +78,11 @@ class RewardServer:
     def _verdict(self, score: float) -> float:
         threshold = self._settings.threshold
         return score if threshold is None else float(score >= threshold)
+
+
+def _key_header(variable: str) -> dict[str, str]:
+    if not variable:
+        return {}
+    if not (key := os.environ.get(variable)):
+        raise ConfigError(f"reward.http.key_variable: given {variable!r}, which is not set in the environment")
+    return {"Authorization": f"Bearer {key}"}

@@ -81,5 +81,9 @@ def check(settings: RewardConfig) -> None:
         ConfigError: names the setting and says what to change.
     """
     for name in settings.names:
-        if name != "http":
+        if name == "http":
+            from megatron_hpt.rewards.http import RewardServer  # aiohttp, which grader processes do without
+
+            RewardServer(settings)
+        else:
             build(name, settings)

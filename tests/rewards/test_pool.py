@@ -9,10 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
-from megatron_hpt.config import RewardConfig
-from megatron_hpt.rewards.grades import Cause
+from megatron_hpt.config import HttpRewardConfig, RewardConfig
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.process import TOKEN_VARIABLE
+from megatron_hpt.rewards.grades import Answer, Cause, Grade
+from megatron_hpt.rewards.http import RewardServer
 from megatron_hpt.rewards.pool import GraderPool
+from megatron_hpt.rewards.registry import check
 
 MISBEHAVES = """
 import ctypes, os, subprocess, time
@@ -129,3 +135,33 @@ def test_responses_of_any_size_and_text_pass(settings: RewardConfig) -> None:
     odd = ["\ud800", "\x00", "é" * 1_000_000, "\u2028\\boxed{", ""]
     with GraderPool(settings) as pool:
         assert [grade.score for grade in asyncio.run(pool.grade([(text, text) for text in odd]))] == [1.0] * len(odd)
+
+
+@pytest.mark.parametrize(("variable", "sent"), [("", None), ("MY_KEY", "Bearer mine")])
+def test_a_reward_server_gets_its_own_key_and_not_the_runs_token(
+    monkeypatch: pytest.MonkeyPatch, variable: str, sent: str | None
+) -> None:
+    """Whoever has the token may change the engines' weights."""
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    monkeypatch.setenv("MY_KEY", "mine")
+    got: list[str | None] = []
+
+    async def classify(request: web.Request) -> web.Response:
+        got.append(request.headers.get("Authorization"))
+        return web.json_response({"data": [{"index": 0, "probs": [0.5]}]})
+
+    async def ask() -> list[Grade]:
+        app = web.Application()
+        app.router.add_post("/classify", classify)
+        async with TestServer(app) as server:
+            http = HttpRewardConfig(url=str(server.make_url("")), key_variable=variable)
+            return await RewardServer(RewardConfig(name="http", http=http)).grade([Answer("a", "b")])
+
+    assert [grade.score for grade in asyncio.run(ask())] == [0.5]
+    assert got == [sent]
+
+
+def test_a_key_that_is_not_there_is_said() -> None:
+    http = HttpRewardConfig(url="http://127.0.0.1:1", key_variable="NO_SUCH_KEY")
+    with pytest.raises(ConfigError, match=r"reward\.http\.key_variable: given 'NO_SUCH_KEY', which is not set"):
+        check(RewardConfig(name="http", http=http))
