@@ -18,9 +18,25 @@ from megatron_hpt.data.preparation.sets import set_name
 from megatron_hpt.data.problem_set import ProblemSet, RawRow
 from megatron_hpt.data.prompts import Prompt, Tokenizer
 from megatron_hpt.data.scan import scan
-from megatron_hpt.errors import DataError
+from megatron_hpt.errors import ConfigError, DataError, did_you_mean
 
 SYSTEM_PROMPTS = {"simplerl": "Please reason step by step, and put your final answer within \\boxed{}."}
+
+
+def system_prompt(given: str | None) -> str | None:
+    """A system prompt by name, or the text itself.
+
+    Raises:
+        ConfigError: one word that is no name.
+    """
+    if given is None or given in SYSTEM_PROMPTS:
+        return given and SYSTEM_PROMPTS[given]
+    if len(given.split()) < 2:
+        known = f"{', '.join(SYSTEM_PROMPTS)}, or a text of more than one word"
+        raise ConfigError(f"--system-prompt: given {given!r}; allowed: {known}{did_you_mean(given, SYSTEM_PROMPTS)}")
+    return given
+
+
 """By name; ``simplerl`` is what the paper's evaluator used."""
 
 

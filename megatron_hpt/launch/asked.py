@@ -12,7 +12,7 @@ from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.benchmarks import Chosen, choose
 from megatron_hpt.evaluation.grading import checked_grader
-from megatron_hpt.evaluation.problems import SYSTEM_PROMPTS, Problem, load_problems, sha256_of
+from megatron_hpt.evaluation.problems import Problem, load_problems, sha256_of, system_prompt
 from megatron_hpt.evaluation.samples import Evaluation, Protocol, SetRecord
 from megatron_hpt.launch.launchers import gpus_here
 from megatron_hpt.launch.preflight import check_started_engine
@@ -71,7 +71,7 @@ def prepare(model: str, benchmarks: Sequence[str], options: Options) -> Job:
     if not servers:
         check_started_engine(config, _head_dim(read_config(config.model.path)))
     tokenizer = load_tokenizer(config)
-    system = SYSTEM_PROMPTS.get(options.system_prompt or "", options.system_prompt)
+    system = system_prompt(options.system_prompt)
     sets = {one.name: load_problems(one.file, tokenizer, system) for one in chosen}
     longest = _check_context(sets, options.max_tokens, _context(config, servers))
     lengths = {"max_prompt_length": longest, "max_response_length": options.max_tokens}

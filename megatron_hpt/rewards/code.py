@@ -53,7 +53,10 @@ def read_tests(truth: str) -> list[dict[str, str]]:
     except ValueError:
         given = [{"code": truth}]
     if isinstance(given, dict) and isinstance(given.get("inputs"), list) and isinstance(given.get("outputs"), list):
-        given = [{"input": i, "output": o} for i, o in zip(given["inputs"], given["outputs"], strict=False)]
+        inputs, outputs = given["inputs"], given["outputs"]
+        if len(inputs) != len(outputs):
+            raise Ungradable(f"the ground truth has {len(inputs)} inputs and {len(outputs)} outputs")
+        given = [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
     if not isinstance(given, list) or not given or not all(map(_is_test, given)) or not truth.strip():
         raise Ungradable(
             'no tests in the ground truth: {"inputs": [...], "outputs": [...]}, a list of {input, output}, or Python'

@@ -67,6 +67,8 @@ def test_an_unknown_grader_or_setting_is_refused(tiny_model: Path, options: Opti
         prepare(str(tiny_model), ["heldout"], replace(options, grader="maths"))
     with pytest.raises(ConfigError, match=r"rollout\.engin: unknown key"):
         prepare(str(tiny_model), ["heldout"], replace(options, overrides=["rollout.engin=vllm"]))
+    with pytest.raises(ConfigError, match=r"--system-prompt: given 'simpelrl'; allowed: simplerl, .*did you mean 'simplerl'"):
+        prepare(str(tiny_model), ["heldout"], replace(options, system_prompt="simpelrl"))
 
 
 def test_the_parts_of_a_run(tiny_model: Path, arithmetic_data: Path, tmp_path: Path) -> None:

@@ -240,12 +240,13 @@ IO = json.dumps({"inputs": ["2\n", "5\n"], "outputs": ["4\n", "10\n"]})
         ("```python\ndef f(x): return x + 1\n```", "assert f(1) == 2", 1.0),
         ("```python\ndef f(x): return x\n```", "assert f(1) == 2", 0.0),
         ("```python\nprint(2 * int(input()))\n```", "[]", None),
+        ("```python\nprint(2 * int(input()))\n```", '{"inputs": ["1", "2"], "outputs": ["2"]}', None),
     ],
 )
 def test_the_reward(response: str, truth: str, score: float | None) -> None:
     grade = code.build(RewardConfig(code=CodeRewardConfig(time_s=2.0)))
     if score is None:
-        with pytest.raises(Ungradable, match="no tests"):
+        with pytest.raises(Ungradable, match="no tests|2 inputs and 1 outputs"):
             grade(Answer(response, truth))
     else:
         assert grade(Answer(response, truth)) == score
