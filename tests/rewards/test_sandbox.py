@@ -246,7 +246,7 @@ IO = json.dumps({"inputs": ["2\n", "5\n"], "outputs": ["4\n", "10\n"]})
 def test_the_reward(response: str, truth: str, score: float | None) -> None:
     grade = code.build(RewardConfig(code=CodeRewardConfig(time_s=2.0)))
     if score is None:
-        with pytest.raises(Ungradable, match="no tests|2 inputs and 1 outputs"):
+        with pytest.raises(Ungradable, match=r"no tests|2 inputs and 1 outputs"):
             grade(Answer(response, truth))
     else:
         assert grade(Answer(response, truth)) == score
