@@ -13,6 +13,8 @@ from megatron_hpt.listening import refuses
 
 DEAF_S = 5.0
 """Seconds of refused connections after which a server is taken to be gone: most that stop listening end by themselves."""
+GRACE_S = 3.0
+"""Seconds between SIGTERM and SIGKILL for one: it had its time to end well."""
 PERIOD_S = 1.0
 
 

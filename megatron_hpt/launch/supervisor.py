@@ -12,7 +12,7 @@ from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, HptError, Interrupted, RequeueRequested
 from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of, stop_all
-from megatron_hpt.launch.deaf import Deaf
+from megatron_hpt.launch.deaf import GRACE_S, Deaf
 from megatron_hpt.launch.launchers import Launcher
 from megatron_hpt.process import TOKEN_VARIABLE, token
 from megatron_hpt.rollout.running import is_healthy
@@ -189,7 +189,7 @@ class Supervisor:
         serving = [url for url in self._engines if url not in away] if self._announced else []
         for url in self._deaf.among(serving):
             progress.status(f"{self._engines[url].name} listens no more and is ended")
-            stop_all([self._engines[url]])
+            stop_all([self._engines[url]], grace_s=GRACE_S)
 
     def _failures(self) -> list[Failure]:
         waiting = [self._engines[url] for url in self._wanting]

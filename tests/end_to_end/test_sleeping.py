@@ -13,7 +13,7 @@ from .runs import RECIPE, ROOT, SMALL, Run, shared_memory
 from .test_training import metrics
 
 pytestmark = pytest.mark.end_to_end
-STEPS = 5
+STEPS = 4
 SETTINGS = (f"trainer.steps={STEPS}", "rollout.sleep=true", "actor.offload=all", "evaluation.every=2", *SMALL)
 SAID = re.compile(r"(fall asleep|wake up tags \['\w+'\])\.$")
 ASLEEP, WEIGHTS, CACHE = "fall asleep", "wake up tags ['weights']", "wake up tags ['kv_cache']"
@@ -27,7 +27,7 @@ def test_an_engine_sleeps_through_every_step_and_comes_back_from_the_dead(tmp_pa
     run.wait_until(lambda: run.lines() >= 2)
     core = run.find("engine core")
     core.suspend()  # calls wait for it when it dies: the server listens no more, and does not end
-    time.sleep(4)
+    time.sleep(3)
     core.kill()
     code, text = run.finish()
     assert code == 0, text
