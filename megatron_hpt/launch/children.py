@@ -15,6 +15,8 @@ from pathlib import Path
 
 GRACE_S = 10.0
 """Seconds between SIGTERM and SIGKILL: vLLM needs some to remove its own shared memory."""
+TRACKERS_S = 5.0
+"""Seconds for resource trackers to remove the shared memory of processes that were killed."""
 
 
 @dataclass
@@ -111,13 +113,45 @@ def failure_of(child: Child, logs: Path) -> Failure:
 
 
 def stop_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:
-    """SIGTERM to every group, SIGKILL to what is left of it after `grace_s` seconds."""
-    deadline = time.monotonic() + grace_s
-    alive = [child for child in children if child.signal_group(signal.SIGTERM)]
-    while alive and time.monotonic() < deadline:
-        time.sleep(0.1)
-        alive = [child for child in alive if child.exit_code is None or child.signal_group(0)]
+    """SIGTERM to every group, SIGKILL to what is left of it after `grace_s` seconds.
+
+    Python's resource trackers come last: they remove the shared memory of those that were killed.
+    """
+    alive = _left([child for child in children if child.signal_group(signal.SIGTERM)], grace_s)
     for child in alive:
+        for pid in _members(child.process.pid):
+            if b"multiprocessing.resource_tracker" not in _command(pid):
+                _kill(pid)
+    for child in _left(alive, TRACKERS_S):
         child.signal_group(signal.SIGKILL)
     for child in children:
         child.process.wait()
+
+
+def _left(children: Sequence[Child], seconds: float) -> list[Child]:
+    """Those of whose groups there is somebody left after a while."""
+    deadline, alive = time.monotonic() + seconds, list(children)
+    while alive and time.monotonic() < deadline:
+        time.sleep(0.1)
+        alive = [child for child in alive if child.exit_code is None or child.signal_group(0)]
+    return alive
+
+
+def _members(group: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(ValueError, ProcessLookupError):
+            if os.getpgid(int(entry.name)) == group:
+                found.append(int(entry.name))
+    return found
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -37,6 +37,21 @@ def test_a_stubborn_process_and_its_children_are_ended(tmp_path: Path) -> None:
     assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_shared_memory_of_a_stubborn_process_goes_with_it(tmp_path: Path) -> None:
+    code = (
+        "import signal, time; from multiprocessing.shared_memory import SharedMemory;"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); block = SharedMemory(create=True, size=64);"
+        "print('has', block.name, 'ready', flush=True); time.sleep(600)"
+    )
+    child = start(tmp_path, code)
+    wait_for(child.log, "ready")
+    block = Path("/dev/shm") / child.output.split()[1]
+    assert block.exists()
+    stop_all([child], grace_s=0.5)
+    assert not block.exists()
+    assert child.exit_code == -signal.SIGKILL
+
+
 def test_a_child_starts_again_when_nothing_is_left_of_it(tmp_path: Path) -> None:
     code = "import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
     child = start(tmp_path, code + "print('ready', os.environ['HPT_TEST'], flush=True); time.sleep(600)", HPT_TEST="7")
