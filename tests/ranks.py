@@ -65,11 +65,15 @@ def _serve() -> None:
         answers.flush()
 
 
-def _run(ranks: int, timeout: float, **job) -> str | None:
+def free_port() -> int:
+    """A port of this machine that nobody has now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = {}
+        return probe.getsockname()[1]
+
+
+def _run(ranks: int, timeout: float, **job) -> str | None:
+    port, running = free_port(), {}
     for rank in range(ranks):
         child = os.fork()
         if child == 0:

@@ -24,10 +24,15 @@ class Layout:
     """Parts of an epoch that are shuffled within themselves."""
 
 
+def hashed(*parts: object) -> int:
+    """64 bits that depend on `parts` alone, the same in every process."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
 def uniform(*parts: object) -> float:
     """A number in [0, 1) that depends on `parts` alone."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return hashed(*parts) / 2**64
 
 
 class Shuffle:

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_hpt.data.files import whole
+from megatron_hpt.data.formats import MESSAGES
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMA = pa.schema(
     [
         ("data_source", pa.string()),
-        ("prompt", _MESSAGES),
-        ("target", _MESSAGES),
+        ("prompt", MESSAGES),
+        ("target", MESSAGES),
         ("target_lst", pa.list_(pa.string())),
         ("ability", pa.string()),
         ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),

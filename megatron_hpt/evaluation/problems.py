@@ -21,6 +21,7 @@ from megatron_hpt.data.scan import scan
 from megatron_hpt.errors import ConfigError, DataError, did_you_mean
 
 SYSTEM_PROMPTS = {"simplerl": "Please reason step by step, and put your final answer within \\boxed{}."}
+"""By name; ``simplerl`` is what the paper's evaluator used."""
 
 
 def system_prompt(given: str | None) -> str | None:
@@ -35,9 +36,6 @@ def system_prompt(given: str | None) -> str | None:
         known = f"{', '.join(SYSTEM_PROMPTS)}, or a text of more than one word"
         raise ConfigError(f"--system-prompt: given {given!r}; allowed: {known}{did_you_mean(given, SYSTEM_PROMPTS)}")
     return given
-
-
-"""By name; ``simplerl`` is what the paper's evaluator used."""
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from megatron_hpt.data.order import hashed
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.errors import EngineError
 from megatron_hpt.rewards.grades import Answer
@@ -30,8 +30,7 @@ class Settings:
 
 def seed_of(*parts: object) -> int:
     """A seed for one request, the same in every run: 31 bits, since engines add the sample's index to it."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+    return hashed(*parts) >> 33
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from megatron_hpt.evaluation.samples import SampleRow, read_samples
-from tests.weights.servers import Server, engine_config, free_port
+from tests.ranks import free_port
+from tests.weights.servers import Server, engine_config
 
 
 class Evaluation:

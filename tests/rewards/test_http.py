@@ -17,7 +17,8 @@ from megatron_hpt.rewards.http import RewardServer
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rollout.engines import ENGINES
 
-from ..weights.servers import Server, engine_config, free_port, skip_without
+from ..ranks import free_port
+from ..weights.servers import Server, engine_config, skip_without
 
 pytestmark = [pytest.mark.slow, pytest.mark.end_to_end]
 ANSWERS = [Answer(f"{n}+1={n + 1}", str(n + 1), prompt=f"{n}+1=?") for n in range(9)]

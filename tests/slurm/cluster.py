@@ -22,6 +22,12 @@ import psutil
 
 from megatron_hpt.launch.children import Child, stop_all
 
+INSTALL = Path(__file__).parents[1] / "install.sh"
+SLURM = (
+    "slurmctld slurmd srun slurmdbd munged mariadbd mariadb ip",
+    *("slurmctld", "slurmd", "slurm-client", "slurmdbd", "munge", "mariadb-server-core", "mariadb-client-core", "iproute2"),
+)
+"""Commands, and the packages that have them."""
 CPUS, MEMORY_MIB, GPUS = 16, 8192, 8
 """What a node claims."""
 CTLD_PORT, DBD_PORT, DATABASE_PORT, SLURMD_PORT = 26800, 26801, 26802, 26810
@@ -94,7 +100,7 @@ def unavailable() -> str | None:
     """Why this machine cannot bring up a cluster; None: it can, the packages are installed."""
     if os.geteuid() != 0:
         return "needs root"
-    install = subprocess.run([Path(__file__).parent / "install.sh"], capture_output=True, text=True, check=False)
+    install = subprocess.run([INSTALL, *SLURM], capture_output=True, text=True, check=False)
     if install.returncode != 0:
         return f"Slurm is not to be had: {install.stderr.strip()}"
     probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True, check=False)

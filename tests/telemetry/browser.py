@@ -16,6 +16,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+INSTALL = Path(__file__).parents[1] / "install.sh"
+CHROMIUM = ("chromium", "chromium", "fonts-liberation")
+"""A command, and the packages for it: a bare machine has no font for the pictures."""
 
 
 def installed() -> str | None:
@@ -27,7 +30,7 @@ def unavailable() -> str | None:
     """Why there is no browser here; None: it is installed."""
     if installed():
         return None
-    install = subprocess.run([Path(__file__).parent / "install.sh"], capture_output=True, text=True, check=False)
+    install = subprocess.run([INSTALL, *CHROMIUM], capture_output=True, text=True, check=False)
     return None if install.returncode == 0 else f"Chromium is not to be had: {install.stderr.strip()}"
 
 

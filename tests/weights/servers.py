@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from megatron_hpt.process import token_header
 from megatron_hpt.rollout.engine import Weights
 from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.weights.control import CONTROLS, EngineControl, InFlight
+from tests.ranks import free_port
 
 PROMPTS = [[5 + i, 15, 6 + i, 20] for i in range(6)]
 TOKENS = 12
@@ -41,12 +41,6 @@ def skip_without(kind: str) -> None:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass

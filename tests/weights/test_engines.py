@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hpt.examples import tiny_families, tiny_llama
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 
-from .servers import Server, free_port, greedy
+from .servers import Server, greedy
 
 pytestmark = pytest.mark.end_to_end
 ROOT = Path(__file__).parents[2]

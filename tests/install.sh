@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Install Slurm with accounting from the distribution, for tests/slurm: Debian packages by name, nothing else.
+# Install Debian packages for tests: by name, from the distribution, nothing else.
 #
-#   tests/slurm/install.sh      as root; does nothing where everything is there
+#   tests/install.sh "COMMAND…" PACKAGE…      as root; does nothing where all commands are there
 #
 # Exit: 0 all there, 1 not to be had (the reason is the last line).
 set -euo pipefail
 
-packages=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core iproute2)
-commands=(slurmctld slurmd srun slurmdbd munged mariadbd mariadb ip)
+read -ra commands <<<"$1"
+packages=("${@:2}")
 
 missing() {
     for command in "${commands[@]}"; do
@@ -22,7 +22,7 @@ if [[ $(id -u) != 0 ]]; then
     exit 1
 fi
 if ! command -v apt-get >/dev/null; then
-    echo "install.sh: no apt-get on this system; install Slurm and munge by its own means" >&2
+    echo "install.sh: no apt-get on this system; install ${commands[*]} by its own means" >&2
     exit 1
 fi
 export DEBIAN_FRONTEND=noninteractive
