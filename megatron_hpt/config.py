@@ -582,7 +582,15 @@ class DeadlinesConfig(Section):
     transfer_s: PositiveFloat = 300.0
     """One call of the engine's weight-transfer API."""
     health_s: PositiveFloat = 10.0
-    """An engine's answer to how it is; three late ones in a row take it out of service."""
+    """An engine's answer to how it is. Then it is late: it keeps its requests, new ones go to others if there are any."""
+    silent_s: PositiveFloat = 300.0
+    """An engine without any sign of life, neither an answer nor a token: it is given up, ended and started again."""
+
+    @model_validator(mode="after")
+    def _late_before_silent(self) -> DeadlinesConfig:
+        if self.health_s >= self.silent_s:
+            raise ValueError(f"health_s {self.health_s:g} must be below silent_s {self.silent_s:g}: late comes before dead")
+        return self
 
 
 class Config(Section):

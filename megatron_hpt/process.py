@@ -7,7 +7,13 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from megatron_hpt.errors import HptError
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 TOKEN_VARIABLE = "HPT_TOKEN"
@@ -45,6 +51,16 @@ def log_to(path: Path) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@contextmanager
+def ends_in_words() -> Iterator[None]:
+    """End the process with an error of ours in words; a traceback is for all others."""
+    try:
+        yield
+    except HptError as error:
+        logger.error("%s", error)
+        sys.exit(error.EXIT_CODE)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from megatron_hpt.data.files import whole, write_whole
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.packing import attention_parity
 from megatron_hpt.objective import algorithms
-from megatron_hpt.process import die_with_parent, log_to
+from megatron_hpt.process import die_with_parent, ends_in_words, log_to
 from megatron_hpt.rollout import engines
 from megatron_hpt.run import RunDir
 from megatron_hpt.weights.hf_config import run_shape
@@ -242,8 +242,8 @@ def main() -> None:
     die_with_parent()
     run = RunDir(arguments.run)
     log_to(run.log(f"trainer_rank{os.environ['RANK']}"))
-    board = Blackboard.join(arguments.store)
-    Trainer(run, board, arguments.from_step).run()
+    with ends_in_words():
+        Trainer(run, Blackboard.join(arguments.store), arguments.from_step).run()
     parallel.shutdown()
     logger.info("done")
 

@@ -29,7 +29,7 @@ from megatron_hpt.launch.serving import Servers
 from megatron_hpt.rollout.engine import OWN
 from megatron_hpt.rollout.engines import ENGINES
 from megatron_hpt.rollout.http import HttpEngine
-from megatron_hpt.rollout.pool import EnginePool
+from megatron_hpt.rollout.pool import EnginePool, Patience
 from megatron_hpt.telemetry.progress import Counter
 
 STARTED_WITH = "default"
@@ -116,7 +116,9 @@ async def _ask(
 ) -> None:
     """Fill the collection from engines, and start those again that die, where they are ours."""
     clients = connect()
-    pool = EnginePool(clients, return_s=job.config.deadlines.startup_s)
+    deadlines = job.config.deadlines
+    patience = Patience(deadlines.health_s, deadlines.silent_s, return_s=deadlines.startup_s)
+    pool = EnginePool(clients, patience, on_silence=servers.give_up if servers else None)
     source = Source(pool, job.tokenizer, len(clients) * job.config.rollout.max_running)
     counter.begin()
     try:
@@ -141,7 +143,7 @@ def _clients_of(job: Job, servers: Servers) -> list[HttpEngine]:
 
 def _clients_of_running(job: Job) -> list[HttpEngine]:
     deadlines = job.config.deadlines
-    return [server.client(len(job.tokenizer), deadlines.rollout_s, deadlines.health_s) for server in job.servers]
+    return [server.client(len(job.tokenizer), deadlines.rollout_s, deadlines.silent_s) for server in job.servers]
 
 
 @contextmanager

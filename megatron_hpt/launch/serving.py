@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, EngineError
 from megatron_hpt.launch.children import Child, Failure, stop_all
+from megatron_hpt.launch.deaf import GRACE_S, Deaf
 from megatron_hpt.launch.launchers import free_port
 from megatron_hpt.process import TOKEN_VARIABLE, token
 from megatron_hpt.rollout.engine import Weights
@@ -37,6 +38,7 @@ class Servers:
         self._private = TemporaryDirectory(prefix="megatron-hpt-")
         self._children: dict[str, Child] = {}
         self._restarted = 0
+        self._deaf, self._silent = Deaf(), set[str]()
 
     @property
     def urls(self) -> list[str]:
@@ -77,20 +79,31 @@ class Servers:
             time.sleep(POLL_S)
 
     async def watch(self) -> None:
-        """Start engines again that die, for ever: whoever needs them no longer cancels this.
+        """Start engines again that die, listen no more or were given up, for ever: whoever needs them no longer cancels this.
 
         Raises:
             EngineError: more died than `rollout.max_restarts`.
         """
+        answering = set(self._children)  # a server that starts does not listen yet
         while True:
             await asyncio.sleep(POLL_S)
+            answering |= {url for url in set(self._children) - answering if await asyncio.to_thread(is_healthy, url)}
+            self._silent |= set(await asyncio.to_thread(self._deaf.among, sorted(answering)))
+            while self._silent:
+                url = self._silent.pop()
+                await asyncio.to_thread(stop_all, [self._children[url]], GRACE_S)
             for url, child in self._children.items():
                 if child.exit_code is None:
                     continue
                 if self._restarted == self._config.rollout.max_restarts:
                     self._fail_if_dead()
                 self._restarted += 1
+                answering.discard(url)
                 self._children[url] = await asyncio.to_thread(child.again)
+
+    def give_up(self, url: str) -> None:
+        """End an engine that gives no sign of life; `watch` starts it again."""
+        self._silent.add(url)
 
     def _fail_if_dead(self) -> None:
         dead = [child for child in self._children.values() if child.exit_code is not None]

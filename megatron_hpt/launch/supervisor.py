@@ -45,6 +45,8 @@ class Supervisor:
         self._wanting: list[str] = []
         """URLs of dead engines that wait for memory of the trainer's GPUs."""
         self._deaf = Deaf()
+        self._silences = 0
+        """Engines that the coordinator has given up, so far."""
         self._granted = 0
         """Those that the trainer gave it to, so far."""
         self._returned = 0
@@ -96,7 +98,7 @@ class Supervisor:
             if self._noticed is not None:
                 self._end_if_saved()
             self._start_granted()
-            self._end_deaf(progress)
+            self._end_unresponsive(progress)
             self._check_children(progress)
             if not self._announced:
                 self._announce_engines(progress)
@@ -183,12 +185,17 @@ class Supervisor:
         self._children[self._children.index(child)] = self._engines[url] = again
         self._returning[url] = time.monotonic()
 
-    def _end_deaf(self, progress: Progress) -> None:
-        """End engines that listen no more, so that they can be started again."""
+    def _end_unresponsive(self, progress: Progress) -> None:
+        """End engines that listen no more, or that the coordinator has given up, so that they can be started again."""
         away = {*self._returning, *self._wanting}
         serving = [url for url in self._engines if url not in away] if self._announced else []
-        for url in self._deaf.among(serving):
-            progress.status(f"{self._engines[url].name} listens no more and is ended")
+        ended = [(url, "listens no more") for url in self._deaf.among(serving)]
+        if (silent := self._board.get(f"silent/{self._silences}")) is not None:
+            self._silences += 1
+            waited = f"{self._config.deadlines.silent_s:g} s (deadlines.silent_s)"
+            ended += [(silent, f"gave no sign of life for {waited}")] if silent in serving else []
+        for url, reason in ended:
+            progress.status(f"{self._engines[url].name} {reason} and is ended")
             stop_all([self._engines[url]], grace_s=GRACE_S)
 
     def _failures(self) -> list[Failure]:

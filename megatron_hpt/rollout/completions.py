@@ -20,13 +20,13 @@ class CompletionsEngine(HttpEngine):
     generate_route = "/v1/completions"
     version_route = "/weight_info"
 
-    def __init__(self, url: str, deadline_s: float, health_s: float, model: str, own: str) -> None:
+    def __init__(self, url: str, deadline_s: float, silent_s: float, model: str, own: str) -> None:
         """
         Args:
             model: the name that the server gives it.
             own: label of the weights, or `UNLABELLED`.
         """
-        super().__init__(url, deadline_s, health_s, own=own)
+        super().__init__(url, deadline_s, silent_s, own=own)
         self._model = model
 
     async def label(self) -> str:

@@ -25,12 +25,12 @@ from megatron_hpt.evaluation.grading import Graders, label
 from megatron_hpt.evaluation.selection import Selection
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.gate import Choice
-from megatron_hpt.process import die_with_parent, log_to
+from megatron_hpt.process import die_with_parent, ends_in_words, log_to
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rollout.assembly import GateDecider, Group, assemble, decide
 from megatron_hpt.rollout.engines import ENGINES
 from megatron_hpt.rollout.evaluations import Evaluations
-from megatron_hpt.rollout.pool import EnginePool
+from megatron_hpt.rollout.pool import EnginePool, Patience
 from megatron_hpt.rollout.sampling import Early, Grader, Settings, grade, sample
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry.metrics import MetricsLog
@@ -69,12 +69,20 @@ class Coordinator:
         graders = Graders(config.reward, {label(config.reward): pool})
         self._evaluations = Evaluations(run, config, self._tokenizer, graders)
         self._selection = Selection(run, config.evaluation, read_metrics(run.metrics))
+        self._silences = 0
 
     async def run(self) -> None:
         """Make every batch, and one line of metrics for each step."""
-        config, board = self._config, self._board
-        urls = board.wait("engines", config.deadlines.startup_s, "an engine")
+        urls = self._board.wait("engines", self._config.deadlines.startup_s, "an engine")
         self._engines = self._engine_pool(urls)
+        try:
+            await self._steps()
+        finally:
+            await self._engines.close()
+            self._metrics.close()
+
+    async def _steps(self) -> None:
+        config, board = self._config, self._board
         for step in range(self._start, config.trainer.steps):
             watch = Stopwatch()
             with watch.phase("step"):
@@ -87,14 +95,18 @@ class Coordinator:
                 published = self._weights_at(step + 1)
             await self._record(step, {**trained, **published}, watch)
         board.put("evaluated", True)
-        await self._engines.close()
-        self._metrics.close()
 
     def _engine_pool(self, urls: list[str]) -> EnginePool:
         deadlines = self._config.deadlines
         engines = [ENGINES[self._config.rollout.engine].client(self._config, url) for url in urls]
         # An engine comes back when it has started again and been given its weights.
-        return EnginePool(engines, return_s=deadlines.startup_s + deadlines.transfer_s)
+        patience = Patience(deadlines.health_s, deadlines.silent_s, return_s=deadlines.startup_s + deadlines.transfer_s)
+        return EnginePool(engines, patience, on_silence=self._report_silence)
+
+    def _report_silence(self, url: str) -> None:
+        """The supervisor ends an engine that gives no sign of life, and starts it again."""
+        self._board.put(f"silent/{self._silences}", url)
+        self._silences += 1
 
     async def _make_batch(self, step: int, watch: Stopwatch) -> None:
         self._weights_at(step)
@@ -200,8 +212,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     run = RunDir(arguments.run)
     log_to(run.log("coordinator"))
-    board = Blackboard.join(arguments.store)
-    with graders(load_yaml(run.config)) as pool:
+    with ends_in_words(), graders(load_yaml(run.config)) as pool:
+        board = Blackboard.join(arguments.store)
         asyncio.run(Coordinator(run, board, arguments.from_step, pool).run())
     logger.info("done")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -65,7 +66,7 @@ class Engine(Sampler, Protocol):
     url: str
 
     async def health(self) -> None:
-        """Ask whether it is well; has a short deadline of its own.
+        """Ask whether it is well; has a deadline of its own, after which the server is taken to be dead.
 
         Raises:
             EngineError: it cannot be reached, or says that it is not.
@@ -74,6 +75,9 @@ class Engine(Sampler, Protocol):
 
     async def version(self) -> int | None:
         """Version of the weights that it serves; None before its first. Raises as `health` does."""
+
+    async def progress(self) -> Hashable:
+        """Something that changes with the tokens it produces; None: it does not tell. Raises as `health` does."""
 
     async def close(self) -> None:
         """Close connections."""

@@ -84,12 +84,12 @@ def _sglang_command(config: Config, python: str, start: Start) -> list[str]:
 
 
 def _vllm_client(config: Config, url: str, own: str | None = None) -> HttpEngine:
-    return vllm.VllmEngine(url, config.deadlines.rollout_s, config.deadlines.health_s, _connections(config), own)
+    return vllm.VllmEngine(url, config.deadlines.rollout_s, config.deadlines.silent_s, _connections(config), own)
 
 
 def _sglang_client(config: Config, url: str, own: str | None = None) -> HttpEngine:
     vocab, deadlines = run_shape(config).vocab, config.deadlines
-    return sglang.SglangEngine(url, deadlines.rollout_s, deadlines.health_s, vocab, _connections(config), own)
+    return sglang.SglangEngine(url, deadlines.rollout_s, deadlines.silent_s, vocab, _connections(config), own)
 
 
 def _connections(config: Config) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from http import HTTPStatus
 from typing import Any
 
@@ -22,21 +23,24 @@ class HttpEngine:
 
     generate_route: str
     version_route: str
+    progress_route: str | None = None
+    """Where it tells how far it has come; None: nowhere."""
 
     def __init__(
-        self, url: str, deadline_s: float, health_s: float, connections: int = CONNECTIONS, own: str | None = None
+        self, url: str, deadline_s: float, silent_s: float, connections: int = CONNECTIONS, own: str | None = None
     ) -> None:
         """
         Args:
-            deadline_s: for a request.
-            health_s: for the questions how the server is and which weights it serves.
+            deadline_s: for a request (`deadlines.rollout_s`).
+            silent_s: for an answer to how the server is, which weights it serves, and how far it has come
+                (`deadlines.silent_s`).
             connections: requests under way at once.
             own: label of weights that nobody has sent: those of the folder that the server was started with. They are
                 version `OWN`; None: only sent weights, whose labels are numbers, have a version.
         """
         self.url, self._own = url, own
         self._http = self._session(connections, deadline_s)
-        self._questions = self._session(1, health_s)  # their own connection: requests may use up all of theirs
+        self._questions = self._session(1, silent_s)  # their own connection: requests may use up all of theirs
 
     async def generate(self, request: SamplingRequest) -> list[Sample]:
         """Sample one prompt; cancelling it closes the connection, which aborts the request in the engine.
@@ -81,6 +85,20 @@ class HttpEngine:
         """
         return self._version_of(await self.label())
 
+    async def progress(self) -> Hashable:
+        """Something that changes with the tokens that the server produces; None: it does not tell. Raises as `version`."""
+        if self.progress_route is None:
+            return None
+        answer = await self._ask(self._questions, "GET", self.progress_route)
+        try:
+            return self.progress_of(answer)
+        except (ValueError, LookupError, TypeError) as error:
+            raise EngineError(f"engine {self.url} answered {self.progress_route} with what cannot be read: {error!r}") from None
+
+    def progress_of(self, answer: bytes) -> Hashable:
+        """What `progress` returns, from the server's answer."""
+        raise NotImplementedError
+
     async def label(self) -> str:
         """What the server calls its weights: the version that it was sent, or a word before that. Raises as `version`."""
         answer = await self._ask(self._questions, "GET", self.version_route)
@@ -108,8 +126,8 @@ class HttpEngine:
             async with session.request(method, route, **content) as response:
                 answer = await response.read()
         except TimeoutError:
-            late = session.timeout.total
-            raise DeadlineError(f"engine {self.url} did not answer {route} within {late:g} s") from None
+            late, setting = session.timeout.total, "rollout_s" if session is self._http else "silent_s"
+            raise DeadlineError(f"engine {self.url} did not answer {route} within {late:g} s (deadlines.{setting})") from None
         except aiohttp.ClientError as error:
             raise EngineGone(f"engine {self.url} cannot be reached: {type(error).__name__} {error}") from None
         if response.status != HTTPStatus.OK:

@@ -1,11 +1,17 @@
-"""Many engines behind one `generate`: routing by load, and engines that go out of service and come back."""
+"""Many engines behind one `generate`: routing by load, and engines that go out of service and come back.
+
+An engine is **out** when it has failed: it says so, nobody listens any more, or it serves other weights. One that is merely
+slow is **late**: it keeps its requests, and gets new ones only where all others are late too. Late becomes out after a deadline
+of its own, in which the engine has neither answered nor, as far as it tells, produced a token.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -18,10 +24,20 @@ MARGIN = 16
 """Requests of the same size by which the engine that has a prompt in its prefix cache may be busier than the least loaded."""
 TRIES = 4
 """Engines that one request may fail on before it fails the step."""
-LATE = 3
-"""Late answers in a row, to the question how an engine is, that take it out."""
 PERIOD_S = 2.0
-"""Seconds between two such questions."""
+"""Seconds between an engine's answer to how it is and the next such question."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long engines may be silent, in seconds (`DeadlinesConfig`)."""
+
+    late_s: float = 10.0
+    """Without an answer to how it is: an engine is late."""
+    silent_s: float = 300.0
+    """Without any sign of life: it is given up."""
+    return_s: float = 900.0
+    """A request waits so long for an engine to come back when none is in service."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +47,13 @@ class Load:
     in_service: bool
     tokens: int
     """That its requests in flight may come to."""
+    late: bool = False
 
 
 def choose(loads: Sequence[Load], home: int | None, margin: int) -> int | None:
     """Index of the engine for a request: its home, unless that is out or busier than the least loaded by more than `margin`.
+
+    Late engines are chosen only where all that are in service are late.
 
     Args:
         home: the engine that had the same prompt before.
@@ -42,9 +61,10 @@ def choose(loads: Sequence[Load], home: int | None, margin: int) -> int | None:
     Returns:
         None where none is in service.
     """
-    usable = [index for index, load in enumerate(loads) if load.in_service]
-    if not usable:
+    serving = [index for index, load in enumerate(loads) if load.in_service]
+    if not serving:
         return None
+    usable = [index for index in serving if not loads[index].late] or serving
     least = min(usable, key=lambda index: loads[index].tokens)
     if home in usable and loads[home].tokens <= loads[least].tokens + margin:
         return home
@@ -61,24 +81,42 @@ class _Server:
     in_service: bool = True
     reason: str = ""
     """Why it is, or last was, out of service."""
-    late: int = 0
-    """Late answers in a row."""
+    late: bool = False
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when it has answered, failed or become late, since serving began."""
+    progress: Hashable = None
+    """What it last told of the tokens that it has produced."""
+    progressed: float = 0.0
+    """When that last changed, a request was finished, or there was nothing to do."""
 
     @property
     def load(self) -> Load:
-        return Load(self.in_service, sum(self.flight.values()))
+        return Load(self.in_service, sum(self.flight.values()), self.late)
+
+    def is_stuck(self, progress: Hashable, silent_s: float) -> bool:
+        """Note what the engine tells of its tokens; whether it has worked on requests for so long without any."""
+        now = time.monotonic()
+        if progress is None or progress != self.progress or not self.flight:
+            self.progress, self.progressed = progress, now
+        return now - self.progressed > silent_s
 
 
 class EnginePool:
     """Engines that sample for one step at a time."""
 
-    def __init__(self, engines: Sequence[Engine], return_s: float, period_s: float = PERIOD_S) -> None:
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        patience: Patience,
+        period_s: float = PERIOD_S,
+        on_silence: Callable[[str], None] | None = None,
+    ) -> None:
         """
         Args:
-            return_s: how long a request waits for an engine to come back when none is in service.
+            on_silence: is told the URL of an engine that was given up, where somebody can start it again.
         """
         self._servers = [_Server(engine) for engine in engines]
-        self._return_s, self._period_s = return_s, period_s
+        self._patience, self._period_s, self._on_silence = patience, period_s, on_silence
         self._version = 0
         self._homes: dict[tuple[int, ...], int] = {}
         self._usable = asyncio.Event()
@@ -99,13 +137,15 @@ class EnginePool:
     async def serving(self, version: int) -> AsyncIterator[None]:
         """While it lasts, requests are served by weights `version`, and the engines are watched.
 
-        Engines that were in service before are asked first, so that the first requests find all of them.
+        It begins when engines that were in service have answered or are late, so that the first requests find all of them.
         """
         self._version, self._homes = version, {}
-        await asyncio.gather(*(self._ask(server) for server in self._servers if server.in_service))
-        self._note_usable()
+        for server in self._servers:
+            server.heard.clear()
         watch = asyncio.gather(*(self._watch(server) for server in self._servers))
         try:
+            await asyncio.gather(*(server.heard.wait() for server in self._servers if server.in_service))
+            self._note_usable()
             yield
         finally:
             watch.cancel()
@@ -145,10 +185,10 @@ class EnginePool:
                 self._homes[prompt] = chosen
                 return self._servers[chosen]
             try:
-                await asyncio.wait_for(self._usable.wait(), self._return_s)
+                await asyncio.wait_for(self._usable.wait(), self._patience.return_s)
             except TimeoutError:
                 raise DeadlineError(
-                    f"no engine in service for {self._return_s:g} s: "
+                    f"no engine in service for {self._patience.return_s:g} s: "
                     + "; ".join(f"{server.engine.url} is out ({server.reason})" for server in self._servers)
                 ) from None
 
@@ -166,6 +206,7 @@ class EnginePool:
         finally:
             task.cancel()
             del server.flight[task]
+            server.progressed = time.monotonic()
         if task.cancelled():
             raise EngineError(f"engine {server.engine.url} was taken out: {server.reason}")
         try:
@@ -182,27 +223,62 @@ class EnginePool:
 
     async def _watch(self, server: _Server) -> None:
         while True:
-            await asyncio.sleep(self._period_s)
             await self._ask(server)
+            server.heard.set()
+            await asyncio.sleep(self._period_s)
 
     async def _ask(self, server: _Server) -> None:
-        """How an engine is, and what it serves; it goes out or comes back accordingly."""
+        """How an engine is, and what it serves; it goes out, becomes late or comes back accordingly."""
         was_out, needed = not server.in_service, self._version
         try:
-            await server.engine.health()
-            version = await server.engine.version()
+            version, progress = await self._answer(server)
         except DeadlineError as error:
-            server.late += 1
-            if server.late >= LATE:
-                self._take_out(server, f"{error}, {server.late} times in a row")
+            self._give_up(server, str(error))
         except EngineError as error:
             self._take_out(server, str(error))
         else:
-            server.late = 0
             if version != needed:
                 self._take_out(server, f"serves weights {version}; {needed} are needed")
             elif was_out:  # else a request may have found out meanwhile what this answer did not know yet
                 self._put_in(server)
+            if server.is_stuck(progress, self._patience.silent_s):
+                self._give_up(
+                    server,
+                    f"engine {server.engine.url} has produced no token for {self._patience.silent_s:g} s "
+                    f"(deadlines.silent_s), with {len(server.flight)} requests to work on",
+                )
+
+    async def _answer(self, server: _Server) -> tuple[int | None, Hashable]:
+        """The version that an engine serves and its progress, however late it answers. Raises as `Engine.health`."""
+        question = asyncio.create_task(_question(server.engine))
+        try:
+            await asyncio.wait([question], timeout=self._patience.late_s)
+            if not question.done():
+                self._note_late(server)
+            answer = await question
+        finally:
+            question.cancel()
+        if server.late:
+            logger.warning("engine %s answers again", server.engine.url)
+            server.late = False
+        return answer
+
+    def _note_late(self, server: _Server) -> None:
+        """Say it once: an engine on a busy machine may be late for minutes, and ends its requests all the same."""
+        server.heard.set()
+        if server.in_service and not server.late:
+            logger.warning(
+                "engine %s has not answered for %g s (deadlines.health_s): it is late and keeps its %d requests; after %g s "
+                "of silence (deadlines.silent_s) it is given up",
+                *(server.engine.url, self._patience.late_s, len(server.flight), self._patience.silent_s),
+            )
+        server.late = True
+
+    def _give_up(self, server: _Server, reason: str) -> None:
+        was_in = server.in_service
+        self._take_out(server, reason)
+        if was_in and self._on_silence is not None:
+            self._on_silence(server.engine.url)
 
     def _take_out(self, server: _Server, reason: str) -> None:
         server.reason = reason
@@ -224,6 +300,11 @@ class EnginePool:
             self._usable.set()
         else:
             self._usable.clear()
+
+
+async def _question(engine: Engine) -> tuple[int | None, Hashable]:
+    await engine.health()
+    return await engine.version(), await engine.progress()
 
 
 def _size(request: SamplingRequest) -> int:

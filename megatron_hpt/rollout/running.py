@@ -34,13 +34,13 @@ class Running:
     of_a_run: bool = False
     """vLLM with the routes of a run's engines, which need no tokenizer and name their weights."""
 
-    def client(self, vocab: int, deadline_s: float, health_s: float) -> HttpEngine:
+    def client(self, vocab: int, deadline_s: float, silent_s: float) -> HttpEngine:
         """A client that accepts the weights that were found, and no others."""
         if self.kind == "sglang":
-            return SglangEngine(self.url, deadline_s, health_s, vocab, own=self.label)
+            return SglangEngine(self.url, deadline_s, silent_s, vocab, own=self.label)
         if self.of_a_run:
-            return VllmEngine(self.url, deadline_s, health_s, own=self.label)
-        return CompletionsEngine(self.url, deadline_s, health_s, self.served, self.label)
+            return VllmEngine(self.url, deadline_s, silent_s, own=self.label)
+        return CompletionsEngine(self.url, deadline_s, silent_s, self.served, self.label)
 
 
 def look(url: str, deadline_s: float = 10.0) -> Running:

@@ -6,7 +6,9 @@ keys are ignored there, and some bad requests end the whole server: what can be 
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +100,17 @@ class SglangEngine(HttpEngine):
 
     generate_route = "/generate"
     version_route = "/model_info"
+    progress_route = "/v1/loads?include=core"
 
     def __init__(
-        self, url: str, deadline_s: float, health_s: float, vocab: int, connections: int = CONNECTIONS, own: str | None = None
+        self, url: str, deadline_s: float, silent_s: float, vocab: int, connections: int = CONNECTIONS, own: str | None = None
     ) -> None:
-        super().__init__(url, deadline_s, health_s, connections, own)
+        super().__init__(url, deadline_s, silent_s, connections, own)
         self._vocab = vocab
+
+    def progress_of(self, answer: bytes) -> Hashable:
+        """What is running and what fills the cache, which grows with every token (srt/managers/load_snapshot.py)."""
+        return tuple((load["num_running_reqs"], load["num_used_tokens"]) for load in json.loads(answer)["loads"])
 
     def body(self, request: SamplingRequest) -> dict[str, Any]:
         """A batch of single samples: the samples of one request would share its seed.

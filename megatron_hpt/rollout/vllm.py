@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Hashable
 from typing import Any
 
 from megatron_hpt.config import Config
@@ -69,6 +70,12 @@ class VllmEngine(HttpEngine):
 
     generate_route = "/inference/v1/generate"
     version_route = "/weight_info"
+    progress_route = "/metrics"
+
+    def progress_of(self, answer: bytes) -> Hashable:
+        """Tokens produced since its start (vllm/v1/metrics/loggers.py); None where statistics are switched off."""
+        lines = answer.decode(errors="replace").splitlines()
+        return tuple(line.rpartition(" ")[2] for line in lines if line.startswith("vllm:generation_tokens_total")) or None
 
     def body(self, request: SamplingRequest) -> dict[str, Any]:
         return {

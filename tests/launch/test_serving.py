@@ -74,6 +74,46 @@ def test_engines_that_die_are_started_again_as_often_as_allowed(config: Config, 
     assert [(tmp_path / "logs" / f"engine_{i}.log").read_text().split()[0] for i in range(2)] == ["4,5", "6,7"]
 
 
+def test_an_engine_that_hangs_is_given_up_and_started_again(config: Config, tmp_path: Path) -> None:
+    with Servers(config, tmp_path, tmp_path / "logs", ()) as servers:
+        servers.wait(lambda text: None)
+        first, second = servers.urls
+        stopped, untouched = servers._children[first].process, servers._children[second].process
+
+        async def given_up() -> None:
+            watch = asyncio.create_task(servers.watch())
+            os.killpg(stopped.pid, signal.SIGSTOP)
+            servers.give_up(first)
+            while servers._children[first].process is stopped or not await asyncio.to_thread(is_healthy, first):
+                await asyncio.sleep(0.05)
+            watch.cancel()
+
+        asyncio.run(asyncio.wait_for(given_up(), 30))
+        assert stopped.poll() is not None
+        assert untouched.poll() is None
+
+
+def test_an_engine_that_listens_no_more_is_started_again(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_hpt.launch.serving.Deaf.among", lambda self, urls: [first] if urls and not again() else [])
+    with Servers(config, tmp_path, tmp_path / "logs", ()) as servers:
+        servers.wait(lambda text: None)
+        first, before = servers.urls[0], servers._children[servers.urls[0]].process
+
+        def again() -> bool:
+            return servers._children[first].process is not before
+
+        async def restarted() -> None:
+            watch = asyncio.create_task(servers.watch())
+            while not again() or not await asyncio.to_thread(is_healthy, first):
+                await asyncio.sleep(0.05)
+            watch.cancel()
+
+        asyncio.run(asyncio.wait_for(restarted(), 30))
+        assert before.poll() is not None
+
+
 def test_an_engine_that_is_never_ready_is_late(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     late = config.model_copy(update={"deadlines": DeadlinesConfig(startup_s=0.1)})
     monkeypatch.setattr("megatron_hpt.launch.serving.is_healthy", lambda url: False)

@@ -8,9 +8,10 @@ from typing import Any
 
 from aiohttp import web
 
+from megatron_hpt.rollout.pool import Patience
 from megatron_hpt.rollout.vllm import VllmEngine
 
-HEALTH_S = 0.2
+PATIENCE = Patience(late_s=0.2, silent_s=1.5, return_s=5.0)
 
 
 @dataclass
@@ -32,6 +33,9 @@ class Server:
     dropped: list[int] = field(default_factory=list)
     """Seeds of the requests whose client went away."""
     running: int = 0
+    produces: bool = True
+    """Its count of tokens grows whenever it is asked; else it stands still."""
+    produced: int = 0
     url: str = ""
 
     async def generate(self, request: web.Request) -> web.Response:
@@ -60,6 +64,13 @@ class Server:
         await self._get_stuck()
         return web.json_response({"weight_version": self.version})
 
+    async def metrics(self, request: web.Request) -> web.Response:
+        await self._get_stuck()
+        self.produced += self.produces
+        return web.Response(
+            text=f"# TYPE vllm:generation_tokens_total counter\nvllm:generation_tokens_total{{}} {self.produced}"
+        )
+
     async def _get_stuck(self) -> None:
         while self.stuck:
             await asyncio.sleep(0.01)
@@ -80,12 +91,13 @@ async def start(stack: AsyncExitStack, server: Server) -> VllmEngine:
     app.router.add_post("/inference/v1/generate", server.generate)
     app.router.add_get("/health", server.health)
     app.router.add_get("/weight_info", server.weight_info)
+    app.router.add_get("/metrics", server.metrics)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    engine = VllmEngine(server.url, 30.0, HEALTH_S)
+    engine = VllmEngine(server.url, 30.0, PATIENCE.silent_s)
     stack.push_async_callback(engine.close)
     return engine
 

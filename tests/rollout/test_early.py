@@ -13,7 +13,7 @@ from megatron_hpt.rollout.assembly import GateDecider
 from megatron_hpt.rollout.pool import EnginePool
 from megatron_hpt.rollout.sampling import Early, Grader, Settings, grade, sample, seed_of
 
-from .servers import Server, serve
+from .servers import PATIENCE, Server, serve
 
 N = 4
 SETTINGS = Settings(lambda _: N, 1.0, 1.0, 16, 1)
@@ -45,7 +45,7 @@ def run(server: Server, grader: Grader, gate: GateConfig, prompt: Prompt = PROMP
     """Sample one prompt as the coordinator does."""
 
     async def action(engines):
-        pool = EnginePool(engines, 5.0)
+        pool = EnginePool(engines, PATIENCE)
         async with pool.serving(3):
             early = Early(GateDecider(hybrid(gate), 0, {}), grader)
             groups = await sample(pool, [prompt], SETTINGS, (0,), 3, early)

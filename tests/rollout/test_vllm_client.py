@@ -34,7 +34,7 @@ def ask(answer: Callable, action: Callable, deadline_s: float = 5.0):
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        engine = VllmEngine(f"http://127.0.0.1:{runner.addresses[0][1]}", deadline_s, health_s=0.3)
+        engine = VllmEngine(f"http://127.0.0.1:{runner.addresses[0][1]}", deadline_s, silent_s=0.3)
         try:
             return await action(engine)
         finally:
