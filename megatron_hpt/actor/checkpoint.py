@@ -68,7 +68,7 @@ class Saver:
         """
         self.finish()
         temporary = _new_folder(final)
-        _watch_results_process()
+        start_results_process()
         with self._platform.building():
             state_dict = _without_copies(_state(chunks, optimizer))
             request = dist_checkpointing.save(state_dict, str(temporary), async_sharded_save=True)
@@ -182,10 +182,14 @@ def _in_writer(write: Callable[..., None], *arguments: Any, **named: Any) -> Non
     write(*arguments, **named)
 
 
-def _watch_results_process() -> None:
-    """Megatron's writer keeps a manager process for its results; start it so that it does not outlive a killed rank."""
+def start_results_process() -> None:
+    """Start the manager process that Megatron's writers keep for their results; once is enough, and early is best.
+
+    Megatron would spawn it at the first save, where it imports everything again, for seconds, and would let it outlive a killed
+    rank. Forked before the model is there it costs nothing, and keeps no copy of the model's memory.
+    """
     if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
         manager.start(initializer=die_with_parent)
         filesystem_async._results_queue = manager.Queue()
 

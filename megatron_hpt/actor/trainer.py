@@ -242,6 +242,7 @@ def main() -> None:
     die_with_parent()
     run = RunDir(arguments.run)
     log_to(run.log(f"trainer_rank{os.environ['RANK']}"))
+    checkpoint.start_results_process()
     with ends_in_words():
         Trainer(run, Blackboard.join(arguments.store), arguments.from_step).run()
     parallel.shutdown()
