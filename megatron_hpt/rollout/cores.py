@@ -1,8 +1,13 @@
-"""Which cores the ranks of a host engine use."""
+"""Which cores the ranks of a host engine use, and how many."""
 
 from __future__ import annotations
 
 import os
+
+
+def threads_of_one_rank() -> str:
+    """Threads of an engine of one rank: one core is left to its server, as vLLM leaves it (utils/ompmultiprocessing.py)."""
+    return str(max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 def cores_of_ranks(ranks: int) -> str:

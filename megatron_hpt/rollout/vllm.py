@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from megatron_hpt.config import Config
-from megatron_hpt.rollout.cores import cores_of_ranks
+from megatron_hpt.rollout.cores import cores_of_ranks, threads_of_one_rank
 from megatron_hpt.rollout.engine import Sample, SamplingRequest, Weights
 from megatron_hpt.rollout.http import HttpEngine
 
@@ -36,7 +36,7 @@ def server_command(
         *("--logprobs-mode", "processed_logprobs"),
         *("--generation-config", "vllm", "--skip-tokenizer-init", "--enable-scale-out", "--enforce-eager"),
         *("--disable-uvicorn-access-log", "--seed", str(config.trainer.seed)),
-        *(_gpu_arguments(config) if on_gpus else ()),
+        *(_gpu_arguments(config) if on_gpus else _host_arguments(config)),
     ]
 
 
@@ -44,6 +44,15 @@ def _gpu_arguments(config: Config) -> list[str]:
     """The share is of the GPU's whole memory; vLLM wants that much free when it starts (v1/worker/utils.py, request_memory)."""
     sleep = ["--enable-sleep-mode"] if config.rollout.sleep else []
     return ["--gpu-memory-utilization", f"{config.rollout.gpu_memory_share:g}", *sleep]
+
+
+def _host_arguments(config: Config) -> list[str]:
+    """One rank computes in the engine's process: vLLM's own choice is one more, which takes as long to start as the others.
+
+    The class is named because vLLM replaces the word ``uni`` on a host (platforms/cpu.py).
+    """
+    one_process = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
+    return one_process if config.rollout.tensor_parallel == 1 else []
 
 
 def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
@@ -60,9 +69,9 @@ def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
 
 def _host_environment(config: Config) -> dict[str, str]:
     ranks = config.rollout.tensor_parallel
-    # Left to itself vLLM wants a NUMA node for each rank.
-    binding = {"VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)} if ranks > 1 else {}
-    return {**binding, "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib)}
+    # Left to itself vLLM wants a NUMA node for each rank, and binds one rank to a core that may be another program's.
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)} if ranks > 1 else {"OMP_NUM_THREADS": threads_of_one_rank()}
+    return {**threads, "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib)}
 
 
 class VllmEngine(HttpEngine):
