@@ -1,10 +1,15 @@
-"""Shared inputs: a tiny model, tiny data, hypothesis settings."""
+"""Shared inputs: a tiny model, tiny data, servers of the real engines, hypothesis settings."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.engines import SharedEngines
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("project", deadline=None, max_examples=50, derandomize=True)
@@ -39,3 +44,13 @@ def arithmetic_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("arithmetic")
     arithmetic.write(folder, held_out=16)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SharedEngines"]:
+    """Servers of the real engines for all tests that do not need one of their own."""
+    from tests.engines import SharedEngines
+
+    engines = SharedEngines(tmp_path_factory.mktemp("engines"))
+    yield engines
+    engines.close()

@@ -26,13 +26,14 @@ def run_ranks(script: Path, *arguments: object, ranks: int, timeout: float = 300
         AssertionError: a rank failed, or they took longer; with what they wrote last.
     """
     server = _server()
-    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+    # Ranks end at once, without removing what they have made: their temporary files have a folder of their own.
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log, tempfile.TemporaryDirectory() as own:
         job = {
             "script": str(script),
             "arguments": [str(argument) for argument in arguments],
             "ranks": ranks,
             "timeout": timeout,
-            "environment": {**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            "environment": {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": own, **environment},
             "folder": str(Path.cwd()),
             "log": log.name,
         }
@@ -114,6 +115,7 @@ def _rank(
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         }
+        tempfile.tempdir = None
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")
         code = 0

@@ -14,6 +14,7 @@ from typing import Protocol
 from megatron_hpt.config import Config
 from megatron_hpt.errors import HptError
 from megatron_hpt.launch.children import Child, stop_all
+from megatron_hpt.launch.scratch import Scratch
 from megatron_hpt.launch.topology import Device, Slots, Topology, place_nodes, visible
 from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.run import RunDir
@@ -76,6 +77,7 @@ class LocalLauncher:
             gpus: what they are called.
         """
         self._config, self._run, self._topology, self._gpus = config, run, topology, gpus
+        self._scratch: Scratch | None = None
 
     def trainer(self, arguments: Sequence[str]) -> Child:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
@@ -83,27 +85,36 @@ class LocalLauncher:
         command = [*torchrun, ranks, "-m", "megatron_hpt.actor.trainer", *arguments]
         # torchrun numbers the ranks of this machine as `place` does: rank r takes the r-th GPU that it sees.
         own = self._on(self._topology.trainer) if self._topology else {}
-        return Child.start("trainer", command, self._run.log("torchrun"), {**os.environ, **own})
+        return Child.start("trainer", command, self._run.log("torchrun"), {**os.environ, **self._own, **own})
 
     def coordinator(self, arguments: Sequence[str]) -> Child:
         command = [sys.executable, "-m", "megatron_hpt.rollout.coordinator", *arguments]
-        return Child.start("coordinator", command, self._run.log("coordinator"))
+        return Child.start("coordinator", command, self._run.log("coordinator"), {**os.environ, **self._own})
 
     def engine(self, index: int) -> tuple[str, Child]:
         config, kind = self._config, ENGINES[self._config.rollout.engine]
         port = free_port(config.rollout.host)
         start = Start(self._run.engine_model(config), port, self._run.path, on_gpus=self._topology is not None)
         own = self._on(self._topology.engines[index]) if self._topology else {}
-        environment = {**kind.environment(config, start.on_gpus), **own}
+        environment = {**kind.environment(config, start.on_gpus), **self._own, **own}
         command = kind.command(config, interpreter(config), start)
         child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), environment)
         return f"http://{config.rollout.host}:{port}", child
+
+    @property
+    def _own(self) -> dict[str, str]:
+        """What every part gets."""
+        self._scratch = self._scratch or Scratch()
+        return self._scratch.environment
 
     def _on(self, places: Sequence[Device]) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": visible(places, self._gpus)}
 
     def stop(self, children: Sequence[Child]) -> None:
         stop_all(children)
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
 
 
 def free_port(host: str) -> int:

@@ -8,13 +8,13 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, EngineError
 from megatron_hpt.launch.children import Child, Failure, stop_all
 from megatron_hpt.launch.deaf import GRACE_S, Deaf
 from megatron_hpt.launch.launchers import free_port
+from megatron_hpt.launch.scratch import Scratch
 from megatron_hpt.process import TOKEN_VARIABLE, token
 from megatron_hpt.rollout.engine import Weights
 from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
@@ -35,7 +35,7 @@ class Servers:
                 on the host.
         """
         self._config, self._model, self._folder, self._gpus = config, model, folder, gpus
-        self._private = TemporaryDirectory(prefix="megatron-hpt-")
+        self._scratch = Scratch()
         self._children: dict[str, Child] = {}
         self._restarted = 0
         self._deaf, self._silent = Deaf(), set[str]()
@@ -58,7 +58,7 @@ class Servers:
 
     def __exit__(self, *exception: object) -> None:
         stop_all(list(self._children.values()))
-        self._private.cleanup()
+        self._scratch.close()
 
     def wait(self, status: Callable[[str], None]) -> None:
         """Return when all of them answer.
@@ -114,9 +114,9 @@ class Servers:
     def _start(self, index: int) -> None:
         config, kind = self._config, ENGINES[self._config.rollout.engine]
         host, port = config.rollout.host, free_port(config.rollout.host)
-        start = Start(str(self._model), port, Path(self._private.name), on_gpus=bool(self._gpus), weights=Weights.FOLDER)
+        start = Start(str(self._model), port, self._scratch.path, on_gpus=bool(self._gpus), weights=Weights.FOLDER)
         command = kind.command(config, interpreter(config), start)
-        environment = {**kind.environment(config, start.on_gpus), **self._devices(index)}
+        environment = {**kind.environment(config, start.on_gpus), **self._scratch.environment, **self._devices(index)}
         child = Child.start(f"engine {index}", command, self._folder / f"engine_{index}.log", environment)
         self._children[f"http://{host}:{port}"] = child
 

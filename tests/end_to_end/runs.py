@@ -25,7 +25,7 @@ class Run:
 
     @classmethod
     def start(cls, folder: Path, *arguments: str) -> "Run":
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True, parents=True)
         command = [sys.executable, "-m", "megatron_hpt.cli", "train", *arguments]
         return cls(folder, subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,24 +11,31 @@ import pytest
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Source
 
-from .runs import RECIPE, ROOT, SMALL, Run
+from .conftest import OnShared
+from .runs import RECIPE, ROOT, SMALL
 
-pytestmark = pytest.mark.end_to_end
-FAST = ("evaluation.sets={}", "trainer.export=false", *SMALL)
+pytestmark = pytest.mark.slow
+FAST = ("evaluation.sets={}", "trainer.export=false", "parallel.tensor=1", *SMALL)
 
 
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def finished(folder: Path, *arguments: str) -> Path:
-    run = Run.start(folder, str(RECIPE), *FAST, *arguments)
-    code, text = run.finish()
-    assert code == 0, text
-    return run.path
+@pytest.fixture
+def finished(on_shared: OnShared) -> Callable[..., Path]:
+    """Runs to the end, and returns the run's directory."""
+
+    def finish(folder: Path, *arguments: str) -> Path:
+        run = on_shared.start(folder, *FAST, *arguments)
+        code, text = run.finish()
+        assert code == 0, text
+        return run.path
+
+    return finish
 
 
-def test_luffy_puts_a_demonstration_into_every_group(tmp_path: Path) -> None:
+def test_luffy_puts_a_demonstration_into_every_group(finished, tmp_path: Path) -> None:
     run = finished(tmp_path / "work", "algorithm.name=luffy", "trainer.steps=2", "algorithm.mismatch.correction=icepop")
     for line in metrics(run):
         assert line["gate/both_share"] == 1.0
@@ -41,7 +49,7 @@ def test_luffy_puts_a_demonstration_into_every_group(tmp_path: Path) -> None:
     assert all(row.reward == 1.0 for row in rows if row.source is Source.DEMONSTRATION)  # graded, not assumed
 
 
-def test_dynamic_sampling_asks_for_more_prompts_and_an_empty_batch_trains_nothing(tmp_path: Path) -> None:
+def test_dynamic_sampling_asks_for_more_prompts_and_an_empty_batch_trains_nothing(finished, tmp_path: Path) -> None:
     """The untrained model solves nothing, so no prompt is informative."""
     run = finished(tmp_path / "work", "algorithm.name=dapo", "trainer.steps=2", "algorithm.max_rounds=2")
     lines = metrics(run)
@@ -69,7 +77,7 @@ def shaped_sft(s):
 '''
 
 
-def test_an_algorithm_from_outside_the_package_trains(tmp_path: Path) -> None:
+def test_an_algorithm_from_outside_the_package_trains(finished, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     (work / "own_algorithm.py").write_text(OWN)
@@ -78,9 +86,9 @@ def test_an_algorithm_from_outside_the_package_trains(tmp_path: Path) -> None:
     assert second["train/loss"] < first["train/loss"]
 
 
-def test_batches_of_steps_not_taken_are_kept_and_the_run_stops(tmp_path: Path) -> None:
+def test_batches_of_steps_not_taken_are_kept_and_the_run_stops(on_shared: OnShared, tmp_path: Path) -> None:
     arguments = ("optimizer.skip_above=1e-9", "optimizer.stop_after_skipped=2", "trainer.steps=9")
-    run = Run.start(tmp_path / "work", str(RECIPE), *FAST, *arguments)
+    run = on_shared.start(tmp_path / "work", *FAST, *arguments)
     code, text = run.finish()
     assert code == 1
     assert "2 steps in a row were not taken (optimizer.stop_after_skipped)" in text
@@ -91,9 +99,9 @@ def test_batches_of_steps_not_taken_are_kept_and_the_run_stops(tmp_path: Path) -
     assert json.loads((run.path / "skipped" / "step_000001.json").read_text())["train/grad_norm"] > 0
 
 
-@pytest.mark.timeout(1200)
-def test_algorithms_are_compared_from_one_start_and_the_comparison_continues(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "compare_algorithms.py"), str(RECIPE), "trainer.steps=2", *SMALL]
+def test_algorithms_are_compared_from_one_start_and_the_comparison_continues(on_shared: OnShared, tmp_path: Path) -> None:
+    settings = ("trainer.steps=2", "parallel.tensor=1", *SMALL, *on_shared.settings(tmp_path))
+    command = [sys.executable, str(ROOT / "tools" / "compare_algorithms.py"), str(RECIPE), *settings]
     options = ["--algorithms", "sft,hpt", "--seeds", "0", "--start-steps", "2", "--out", "compared"]
     done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

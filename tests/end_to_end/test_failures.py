@@ -1,33 +1,41 @@
 """Any process that dies ends the run within seconds, is named, and leaves nothing behind; so does Ctrl-C.
 
-An engine that dies is started again where that is allowed.
+An engine that dies or hangs is started again where that is allowed.
 """
 
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from .conftest import OnShared
 from .runs import RECIPE, SMALL, Run, gone, shared_memory
 from .test_training import metrics
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = pytest.mark.slow
+SETTINGS = ("trainer.steps=1000", "trainer.save_every=1", "evaluation.sets={}", *SMALL)
 SECONDS = 20
+"""In which a run ends that has lost a part."""
+
+Started = Callable[[Run], Run]
 
 
 @pytest.fixture
-def running(tmp_path: Path):
-    """A run that has finished its first step, and its processes; fails if it leaves something behind."""
-    before = shared_memory()
-    settings = ("trainer.steps=1000", "trainer.save_every=1", "rollout.max_restarts=0", "evaluation.sets={}", *SMALL)
-    run = Run.start(tmp_path / "work", str(RECIPE), *settings)
-    processes = []
-    try:
+def until_it_trains() -> Iterator[Started]:
+    """Waits for a run's first step; at the end nothing of it may be left."""
+    runs, processes, before = [], [], shared_memory()
+
+    def wait(run: Run) -> Run:
+        runs.append(run)
         run.wait_until(lambda: run.lines() >= 1)
-        processes = run.processes()
-        yield run
-    finally:
+        processes.extend(run.processes())
+        return run
+
+    yield wait
+    for run in runs:
         if run.process.poll() is None:
             run.process.send_signal(signal.SIGTERM)
             run.process.wait(60)
@@ -38,39 +46,83 @@ def running(tmp_path: Path):
 @pytest.mark.parametrize(
     ("victim", "named"),
     [
-        ("engine 0", "engine 0 died (exit code -9, SIGKILL)"),
-        ("engine core", "engine 0 died (exit code"),
         ("trainer rank 1", "trainer rank 1 died (exit code -9, SIGKILL)"),
         ("coordinator", "coordinator died (exit code -9, SIGKILL)"),
     ],
 )
-def test_a_killed_process_ends_the_run_and_is_named(running: Run, victim: str, named: str) -> None:
-    running.find(victim).kill()
+def test_a_killed_process_ends_the_run_and_is_named(
+    on_shared: OnShared, until_it_trains: Started, tmp_path: Path, victim: str, named: str
+) -> None:
+    run = until_it_trains(on_shared.start(tmp_path, *SETTINGS))
+    run.find(victim).kill()
     killed = time.monotonic()
-    code, text = running.finish()
+    code, text = run.finish()
     assert time.monotonic() - killed < SECONDS
     assert code == 1
     assert named in text
     assert "the last lines of runs/" in text
 
 
-def test_ctrl_c_ends_the_run(running: Run) -> None:
-    running.process.send_signal(signal.SIGINT)
+def test_ctrl_c_ends_the_run(on_shared: OnShared, until_it_trains: Started, tmp_path: Path) -> None:
+    run = until_it_trains(on_shared.start(tmp_path, *SETTINGS))
+    run.process.send_signal(signal.SIGINT)
     started = time.monotonic()
-    code, text = running.finish()
+    code, text = run.finish()
     assert time.monotonic() - started < SECONDS
     assert code == 130
     assert "ended by SIGINT" in text
 
 
-def test_a_killed_supervisor_leaves_nothing_behind(running: Run) -> None:
-    processes = running.processes()
-    running.process.kill()
-    running.process.wait()
+def test_a_killed_supervisor_leaves_nothing_behind(until_it_trains: Started, tmp_path: Path) -> None:
+    run = until_it_trains(Run.start(tmp_path, str(RECIPE), *SETTINGS))
+    processes = run.processes()
+    run.process.kill()
+    run.process.wait()
     assert gone(processes, SECONDS) == []
 
 
+def test_a_silent_engine_is_started_again_and_one_that_dies_too_often_ends_the_run(
+    until_it_trains: Started, tmp_path: Path
+) -> None:
+    """It hangs, its requests wait for the next one; then the process behind its server is killed."""
+    patience = ("rollout.max_restarts=1", "deadlines.health_s=1", "deadlines.silent_s=8")
+    run = until_it_trains(Run.start(tmp_path, str(RECIPE), *SETTINGS, *patience))
+    hanging = run.find("engine 0")
+    for process in (hanging, *hanging.children(recursive=True)):
+        process.suspend()
+    hung = run.lines()
+    run.wait_until(lambda: not psutil.pid_exists(hanging.pid))
+    run.wait_until(lambda: run.lines() > hung + 1)
+    run.find("engine core").kill()
+    code, text = run.finish()
+    assert code == 1
+    assert "engine 0 gave no sign of life for 8 s (deadlines.silent_s) and is ended" in text
+    assert "engine 0 died (exit code -9, SIGKILL) and is started again; restart 1 of 1" in text
+    assert "engine 0 answers again" in text
+    assert "engines had been started again 1 times" in text
+    lines = metrics(run.path)
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    assert all(line["mismatch/k3_kl"] < 1e-4 for line in lines)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("victim", ["engine 0", "engine core"])
+def test_a_killed_engine_ends_the_run_that_may_not_start_it_again(
+    until_it_trains: Started, tmp_path: Path, victim: str
+) -> None:
+    """Adds the server itself, and a run without restarts, to the engine that dies too often."""
+    run = until_it_trains(Run.start(tmp_path, str(RECIPE), *SETTINGS, "rollout.max_restarts=0"))
+    run.find(victim).kill()
+    killed = time.monotonic()
+    code, text = run.finish()
+    assert time.monotonic() - killed < SECONDS
+    assert code == 1
+    assert "engine 0 died (exit code" in text
+
+
+@pytest.mark.thorough
 def test_a_killed_engine_is_started_again_and_the_run_completes(tmp_path: Path) -> None:
+    """Adds the end of the run to the engine that hangs and is started again, and whole metrics."""
     before = shared_memory()
     run = Run.start(tmp_path / "work", str(RECIPE), "trainer.steps=8", "evaluation.sets={}", *SMALL)
     run.wait_until(lambda: run.lines() >= 2)

@@ -1,9 +1,9 @@
 """A run that is killed again and again, anywhere, ends with the weights of a run that was left alone, bit for bit."""
 
-import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -11,14 +11,16 @@ import pytest
 
 from megatron_hpt.data.checkpoints import damage
 
+from .conftest import OnShared
 from .runs import RECIPE, SMALL, Run, shared_memory
 from .test_training import sha256
 
-pytestmark = pytest.mark.end_to_end
-KILLS = int(os.environ.get("HPT_KILLS", "2"))
-"""20 were run for docs/design.md; each costs a start."""
-STEPS = 6 + 8 * KILLS
-SETTINGS = (f"trainer.steps={STEPS}", "trainer.save_every=2", "evaluation.sets={}", *SMALL)
+pytestmark = pytest.mark.slow
+
+
+def settings(kills: int) -> tuple[str, ...]:
+    """Steps enough for so many kills."""
+    return f"trainer.steps={6 + 8 * kills}", "trainer.save_every=2", "evaluation.sets={}", *SMALL
 
 
 def kill_somebody(run: Run, rng: random.Random) -> str:
@@ -45,45 +47,62 @@ def ended(run: Run, seconds: float = 30) -> bool:
     return run.process.poll() is not None
 
 
-@pytest.mark.timeout(240 + 150 * KILLS)
-def test_random_kills_do_not_change_the_weights(tmp_path: Path) -> None:
-    alone = Run.start(tmp_path / "alone", str(RECIPE), *SETTINGS)
-    code, text = alone.finish()
+def test_random_kills_do_not_change_the_weights(on_shared: OnShared, tmp_path: Path) -> None:
+    """Of everything but the engine, which other runs use too."""
+    assert_kills_change_nothing(on_shared.start, tmp_path, kills=2)
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(240 + 150 * 20)
+def test_twenty_random_kills_do_not_change_the_weights(tmp_path: Path) -> None:
+    """Adds kills of the engine's processes, and enough of all kinds to meet rare moments."""
+
+    def start(folder: Path, *arguments: str) -> Run:
+        return Run.start(folder, str(RECIPE), *arguments)
+
+    assert_kills_change_nothing(start, tmp_path, kills=20)
+
+
+def assert_kills_change_nothing(start: Callable[..., Run], folder: Path, kills: int) -> None:
+    """Train once alone and once with so many kills, in folders of their own."""
+    alone = start(folder / "alone", *settings(kills))
+    code, text = alone.finish(600)
     assert code == 0, text
-    before, rng, folder, run = shared_memory(), random.Random(KILLS), tmp_path / "killed", None
-    for kill in range(KILLS):
+    before, rng, work, run = shared_memory(), random.Random(kills), folder / "killed", None
+    for kill in range(kills):
         if run is None:
-            resume = ["--resume"] if list(folder.glob("runs/*/config.yaml")) else []
-            run = Run.start(folder, str(RECIPE), *SETTINGS, *resume)
+            resume = ["--resume"] if list(work.glob("runs/*/config.yaml")) else []
+            run = start(work, *settings(kills), *resume)
         victim = kill_somebody(run, rng)
         print(f"{kill + 1}: killed {victim}", flush=True)
         if ended(run):
             code, text = run.finish()
             assert code != 0, text
             run = None
-        for checkpoint in folder.glob("runs/*/checkpoints/step_*"):
+        for checkpoint in work.glob("runs/*/checkpoints/step_*"):
             assert damage(checkpoint) is None
     if run is None:
-        run = Run.start(folder, str(RECIPE), *SETTINGS, "--resume")
-    code, text = run.finish()
+        run = start(work, *settings(kills), "--resume")
+    code, text = run.finish(600)
     assert code == 0, text
-    (killed,) = (folder / "runs").iterdir()
+    (killed,) = (work / "runs").iterdir()
     assert sha256(killed / "export" / "model.safetensors") == sha256(alone.path / "export" / "model.safetensors")
     assert shared_memory() <= before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_notice_saves_and_asks_to_be_started_again(tmp_path: Path, number: signal.Signals) -> None:
-    run = Run.start(tmp_path / "work", str(RECIPE), "trainer.steps=1000", "evaluation.sets={}", *SMALL)
+def test_a_notice_saves_and_asks_to_be_started_again(on_shared: OnShared, tmp_path: Path) -> None:
+    """SIGTERM; for SIGUSR1 see tests/slurm, where Slurm itself sends it."""
+    settings = ("evaluation.sets={}", "parallel.tensor=1", *SMALL)
+    run = on_shared.start(tmp_path / "work", "trainer.steps=1000", *settings)
     run.wait_until(lambda: run.lines() >= 2)
-    run.process.send_signal(number)
+    run.process.send_signal(signal.SIGTERM)
     code, text = run.finish(60)
     assert code == 75, text
-    assert f"ended by {number.name} after step" in text
+    assert "ended by SIGTERM after step" in text
     (checkpoint,) = run.path.glob("checkpoints/step_*")
     saved = int(checkpoint.name.removeprefix("step_"))
     assert run.lines() == saved
-    again = Run.start(tmp_path / "work", str(RECIPE), f"trainer.steps={saved + 1}", "evaluation.sets={}", *SMALL, "--resume")
+    again = on_shared.start(tmp_path / "work", f"trainer.steps={saved + 1}", *settings, "--resume")
     code, text = again.finish()
     assert code == 0, text
     assert again.lines() == saved + 1

@@ -12,7 +12,7 @@ import pytest
 from .runs import RECIPE, ROOT, SMALL, Run, shared_memory
 from .test_training import metrics
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = pytest.mark.slow
 STEPS = 4
 SETTINGS = (f"trainer.steps={STEPS}", "rollout.sleep=true", "actor.offload=all", "evaluation.every=2", *SMALL)
 SAID = re.compile(r"(fall asleep|wake up tags \['\w+'\])\.$")

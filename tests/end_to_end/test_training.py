@@ -18,12 +18,13 @@ from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Source
 from megatron_hpt.evaluation.samples import SampleRow, read_record, read_samples
 from megatron_hpt.examples import arithmetic, tiny_llama
-from tests.weights.servers import skip_without
+from tests.engines import skip_without
 
+from .conftest import OnShared
 from .evaluations import Evaluation, stock_server
 from .runs import RECIPE, ROOT, SMALL, Run, shared_memory
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = pytest.mark.slow
 STEPS = 4
 # A frozen reference and an adaptive coefficient are state that a resumed run must have again.
 AROUND = ("algorithm.kl.coefficient=0.01", "algorithm.entropy={coefficient: 0.01, target: 1.0}")
@@ -92,10 +93,10 @@ def test_every_sample_records_the_version_that_sampled_it(finished: Path) -> Non
         assert sum(row.source is Source.DEMONSTRATION for row in batch.rows) == taught
 
 
-def test_cancelled_rollouts_change_no_weight(finished: Path, tmp_path: Path) -> None:
+def test_cancelled_rollouts_change_no_weight(finished: Path, on_shared: OnShared, tmp_path: Path) -> None:
     """The gate of this run sends every prompt to its demonstration after one graded answer."""
     assert sum(line["rollout/cancelled"] for line in metrics(finished)) > 0
-    run = Run.start(tmp_path / "work", str(RECIPE), *SETTINGS, "rollout.cancel_decided=false")
+    run = on_shared.start(tmp_path / "work", *SETTINGS, "rollout.cancel_decided=false")
     code, text = run.finish()
     assert code == 0, text
     assert [line["rollout/cancelled"] for line in metrics(run.path)] == [0] * STEPS
@@ -124,13 +125,13 @@ def test_the_page_has_the_answers_and_may_ask_for_nothing(finished: Path) -> Non
     assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_resume_trains_the_ledger_again_and_ends_with_the_same_weights(finished: Path) -> None:
+def test_resume_trains_the_ledger_again_and_ends_with_the_same_weights(finished: Path, on_shared: OnShared) -> None:
     run = finished.parent / "again-copy"
     shutil.copytree(finished, run)
     shutil.rmtree(run / "checkpoints" / f"step_{STEPS:06d}")
     shutil.rmtree(run / "export")
     batches = {path.name: path.stat().st_mtime_ns for path in (run / "batches").iterdir()}
-    code, text = Run.start(finished.parents[1], str(run), "--resume").finish()
+    code, text = on_shared.start(finished.parents[1], "--resume", source=run).finish()
     assert code == 0, text
     assert {path.name: path.stat().st_mtime_ns for path in (run / "batches").iterdir()} == batches
     assert sha256(run / "export" / "model.safetensors") == sha256(finished / "export" / "model.safetensors")
@@ -145,8 +146,12 @@ def test_resume_trains_the_ledger_again_and_ends_with_the_same_weights(finished:
     assert timeless[:-1] == expected[:-1]  # the last evaluation samples again
 
 
+@pytest.mark.thorough
 def test_tied_embeddings_arrive_from_two_pipeline_stages(tmp_path: Path) -> None:
-    """The engine's tied output layer keeps a copy of its own, packed for the host: it must follow the embedding."""
+    """The engine's tied output layer keeps a copy of its own, packed for the host: it must follow the embedding.
+
+    Adds training to what tests/weights/test_engines.py pushes from the same layouts into the same kind of engine.
+    """
     tiny_llama.write(tmp_path / "model", hidden=64, layers=2, heads=2, kv_heads=1, tied=True)
     arithmetic.write(tmp_path / "data", held_out=8)
     inputs = [f"model.path={tmp_path}/model", f"data.train={tmp_path}/data/train.parquet", "evaluation.sets={}"]
@@ -193,36 +198,34 @@ def attentive_model(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+ENGINE_SETTINGS = {
+    "vllm": ("parallel.tensor=1",),
+    # From two ranks, and versions as files of differences: all that a run with this engine is proven by.
+    "sglang": ("parallel.tensor=2", "transfer={transport: files, folder: ../versions, full_every: 2}"),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINE_SETTINGS)
 def test_overrides_of_the_model_reach_both_sides_and_the_export(tmp_path: Path, engine: str) -> None:
+    """With engines of the run's own, started from RUN/engine_model; the two compute alike."""
     skip_without(engine)
     attentive_model(tmp_path / "model")
     arithmetic.write(tmp_path / "data", held_out=8)
     overrides = {"rope_theta": 40, "max_position_embeddings": 128}
     before = (tmp_path / "model" / "config.json").read_bytes()
     inputs = ["model.path=../model", "data.train=../data/train.parquet", "evaluation.sets={}", f"rollout.engine={engine}"]
-    settings = ["algorithm.kl.coefficient=0.01", "trainer.steps=2", "optimizer.lr=0.01", "parallel.tensor=1"]
+    settings = ["algorithm.kl.coefficient=0.01", "trainer.steps=3", "optimizer.lr=0.01", *ENGINE_SETTINGS[engine]]
     keys = [f"model.overrides.{key}={value}" for key, value in overrides.items()]
     run = Run.start(tmp_path / "work", str(RECIPE), *SMALL, *inputs, *settings, *keys)
     code, text = run.finish()
     assert code == 0, text
+    assert [line["step"] for line in metrics(run.path)] == [0, 1, 2]
     assert_overridden_run(run.path, overrides)
     tokens = list(Ledger(run.path / "batches").read(0).rows[0].tokens)
     assert k3_between(tmp_path / "model", tmp_path / "model", run.path / "export", tokens) > 1e-6  # k3_kl could have told
     assert (tmp_path / "model" / "config.json").read_bytes() == before
-
-
-def test_sglang_trains_as_vllm_does(tmp_path: Path) -> None:
-    """The other engine, from two tensor parallel ranks, in an environment of its own; versions as files of differences."""
-    skip_without("sglang")
-    transfer = f"transfer={{transport: files, folder: {tmp_path}/versions, full_every: 2}}"
-    settings = ("rollout.engine=sglang", transfer, "trainer.steps=3", "evaluation.sets={}", *SMALL)
-    run = Run.start(tmp_path / "work", str(RECIPE), *settings)
-    code, text = run.finish()
-    assert code == 0, text
-    assert [line["step"] for line in metrics(run.path)] == [0, 1, 2]
-    assert all(line["mismatch/k3_kl"] < 1e-9 for line in metrics(run.path))
-    assert {path.name for path in (tmp_path / "versions").glob("*/version_*")} == {f"version_{v:06d}" for v in (0, 1, 2, 3)}
+    versions = {path.name for path in (tmp_path / "versions").glob("*/version_*")}
+    assert versions == ({f"version_{v:06d}" for v in range(4)} if engine == "sglang" else set())
 
 
 def test_a_complete_run_says_so(finished: Path) -> None:
@@ -231,11 +234,12 @@ def test_a_complete_run_says_so(finished: Path) -> None:
     assert "is complete (4 steps)" in text
 
 
-def test_the_sbatch_script_trains_without_slurm(tmp_path: Path) -> None:
+def test_the_sbatch_script_trains_without_slurm(tmp_path: Path, on_shared: OnShared) -> None:
     """With it: tests/slurm."""
     outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     given = {"HPT_RECIPE": str(RECIPE), "HPT_BIN": str(Path(sys.executable).with_name("megatron-hpt"))}
-    command = ["bash", str(ROOT / "slurm" / "hpt_smoke.sbatch"), "evaluation.sets={}", "trainer.steps=1", *SMALL]
+    settings = ("evaluation.sets={}", "trainer.steps=1", "parallel.tensor=1", *SMALL, *on_shared.settings(tmp_path))
+    command = ["bash", str(ROOT / "slurm" / "hpt_smoke.sbatch"), *settings]
     done = subprocess.run(command, cwd=tmp_path, env={**outside, **given}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (tmp_path / "runs").glob("hpt-smoke-local-*")
@@ -258,25 +262,25 @@ def test_the_best_checkpoint_is_named_and_every_evaluation_keeps_its_samples(fin
 
 
 def test_the_command_samples_what_training_sampled(finished: Path, tmp_path: Path) -> None:
-    """The same weights, from Megatron's checkpoint, in an engine of the command's own; it is killed on its way and goes on."""
-    work, before, expected = finished.parents[1], shared_memory(), samples_of_last_step(finished)
-    checkpoint = str(finished / "checkpoints" / f"step_{STEPS:06d}")
-    killed = Evaluation(work, checkpoint, tmp_path, "rollout.max_running=4")
-    assert 8 <= killed.kill_after(8) < len(expected)
-    evaluation = Evaluation(work, checkpoint, tmp_path)
+    """The same weights, from Megatron's checkpoint, in an engine of the command's own."""
+    before = shared_memory()
+    evaluation = Evaluation(finished.parents[1], str(finished / "checkpoints" / f"step_{STEPS:06d}"), tmp_path)
     assert "heldout" in evaluation.finish()
-    assert evaluation.rows == expected
+    assert evaluation.rows == samples_of_last_step(finished)
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "evaluation.json", "samples", "logs"}
     assert shared_memory() <= before
 
 
 def test_a_server_of_the_folder_samples_the_same(finished: Path, tmp_path: Path) -> None:
-    """The Hugging Face folder of the same weights, served by vLLM as anybody starts it."""
+    """The Hugging Face folder of the same weights, served by vLLM as anybody starts it; the command is killed and goes on."""
+    work, expected = finished.parents[1], samples_of_last_step(finished)
     server = stock_server(finished / "export", tmp_path)
     try:
-        evaluation = Evaluation(finished.parents[1], server.ready().url, tmp_path / "out")
+        killed = Evaluation(work, server.ready().url, tmp_path / "out", "rollout.max_running=4")
+        assert 8 <= killed.kill_after(8) < len(expected)
+        evaluation = Evaluation(work, server.url, tmp_path / "out")
         evaluation.finish()
-        assert evaluation.rows == samples_of_last_step(finished)
+        assert evaluation.rows == expected
     finally:
         server.stop()
 

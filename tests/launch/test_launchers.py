@@ -46,6 +46,7 @@ def said(launcher: LocalLauncher, run: RunDir, servers: int) -> list[str]:
     children = [launcher.engine(index)[1] for index in range(servers)]
     for child in children:
         assert child.process.wait(30) == 0
+    launcher.stop(children)
     return [run.log(f"engine_{index}").read_text() for index in range(servers)]
 
 
@@ -71,7 +72,9 @@ def test_the_trainer_sees_the_gpus_of_its_ranks(tmp_path: Path, given_gpus: pyte
     apart = config("", "nccl", 4, 2, 2)
     run, started = create(apart, tmp_path), []
     given_gpus.setattr(Child, "start", lambda *arguments: started.append(arguments))
-    LocalLauncher(apart, run, place(apart, Slots("x", 1, 8)), NAMES).trainer([])
+    launcher = LocalLauncher(apart, run, place(apart, Slots("x", 1, 8)), NAMES)
+    launcher.trainer([])
+    launcher.stop([])
     assert started[0][3]["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b,GPU-c,GPU-d"
 
 

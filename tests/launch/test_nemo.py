@@ -85,7 +85,6 @@ def test_a_job_that_fails_here_is_an_error_and_says_why(tmp_path: Path) -> None:
     assert "quickstart: FAILED" in done.stderr
 
 
-@pytest.mark.end_to_end
 @pytest.mark.slow
 def test_a_run_here_with_two_ranks_and_its_output(tmp_path: Path) -> None:
     settings = ["trainer.steps=2", "trainer.prompts_per_step=8", "rollout.samples_per_prompt=4", "optimizer.warmup_steps=0"]

@@ -5,7 +5,6 @@ HPT_REWARD_SERVERS=vllm,sglang asks both; one start is enough for every test run
 
 import asyncio
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from megatron_hpt.rewards.http import RewardServer
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rollout.engines import ENGINES
 
+from ..engines import Server, engine_config, skip_without
 from ..ranks import free_port
-from ..weights.servers import Server, engine_config, skip_without
 
-pytestmark = [pytest.mark.slow, pytest.mark.end_to_end]
+pytestmark = pytest.mark.slow
 ANSWERS = [Answer(f"{n}+1={n + 1}", str(n + 1), prompt=f"{n}+1=?") for n in range(9)]
 
 
@@ -55,6 +54,7 @@ COMMANDS = {
     "vllm": lambda model: [
         *("-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--runner", "pooling", "--dtype", "float32"),
         *("--enforce-eager", "--max-model-len", "64"),
+        *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
     ],
     "sglang": lambda model: [
         *("-m", "sglang.launch_server", "--model-path", str(model), "--is-embedding", "--dtype", "float32"),
@@ -70,9 +70,7 @@ def server(request: pytest.FixtureRequest, reward_model: Path, tmp_path_factory:
     config, port, log = engine_config(kind, reward_model), free_port(), tmp_path_factory.mktemp(kind) / "log"
     environment = {**ENGINES[kind].environment(config, False), "VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [ENGINES[kind].python(), *COMMANDS[kind](reward_model), "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
-    started = Server(kind, config, f"http://127.0.0.1:{port}", process, log)
+    started = Server.of_command(command, environment, config, port, log)
     try:
         yield started.ready()
     finally:

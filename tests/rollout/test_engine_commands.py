@@ -10,7 +10,7 @@ import pytest
 from megatron_hpt.config import Config, DataConfig, ModelConfig, RolloutConfig, TransferConfig
 from megatron_hpt.examples import tiny_llama
 from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
-from tests.weights.servers import skip_without
+from tests.engines import skip_without
 
 READ = {
     "vllm": """

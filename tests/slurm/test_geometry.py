@@ -11,7 +11,7 @@ from megatron_hpt.examples import arithmetic, tiny_llama
 
 from .cluster import Cluster, Job
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NODES = 17
 ROOT = Path(__file__).parents[2]

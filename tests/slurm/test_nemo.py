@@ -16,9 +16,7 @@ ROOT = Path(__file__).parents[2]
 NEMO = ROOT / ".venv-nemo"
 
 pytestmark = [
-    pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.end_to_end,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not (NEMO / ".ready").is_file(), reason="no NeMo-Run: make nemo-env"),
 ]

@@ -15,7 +15,7 @@ from megatron_hpt.telemetry import metrics
 
 from .cluster import Cluster, Job
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.end_to_end, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8

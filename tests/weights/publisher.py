@@ -20,7 +20,7 @@ from megatron_hpt.weights.hf_config import model_shape
 from megatron_hpt.weights.layouts import actor_holdings, held_by
 from megatron_hpt.weights.mapping import hf_tensor_shapes
 from megatron_hpt.weights.sender import Options, Target, WeightSender
-from tests.weights.servers import engine_config, greedy
+from tests.engines import engine_config, greedy
 
 
 def build(config: Config, where: platform.Platform):

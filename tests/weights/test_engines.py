@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hpt.examples import tiny_families, tiny_llama
+from tests.engines import Server, greedy
 from tests.ranks import free_port, run_ranks
 
-from .servers import Server, greedy
-
-pytestmark = pytest.mark.end_to_end
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {
     "TP1 of DP4": {"data": 4},

@@ -15,31 +15,24 @@ import psutil
 import pytest
 
 from megatron_hpt.errors import DeadlineError, TransferError
-from megatron_hpt.examples import tiny_llama
-from megatron_hpt.process import TOKEN_VARIABLE, token_header
-from megatron_hpt.rollout.engine import Weights
+from megatron_hpt.process import token_header
 from megatron_hpt.weights.control import InFlight
 from megatron_hpt.weights.transports import collective
+from tests.engines import PROMPTS, Server, SharedEngines
 
-from .servers import PROMPTS, Server
 from .trainers import Trainer
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 6.0
 
 
 @pytest.fixture(scope="module", params=["vllm", "sglang"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_llama.write(folder / "model", hidden=64, layers=2, heads=2, kv_heads=2, positions=64)
-    os.environ[TOKEN_VARIABLE] = "a secret of these tests"
-    server = Server.start(request.param, folder / "model", folder, weights=Weights.NONE)
-    try:
-        yield server.ready()
-    finally:
-        server.stop()
-        del os.environ[TOKEN_VARIABLE]
+def server(request: pytest.FixtureRequest, shared_engines: SharedEngines) -> Server:
+    """One that other tests use too, and trust to serve whoever sends it weights next."""
+    found = shared_engines.server(request.param)
+    Versions.last = max(Versions.last, found.control().version() or 0)
+    return found
 
 
 class Versions:
@@ -280,8 +273,8 @@ def test_memory_does_not_grow_over_200_transfers(server: Server, trainer: Traine
     assert len(os.listdir("/proc/self/fd")) < 200
 
 
-def test_an_engine_that_is_killed_and_comes_back(tmp_path: Path, server: Server) -> None:
-    """Last: it takes the engine with it. The trainer goes on without it, and gives a new one the version that it lacks."""
+def test_an_engine_that_is_killed_and_comes_back(server: Server, shared_engines: SharedEngines) -> None:
+    """Last: later tests get the one that came back. The trainer goes on without it, and gives a new one the version that it lacks."""
     trainer = Trainer(server.config, [server.url], DEADLINE_S, transport="gloo")
     trainer.sender.publish(Versions.next())
     original = collective.Meeting.send
@@ -301,11 +294,9 @@ def test_an_engine_that_is_killed_and_comes_back(tmp_path: Path, server: Server)
     assert not trainer.sender._prepared
     server.process.wait()
     back = server.again()
-    try:
-        back.ready()
-        trainer.sender.renew(server.url)
-        assert back.control().version() == Versions.last
-        assert served(back) is not None
-    finally:
-        back.stop()
-        trainer.close()
+    shared_engines.replace(back)
+    back.ready()
+    trainer.sender.renew(server.url)
+    assert back.control().version() == Versions.last
+    assert served(back) is not None
+    trainer.close()

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_hpt.errors import TransferError
 from megatron_hpt.examples import tiny_llama
+from tests.engines import engine_config
 
-from .servers import engine_config
 from .trainers import Trainer
 
 SECONDS = {"receive": 0.1, "load": 0.1}

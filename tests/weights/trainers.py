@@ -46,7 +46,7 @@ def main() -> None:
     """trainers.py KIND MODEL URL TRANSPORT VERSION CALLS: publish, and be killed at that message or call to the engine."""
     from megatron_hpt.weights.control import EngineControl
     from megatron_hpt.weights.transports import collective
-    from tests.weights.servers import engine_config
+    from tests.engines import engine_config
 
     kind, model, url, transport, version, last = sys.argv[1:]
     torch.set_num_threads(1)

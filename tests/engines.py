@@ -1,4 +1,8 @@
-"""Real engine servers for tests: started as a run starts them, but with the weights of a folder."""
+"""Real engine servers for tests, started as a run starts them.
+
+A start is the dearest thing there is, so one server of each engine serves all tests that do not need one of their own: runs
+reach it by ``rollout.urls``, and bring their weights with them. It has the quickstart's model.
+"""
 
 import contextlib
 import os
@@ -6,14 +10,17 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
 import pytest
 
+from megatron_hpt import recipe
 from megatron_hpt.config import Config, DataConfig, ModelConfig, RolloutConfig
-from megatron_hpt.process import token_header
+from megatron_hpt.examples import arithmetic, tiny_llama
+from megatron_hpt.launch.scratch import Scratch
+from megatron_hpt.process import TOKEN_VARIABLE, token_header
 from megatron_hpt.rollout.engine import Weights
 from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.weights.control import CONTROLS, EngineControl, InFlight
@@ -21,6 +28,9 @@ from tests.ranks import free_port
 
 PROMPTS = [[5 + i, 15, 6 + i, 20] for i in range(6)]
 TOKENS = 12
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.py"
+TOKEN = "a secret of these tests"
+"""What shared servers, and everybody who asks them, have in the environment."""
 
 
 def engine_config(kind: str, model: Path, tensor: int = 1, dtype: str = "float32", **rollout) -> Config:
@@ -52,29 +62,38 @@ class Server:
     url: str
     process: subprocess.Popen
     log: Path
+    environment: dict[str, str]
+    scratch: Scratch
+    """Its temporary files."""
 
     @classmethod
     def start(
         cls, kind: str, model: Path, folder: Path, tensor: int = 1, weights: Weights = Weights.FOLDER, **change
     ) -> "Server":
-        """Start it."""
+        """Start it with a model."""
+        return cls.of_run(engine_config(kind, model, tensor, **change), folder, weights)
+
+    @classmethod
+    def of_run(cls, config: Config, folder: Path, weights: Weights = Weights.NONE) -> "Server":
+        """Start it as the supervisor of a run does."""
+        kind, port = config.rollout.engine, free_port()
         skip_without(kind)
-        config, port = engine_config(kind, model, tensor, **change), free_port()
         start = Start(config.engine_model, port, folder, on_gpus=False, weights=weights)
         command = ENGINES[kind].command(config, interpreter(config), start)
-        log = folder / f"{kind}_{port}.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                command, env=ENGINES[kind].environment(config, False), stdout=out, stderr=out, start_new_session=True
-            )
-        return cls(kind, config, f"http://127.0.0.1:{port}", process, log)
+        environment = ENGINES[kind].environment(config, False)
+        return cls.of_command(command, environment, config, port, folder / f"{kind}_{port}.log")
+
+    @classmethod
+    def of_command(cls, command: Sequence[str], environment: dict[str, str], config: Config, port: int, log: Path) -> "Server":
+        """Start it by a command line of the test's own."""
+        scratch = Scratch()
+        environment = {**environment, **scratch.environment}
+        process = _logged(command, environment, log)
+        return cls(config.rollout.engine, config, f"http://127.0.0.1:{port}", process, log, environment, scratch)
 
     def again(self) -> "Server":
         """Start it once more at the same address, as a supervisor does."""
-        with self.log.open("ab") as out:
-            environment = ENGINES[self.kind].environment(self.config, False)
-            process = subprocess.Popen(self.process.args, env=environment, stdout=out, stderr=out, start_new_session=True)
-        return Server(self.kind, self.config, self.url, process, self.log)
+        return replace(self, process=_logged(self.process.args, self.environment, self.log))
 
     def ready(self, seconds: float = 240) -> "Server":
         """Wait until it answers."""
@@ -105,6 +124,45 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.scratch.close()
+
+
+class SharedEngines:
+    """One running server of each engine for a whole test run, started when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._servers = folder, {}
+        self.inputs = folder / "quickstart"
+        """What the quickstart makes for itself: its model and its data."""
+
+    def server(self, kind: str) -> Server:
+        """The server, answering; it has the weights of whoever sent the last ones."""
+        if kind not in self._servers:
+            os.environ[TOKEN_VARIABLE] = TOKEN
+            if not self.inputs.is_dir():
+                arithmetic.write(self.inputs, held_out=64)
+                tiny_llama.write(self.inputs / "model")
+            longer = "data.max_response_length=56"  # than the quickstart's, for tests that want requests to last
+            settings = [f"rollout.engine={kind}", f"model.path={self.inputs}/model", longer]
+            config = recipe.load(str(QUICKSTART), settings).config
+            self._servers[kind] = Server.of_run(config, self._folder)
+            self._servers[kind].ready()
+        return self._servers[kind]
+
+    def replace(self, server: Server) -> None:
+        """One that was started in the place of one that a test has killed."""
+        self._servers[server.kind] = server
+
+    def close(self) -> None:
+        """End them."""
+        for server in self._servers.values():
+            server.stop()
+        self._servers.clear()
+
+
+def _logged(command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
+    with log.open("ab") as out:
+        return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
 
 
 def greedy(
