@@ -1,12 +1,14 @@
 # make train [RECIPE=quickstart] [ARGS="trainer.steps=20"]   trains a recipe; the first call installs everything
-# make test                                                  all tests; SGLang's, NeMo-Run's and Slurm's where these can be had, else it says why not
-# make test-slurm                                            of these, a real Slurm of emulated nodes (root; installs Debian packages)
-# make test-fast                                             without Megatron ranks and engines
+# make test-fast                                             what needs no Megatron ranks, engines or servers: under 2 minutes
+# make test                                                  what proves the product: at most 30 minutes on two cores
+# make test-all                                              every test: also the twenty kills, full matrices, more of Slurm
+# make test TESTS=tests/slurm                                of these, some; docs/testing.md says which promise each proves
 # make sglang-env                                            the environment of rollout.engine=sglang, beside the first
 # make nemo-env                                              the environment of megatron-hpt launch, beside the first
 PYTHON ?= python3.11
 RECIPE ?= quickstart
 ARGS ?=
+TESTS ?=
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 SGLANG := .venv-sglang
 NEMO := .venv-nemo
 
-.PHONY: train test test-fast test-slurm lint sglang-env nemo-env
+.PHONY: train test test-fast test-all lint environments sglang-env nemo-env
 
 # An environment: where, and its pins.
 define install
@@ -26,14 +28,20 @@ endef
 train: $(READY)
 	$(BIN)/megatron-hpt train recipes/$(RECIPE).py $(ARGS)
 
-test: lint
-	$(BIN)/python -m pytest
+# Two processes, each with engines, Slurm or ranks of its own (tests/plugin.py); tests without SGLang's, NeMo-Run's or Slurm's
+# parts say so where these cannot be had.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 20
 
-test-slurm: $(READY)
-	$(BIN)/python -m pytest tests/slurm
+test: lint
+	$(PYTEST) -m "not thorough" $(TESTS)
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow and not end_to_end and not slurm"
+	$(PYTEST) -m "not slow and not thorough" $(TESTS)
+
+test-all: lint environments
+	$(PYTEST) $(TESTS)
+
+environments: $(READY) sglang-env nemo-env
 
 lint: $(READY)
 	$(BIN)/ruff check .

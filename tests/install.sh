@@ -25,6 +25,9 @@ if ! command -v apt-get >/dev/null; then
     echo "install.sh: no apt-get on this system; install ${commands[*]} by its own means" >&2
     exit 1
 fi
+exec 9>/run/lock/megatron-hpt-install # one at a time: a test run has several processes
+flock 9
+missing || exit 0
 export DEBIAN_FRONTEND=noninteractive
 # Recommended packages would bring a mail server; without systemd nothing starts by itself.
 apt-get install -qq --no-install-recommends "${packages[@]}" >/dev/null 2>&1 || {

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import psutil
 
+from megatron_hpt.launch.scratch import keep_compiled
+
 MARK = "HPT_TESTS"
 """Environment variable with the folder for all temporary files of a test run; set: somebody watches already."""
-SECONDS = 15.0
+SECONDS = float(os.environ.get("HPT_TESTS_SECONDS", "15"))
 """For what is still ending."""
 INTERRUPTED, FAILED = 2, 1
 """Exit codes of pytest."""
@@ -37,7 +39,8 @@ def watch(out: int) -> None:
     """
     folder = Path(tempfile.mkdtemp(prefix="hpt-tests-"))
     os.environ[MARK] = os.environ["TMPDIR"] = str(folder)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_COMPILED))  # in a temporary folder it would be compiled every time
+    keep_compiled(folder, _COMPILED)
+    own = set(os.listdir(folder))
     tempfile.tempdir = None
     before = {name: set(found()) for name, found in KINDS.items()}
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)
@@ -48,7 +51,7 @@ def watch(out: int) -> None:
     code = 3
     with contextlib.suppress(BaseException):  # whatever happens here, it is not pytest's
         code = _wait(child)
-        left = _left(folder, before)
+        left = _left(folder, own, before)
         for line in left or ["nothing is left: no process, port, shared memory, network or temporary file"]:
             os.write(out, f"{line}\n".encode())
         code = code or (FAILED if left else 0)
@@ -68,7 +71,7 @@ def _wait(child: int) -> int:
             return abs(os.waitstatus_to_exitcode(status))
 
 
-def _left(folder: Path, before: dict[str, set[str]]) -> list[str]:
+def _left(folder: Path, own: set[str], before: dict[str, set[str]]) -> list[str]:
     """A line for everything that is left; processes are ended."""
     deadline = time.monotonic() + SECONDS
     while (alive := _descendants()) and time.monotonic() < deadline:
@@ -81,7 +84,8 @@ def _left(folder: Path, before: dict[str, set[str]]) -> list[str]:
     seen = dict(line.split("\t") for line in reversed(noted))
     for kind, found in KINDS.items():
         lines += [f"left: {kind} {name}{_during(seen, name)}" for name in sorted(set(found()) - before[kind])]
-    strangers = [path.name for path in folder.iterdir() if path != _first_seen(folder) and not path.name.startswith(_PYTEST)]
+    own = {*own, _first_seen(folder).name}
+    strangers = [name for name in os.listdir(folder) if name not in own and not name.startswith(_PYTEST)]
     return lines + [f"left: temporary {name}{_during(seen, name)}" for name in sorted(strangers)]
 
 

@@ -11,11 +11,11 @@ from tests import janitor
 
 BESIDE = {
     "engines": ("tests/end_to_end/", "tests/weights/test_engines.py", "tests/weights/test_faults.py"),
-    "servers": ("tests/rewards/test_http.py", "tests/slurm/"),
-    "ranks": ("tests/actor/", "tests/launch/test_memory.py"),
+    "servers": ("tests/rewards/test_http.py", "tests/slurm/", "tests/telemetry/test_browser.py"),
+    "ranks": ("tests/actor/", "tests/launch/test_memory.py", "tests/weights/test_conversion.py"),
 }
 """Group → where its tests are. Those of a group run one after the other in one process, whose engines, Slurm and forked ranks
-serve all of them. Groups, and the tests of no group, run beside each other (pytest-xdist)."""
+serve all of them. Groups, and the files of no group, run beside each other (pytest-xdist)."""
 SKIPS = {
     "there is a real nvidia-smi": "a machine with GPUs cannot show what one without does",
     "this machine has a GPU": "likewise",
@@ -30,10 +30,7 @@ SKIPS = {
 def pytest_configure(config: pytest.Config) -> None:
     if janitor.is_watched():
         return
-    capture = config.pluginmanager.getplugin("capturemanager")
-    capture.suspend_global_capture(in_=True)
-    out = os.dup(1)
-    capture.resume_global_capture()
+    out = os.dup(1)  # pytest captures nothing yet
     janitor.watch(out)
     os.close(out)
 
@@ -43,9 +40,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("thorough") and not (item.function.__doc__ or "").strip():
             raise pytest.UsageError(f"{item.nodeid}: a test of `make test-all` alone says in its docstring what it adds")
-        for group, places in BESIDE.items():
-            if item.nodeid.startswith(places):
-                item.add_marker(pytest.mark.xdist_group(group))
+        groups = [group for group, places in BESIDE.items() if item.nodeid.startswith(places)]
+        # The others by file, whose fixtures are made once.
+        item.add_marker(pytest.mark.xdist_group((groups or [item.nodeid.partition("::")[0]])[0]))
 
 
 @pytest.hookimpl(trylast=True)

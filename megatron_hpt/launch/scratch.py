@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,17 +26,31 @@ class Scratch:
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))  # a short name: paths of sockets end at 107 characters
         self._lock = (self.path / _LOCK).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        keep_compiled(self.path, Path(tempfile.gettempdir()) / _compiled())
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process gets whose temporary files belong here; what torch has compiled outlives them."""
-        compiled = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
-        return {"TMPDIR": str(self.path), "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", compiled)}
+        """What a process gets whose temporary files belong here."""
+        return {"TMPDIR": str(self.path)}
 
     def close(self) -> None:
         """Remove it; twice is once."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def keep_compiled(folder: Path, place: Path) -> None:
+    """What torch compiles for processes whose temporary files are in `folder` is to be kept at `place`.
+
+    A link, since torch has headers in the temporary folder whatever TORCHINDUCTOR_CACHE_DIR says (_inductor/codecache.py).
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    (folder / _compiled()).symlink_to(place)
+
+
+def _compiled() -> str:
+    """How torch calls its folder (_inductor/runtime/cache_dir_utils.py)."""
+    return f"torchinductor_{getpass.getuser()}"
 
 
 def sweep() -> None:

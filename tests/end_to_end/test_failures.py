@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_hpt.launch.scratch import sweep
+
 from .conftest import OnShared
 from .runs import RECIPE, SMALL, Run, gone, shared_memory
 from .test_training import metrics
@@ -79,6 +81,7 @@ def test_a_killed_supervisor_leaves_nothing_behind(until_it_trains: Started, tmp
     run.process.kill()
     run.process.wait()
     assert gone(processes, SECONDS) == []
+    sweep()  # temporary files, which the next run on the machine removes
 
 
 def test_a_silent_engine_is_started_again_and_one_that_dies_too_often_ends_the_run(

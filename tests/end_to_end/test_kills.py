@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 def settings(kills: int) -> tuple[str, ...]:
     """Steps enough for so many kills."""
-    return f"trainer.steps={6 + 8 * kills}", "trainer.save_every=2", "evaluation.sets={}", *SMALL
+    return f"trainer.steps={6 + 4 * kills}", "trainer.save_every=2", "evaluation.sets={}", *SMALL
 
 
 def kill_somebody(run: Run, rng: random.Random) -> str:

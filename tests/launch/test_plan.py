@@ -14,6 +14,7 @@ from megatron_hpt.errors import ConfigError, HptError, ModelError
 from megatron_hpt.launch.cluster import load_cluster
 from megatron_hpt.launch.plan import DEFAULT_CLUSTER, make, of_recipe
 from megatron_hpt.launch.published import PUBLISHED, folder_of
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
@@ -33,12 +34,13 @@ def recipe(tmp_path: Path) -> str:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "megatron_hpt.cli", "plan", *arguments], capture_output=True, text=True)
+    return programs.megatron_hpt("plan", *arguments)
 
 
 def test_a_recipe_that_fits_is_shown_within_two_seconds(recipe: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run(recipe, "--cluster", str(DEFAULT_CLUSTER))
+    command = [sys.executable, "-m", "megatron_hpt.cli", "plan", recipe, "--cluster", str(DEFAULT_CLUSTER)]
+    done = subprocess.run(command, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     for text in ("16 × 8", "0 to 11", "12 to 15", "70.55 · 10^9", "docs/models/Llama-3.1-70B/config.json", "fits"):

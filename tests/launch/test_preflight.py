@@ -1,8 +1,6 @@
 """What is refused before a process starts, through the command line."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from megatron_hpt.run import RunDir
 from megatron_hpt.weights.conversion import ToMegatron
 from megatron_hpt.weights.hf_config import model_shape, run_shape
 from megatron_hpt.weights.hf_files import write_config
+from tests import programs
 
 
 @pytest.fixture
@@ -210,8 +209,7 @@ def test_damaged_or_wrong_weights_are_refused_before_anything_starts(config: Con
 
 def test_the_command_line_prints_one_message_and_makes_no_run(config: Config, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
-    command = [sys.executable, "-m", "megatron_hpt.cli", "train", "config.yaml", "parallel.tensor=3"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = programs.megatron_hpt("train", "config.yaml", "parallel.tensor=3", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: parallel.tensor: given 3")
     assert "Traceback" not in done.stderr

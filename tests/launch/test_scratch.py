@@ -26,12 +26,15 @@ def tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_its_processes_write_into_it_and_it_is_removed(tmp: Path) -> None:
     scratch = Scratch()
-    code = "import tempfile; print(tempfile.mkdtemp())"
-    made = subprocess.check_output([sys.executable, "-c", code], env=scratch.environment, text=True).strip()
-    assert Path(made).parent == scratch.path
+    code = "import tempfile, glob; print(tempfile.mkdtemp(), *glob.glob(tempfile.gettempdir() + '/torchinductor_*'))"
+    made = subprocess.check_output([sys.executable, "-c", code], env=scratch.environment, text=True).split()
+    assert {Path(name).parent for name in made} == {scratch.path}
+    (compiled,) = tmp.glob("torchinductor_*")
+    (Path(made[1]) / "header.h").touch()  # what torch has compiled is for every process
     scratch.close()
     scratch.close()
-    assert list(tmp.iterdir()) == []
+    assert list(tmp.iterdir()) == [compiled]
+    assert [path.name for path in compiled.iterdir()] == ["header.h"]
 
 
 def test_the_next_one_removes_those_of_the_killed_alone(tmp: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,6 +9,7 @@ import pytest
 
 from megatron_hpt.errors import DataError
 from megatron_hpt.rewards import regrade
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
@@ -20,8 +20,7 @@ ROWS = [
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "grade.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return programs.tool("grade.py", *arguments)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])

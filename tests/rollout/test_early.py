@@ -45,7 +45,7 @@ def run(server: Server, grader: Grader, gate: GateConfig, prompt: Prompt = PROMP
     """Sample one prompt as the coordinator does."""
 
     async def action(engines):
-        pool = EnginePool(engines, PATIENCE)
+        pool = EnginePool(engines, PATIENCE, period_s=0.05)
         async with pool.serving(3):
             early = Early(GateDecider(hybrid(gate), 0, {}), grader)
             groups = await sample(pool, [prompt], SETTINGS, (0,), 3, early)

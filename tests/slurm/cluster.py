@@ -172,6 +172,11 @@ class Cluster:
     def _conf(self) -> Path:
         return self.folder / "slurm.conf"
 
+    @property
+    def _tmp(self) -> Path:
+        """Temporary files of jobs: as on sites whose Slurm removes them with the job."""
+        return self.folder / "tmp"
+
     def names(self) -> list[str]:
         """All nodes."""
         return [f"n{index}" for index in range(1, self.nodes + 1)]
@@ -184,7 +189,7 @@ class Cluster:
         result = subprocess.run(
             command,
             cwd=cwd,
-            env={**clean, "SLURM_CONF": str(self._conf), **environment},
+            env={**clean, "SLURM_CONF": str(self._conf), "TMPDIR": str(self._tmp), **environment},
             capture_output=True,
             text=True,
             timeout=60,
@@ -231,7 +236,7 @@ class Cluster:
         for pid in set(re.findall(r"(?m)^hpt(\d+)-", _run("ip", "netns", "list"))):
             if not psutil.pid_exists(int(pid)):  # of a test process that was killed
                 _remove_networks(f"hpt{pid}")
-        for name in ("log", "state", "spool", "dev", "mysql"):
+        for name in ("log", "state", "spool", "dev", "mysql", "tmp"):
             (self.folder / name).mkdir(parents=True)
         for name in self.names():
             (self.folder / "spool" / name).mkdir()

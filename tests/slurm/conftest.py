@@ -1,4 +1,4 @@
-"""One cluster for all tests of a module."""
+"""One cluster for all tests."""
 
 import shutil
 import tempfile
@@ -9,15 +9,18 @@ import pytest
 
 from .cluster import Cluster, unavailable
 
+NODES = 17
+"""What slurm/hpt_70b.sbatch asks for; smaller jobs get the first of them."""
 
-@pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """Up and idle, with the `NODES` of the module, or four."""
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Up and idle."""
     if reason := unavailable():
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="hpt"))  # unix sockets want short names
     folder.chmod(0o755)  # munge
-    running = Cluster(folder / "slurm", nodes=getattr(request.module, "NODES", 4))
+    running = Cluster(folder / "slurm", nodes=NODES)
     try:
         running.start()
         yield running

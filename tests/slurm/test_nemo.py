@@ -64,7 +64,9 @@ def until(condition, seconds: float) -> None:
         time.sleep(2)
 
 
+@pytest.mark.thorough
 def test_a_notice_saves_and_the_job_goes_on_from_there(cluster: Cluster, tmp_path: Path) -> None:
+    """Adds NeMo-Run's script to the notice of tests/slurm/test_training.py, and an end to the job that is cancelled below."""
     experiment, job = launch(cluster, tmp_path, *SMALL)
     job.wait(lambda: lines(job) >= 2, 300)
     cluster.call("scancel", "--signal=USR1", job.number)  # as Slurm does before the time limit, without B: in --signal

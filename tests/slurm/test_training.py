@@ -18,7 +18,7 @@ from .cluster import Cluster, Job
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-STEPS = 8
+STEPS = 10
 SMALL = (
     *("trainer.prompts_per_step=8", "rollout.samples_per_prompt=4", "optimizer.warmup_steps=0"),
     *("evaluation.sets={}", f"trainer.steps={STEPS}", "trainer.save_every=2"),
@@ -65,16 +65,10 @@ def left(cluster: Cluster, seconds: float = 20) -> list[str]:
     return found
 
 
-def shared_memory(cluster: Cluster) -> set[Path]:
-    """What the nodes' processes have mapped of /dev/shm; other programs of this machine have theirs there too."""
-    maps = [Path(f"/proc/{process.pid}/maps").read_text() for node in cluster.names() for process in cluster.processes(node)]
-    return {Path(name) for name in re.findall(r"/dev/shm/\S+", "".join(maps)) if Path(name).exists()}
-
-
 @pytest.fixture(scope="module")
 def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run that was left alone."""
-    job = smoke(cluster, tmp_path_factory.mktemp("alone"))
+    """A run that was left alone, but for a sick node among those that it got."""
+    job = smoke(cluster, tmp_path_factory.mktemp("alone"), options=("--nodes=4",), HPT_HEALTH="test $(hostname) != n2")
     assert job.end(MINUTES_5) == "COMPLETED", job.output
     return job
 
@@ -82,48 +76,46 @@ def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
 def test_hpt_trains_on_two_nodes_with_an_engine_on_a_third(cluster: Cluster, alone: Job) -> None:
     found = metrics.read(run_of(alone) / "metrics.jsonl")
     assert [line["step"] for line in found] == list(range(STEPS))
-    assert "nodes: n1, n2, n3; spare: none" in alone.output
+    assert "left out: n2" in alone.output
+    assert "nodes: n1, n3, n4; spare: none" in alone.output
     assert (run_of(alone) / "logs" / "trainer_rank1.log").is_file()
     assert left(cluster) == []
 
 
-def test_a_notice_saves_and_requeues_and_the_run_goes_on(cluster: Cluster, alone: Job, tmp_path: Path) -> None:
+def test_a_notice_requeues_a_cut_off_node_is_left_and_the_run_goes_on(cluster: Cluster, alone: Job, tmp_path: Path) -> None:
+    """Three tries of one job: one ended by a notice, one by a node that is gone, one left alone."""
     job = smoke(cluster, tmp_path)
-    job.wait(lambda: lines(job) >= 3, MINUTES_5)
+    job.wait(lambda: lines(job) >= 2, MINUTES_5)
     cluster.call("scancel", "--batch", "--signal=USR1", job.number)  # as Slurm does before the time limit
     job.wait(lambda: job.show("Restarts") == "1", 60)
-    assert job.end(MINUTES_5) == "COMPLETED", job.output
+    job.wait(lambda: "which is saved" in job.output, 60)
     saved = int(re.search(r"ended by SIGUSR1 after step (\d+), which is saved", job.output)[1])
-    assert 3 <= saved < STEPS
-    assert f"step {saved + 1}/{STEPS}" in job.output
+    assert 2 <= saved < STEPS - 2
+    job.wait(lambda: lines(job) > saved, MINUTES_5)
     assert (run_of(job) / "logs" / "try0" / "trainer_rank0.log").is_file()
-    assert weights(job) == weights(alone)
-
-
-def test_a_dead_engine_is_replaced_and_a_sick_node_left_out(cluster: Cluster, alone: Job, tmp_path: Path) -> None:
-    job = smoke(cluster, tmp_path, options=("--nodes=4",), HPT_HEALTH="test $(hostname) != n2")
-    job.wait(lambda: lines(job) >= 3, MINUTES_5)
-    server = next(p for p in cluster.processes("n4") if "vllm.entrypoints" in " ".join(p.cmdline()))
-    # A cgroup ends the rest of a step; this Slurm has none, and loses sight of the children of a process that was killed.
-    for process in (server, *server.children(recursive=True)):
-        process.kill()
-    assert job.end(MINUTES_5) == "COMPLETED", job.output
-    assert "left out: n2" in job.output
-    assert "nodes: n1, n3, n4" in job.output
-    assert "engine 0 died" in job.output
-    assert job.show("Restarts") == "0"
-    assert weights(job) == weights(alone)
-
-
-def test_a_run_whose_node_is_cut_off_goes_on_elsewhere(cluster: Cluster, alone: Job, tmp_path: Path) -> None:
-    job = smoke(cluster, tmp_path)
-    job.wait(lambda: lines(job) >= 3, MINUTES_5)
     cluster.cut("n2")
     try:
         job.wait(lambda: "nodes: n1, n3, n4" in job.output, 180)
     finally:
         cluster.mend("n2")
     assert job.end(MINUTES_5) == "COMPLETED", job.output
+    assert f"step {saved + 1}/{STEPS}" in job.output
+    assert [line["step"] for line in metrics.read(run_of(job) / "metrics.jsonl")] == list(range(STEPS))
+    assert weights(job) == weights(alone)
+
+
+@pytest.mark.thorough
+def test_a_dead_engine_is_replaced(cluster: Cluster, alone: Job, tmp_path: Path) -> None:
+    """Adds an engine on a node of its own to those that tests/end_to_end kills beside their supervisor."""
+    job = smoke(cluster, tmp_path)
+    job.wait(lambda: lines(job) >= 3, MINUTES_5)
+    server = next(p for p in cluster.processes("n3") if "vllm.entrypoints" in " ".join(p.cmdline()))
+    # A cgroup ends the rest of a step; this Slurm has none, and loses sight of the children of a process that was killed.
+    for process in (server, *server.children(recursive=True)):
+        process.kill()
+    assert job.end(MINUTES_5) == "COMPLETED", job.output
+    assert "engine 0 died" in job.output
+    assert job.show("Restarts") == "0"
     assert weights(job) == weights(alone)
 
 
@@ -138,16 +130,15 @@ def test_too_few_healthy_nodes_hand_the_run_over_to_a_job_without_them(cluster: 
     assert left(cluster) == []
 
 
+@pytest.mark.thorough
 def test_the_time_limit_requeues_and_scancel_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
+    """Adds the limit itself to the notice that is sent by hand; NeMo-Run's test cancels too."""
     job = smoke(cluster, tmp_path, "trainer.steps=2000", options=("--time=3", "--signal=B:USR1@60"))
     job.wait(lambda: job.show("Restarts") == "1", MINUTES_5)
     before = lines(job)
     assert re.search(r"ended by SIGUSR1 after step \d+, which is saved", job.output)
     job.wait(lambda: lines(job) > before, MINUTES_5)
-    shared = shared_memory(cluster)
     cluster.call("scancel", job.number)
     assert job.end(60) == "CANCELLED"
     assert f"Slurm is ending job {job.number}" in job.output
     assert left(cluster) == []
-    assert shared
-    assert not [path for path in shared if path.exists()]

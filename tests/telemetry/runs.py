@@ -101,3 +101,12 @@ def _trained(step: int, story: Story) -> dict[str, Any]:
         "time/step_s": 6.0 + step % 3,
         "throughput/tokens_per_s": 60.0,
     }
+
+
+HPT = Story("hpt", steps=40)
+STOPPED = Story(
+    "grpo", steps=40, finished=23, overrides=("algorithm.name=grpo",), evaluates=False, pace=0.6, not_taken=frozenset({7, 8})
+)
+UNION = Story("luffy", steps=1, overrides=("algorithm.name=luffy",))
+BLUE, VERMILION, GREEN, ORANGE = "#0072b2", "#d55e00", "#009e73", "#e69f00"
+"""Colours of the first runs of a page."""

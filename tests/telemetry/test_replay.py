@@ -1,7 +1,6 @@
 """Replaying a gate from a ledger, without engines."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from megatron_hpt.rollout.assembly import GateDecider, Group, assemble
 from megatron_hpt.rollout.engine import Sample
 from megatron_hpt.run import RunDir, create
 from megatron_hpt.telemetry.replay import replay
+from tests import programs
 
 REWARDS = st.lists(st.lists(st.sampled_from([0.0, 1.0, None]), min_size=4, max_size=4), min_size=1, max_size=5)
 
@@ -151,7 +151,7 @@ def test_a_run_of_any_algorithm_that_generates_can_be_replayed(tmp_path: Path) -
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "megatron_hpt.cli", *arguments], capture_output=True, text=True, timeout=120)
+    return programs.megatron_hpt(*arguments)
 
 
 def test_the_command_line_shows_every_step_and_refuses_what_cannot_be(tmp_path: Path) -> None:

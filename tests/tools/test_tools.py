@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,13 +10,13 @@ import pytest
 from megatron_hpt.data.prompts import Limits, load_prompts
 from megatron_hpt.examples import smollm2
 from megatron_hpt.rewards.math import grade
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 
 
 def tool(name: str, *arguments: object, ok: bool = True) -> str:
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = programs.tool(name, *arguments)
     assert (done.returncode == 0) is ok, done.stderr
     return done.stdout + done.stderr
 

@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_hpt.errors import DataError
 from megatron_hpt.vectors.check import CHECKERS, check_file
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 VECTORS = ROOT.parent / "shared" / "vectors" / "loss_vectors.json"
@@ -71,8 +71,7 @@ def test_a_wrong_nan_an_unknown_quantity_and_an_empty_file_are_found(tmp_path: P
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "check_vectors.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return programs.tool("check_vectors.py", *arguments)
 
 
 def test_the_tool_prints_a_line_a_function_and_fails_on_a_miss(tmp_path: Path) -> None:

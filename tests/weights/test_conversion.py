@@ -26,6 +26,7 @@ from megatron_hpt.weights.checkpoint_layout import chunks_by_rank
 from megatron_hpt.weights.conversion import ToHf, ToMegatron, compare
 from megatron_hpt.weights.hf_config import SUPPORTED, model_shape
 from megatron_hpt.weights.mapping import hf_tensor_shapes
+from tests import programs
 from tests.ranks import run_ranks
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_hf.py"
@@ -110,6 +111,7 @@ def side_files(folder: Path) -> dict[str, Any]:
     return {str(path.relative_to(folder)): path.read_text() for path in paths}
 
 
+@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(models(), st.sampled_from([1, 3]), st.sampled_from(["5GB", 300]))
 def test_there_and_back_is_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, drawn: Drawn, files: int, shard: Any) -> None:
@@ -553,7 +555,7 @@ def test_the_tool_says_what_it_does_and_refuses_layouts(tmp_path: Path) -> None:
     write_model(tmp_path / "hf", LLAMA)
 
     def tool(*arguments: Any, ok: bool = True) -> str:
-        done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+        done = programs.tool("convert_hf.py", *arguments)
         assert (done.returncode == 0) is ok, done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout + done.stderr

@@ -71,6 +71,7 @@ def planned(shape: ModelShape, actor: ParallelConfig, engines: list[EngineLayout
     return tensors, held, needed, make_plan(tensors, dict.fromkeys(tensors, 2), held, needed, actor.ranks, multicast=multicast)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(transfers())
 def test_every_receiver_gets_every_byte_once_from_a_rank_that_has_it(transfer) -> None:
@@ -127,6 +128,7 @@ def possible_share(plan: Plan, held) -> float:
     return max(sum(n for g, n in only.items() if g <= union) / len(union) for union in unions)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(transfers())
 def test_replicas_share_the_sending(transfer) -> None:
