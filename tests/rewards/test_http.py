@@ -1,10 +1,6 @@
-"""Reward models behind real servers: their scores are those of transformers.
-
-HPT_REWARD_SERVERS=vllm,sglang asks both; one start is enough for every test run.
-"""
+"""Reward models behind real servers: their scores are those of transformers. In test-all alone: SGLang's, beside vLLM's."""
 
 import asyncio
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,7 +59,7 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(scope="module", params=os.environ.get("HPT_REWARD_SERVERS", "vllm").split(","))
+@pytest.fixture(scope="module", params=["vllm", pytest.param("sglang", marks=pytest.mark.thorough)])
 def server(request: pytest.FixtureRequest, reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     kind = request.param
     skip_without(kind)
@@ -82,12 +78,14 @@ def settings(server: Server, **http: object) -> RewardConfig:
 
 
 def test_scores_are_those_of_the_model(server: Server, expected: list[float]) -> None:
+    """In test-all alone: the other engine."""
     with GraderPool(settings(server)) as pool:
         grades = asyncio.run(pool.grade(ANSWERS))
     assert [grade.score for grade in grades] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_threshold_makes_verdicts_of_scores(server: Server, expected: list[float]) -> None:
+    """In test-all alone: the other engine."""
     middle = sorted(expected)[len(expected) // 2]
     with GraderPool(settings(server, threshold=middle - 1e-3)) as pool:
         grades = asyncio.run(pool.grade(ANSWERS))
@@ -95,6 +93,7 @@ def test_a_threshold_makes_verdicts_of_scores(server: Server, expected: list[flo
 
 
 def test_what_the_server_refuses_is_ungraded_with_its_words(server: Server) -> None:
+    """In test-all alone: the other engine."""
     with GraderPool(settings(server)) as pool:
         (grade,) = asyncio.run(pool.grade([Answer("7" * 500, "7")]))
     assert (grade.score, grade.cause) == (None, Cause.ERROR)

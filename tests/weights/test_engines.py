@@ -1,7 +1,6 @@
 """After a push an engine is, bit for bit, the engine that was started from the weights: every layout, both engines."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hpt.examples import tiny_families, tiny_llama
-from tests.engines import Server, greedy
+from tests.engines import Server, SharedEngines, greedy
 from tests.ranks import free_port, run_ranks
 
 pytestmark = pytest.mark.slow
@@ -30,7 +29,13 @@ MODELS = {
     "untied": lambda folder: tiny_llama.write(folder, **SMALL, heads=2, kv_heads=2),
     "tied": lambda folder: tiny_llama.write(folder, **SMALL, heads=2, kv_heads=2, tied=True),
     "biases": lambda folder: tiny_families.write(
-        folder, "qwen2", num_hidden_layers=2, hidden_size=128, intermediate_size=128, head_dim=None
+        folder,
+        "qwen2",
+        num_hidden_layers=2,
+        hidden_size=128,
+        intermediate_size=128,
+        head_dim=None,
+        tie_word_embeddings=True,
     ),
     "experts": lambda folder: tiny_families.write(
         folder,
@@ -43,15 +48,19 @@ MODELS = {
     ),
 }
 OF_MODEL = {"experts": SPARSE, "biases": GROUPED}
-QUICK = {("vllm", 2, "tied"), ("vllm", 1, "biases"), ("sglang", 1, "experts")}
-"""Always run; all of them with HPT_MATRIX=1."""
-MATRIX = [(kind, tensor, name) for kind in ("vllm", "sglang") for tensor in (1, 2) for name in MODELS]
+QUICK = {("vllm", 2, "biases"), ("sglang", 1, "experts")}
+"""Every engine, every kind of tensor (tied, with a bias, of an expert), one and two ranks, in two starts."""
+MATRIX = [
+    pytest.param(kind, tensor, name, marks=() if (kind, tensor, name) in QUICK else pytest.mark.thorough)
+    for kind in ("vllm", "sglang")
+    for tensor in (1, 2)
+    for name in MODELS
+]
 
 
-@pytest.mark.parametrize(("kind", "tensor", "name"), MATRIX, ids=lambda value: str(value))
+@pytest.mark.parametrize(("kind", "tensor", "name"), MATRIX)
 def test_a_pushed_engine_is_a_fresh_engine(tmp_path: Path, kind: str, tensor: int, name: str) -> None:
-    if (kind, tensor, name) not in QUICK and not os.environ.get("HPT_MATRIX"):
-        pytest.skip("the whole matrix runs with HPT_MATRIX=1")
+    """In test-all alone: the other combinations of what two of them have each once."""
     model = tmp_path / "model"
     MODELS[name](model)
     server = Server.start(kind, model, tmp_path, tensor)
@@ -74,10 +83,9 @@ def test_a_pushed_engine_is_a_fresh_engine(tmp_path: Path, kind: str, tensor: in
         server.stop()
 
 
-def test_every_transport_serves_a_real_engine(tmp_path: Path) -> None:
-    """Also a second engine beside the first, and a window for messages, as GPUs have."""
-    model = tmp_path / "model"
-    MODELS["untied"](model)
+def test_every_transport_serves_a_real_engine(tmp_path: Path, shared_engines: SharedEngines) -> None:
+    """Also a second engine beside the first, which has had other weights, and a window for messages, as GPUs have."""
+    used, model = shared_engines.server("vllm"), shared_engines.inputs / "model"
     files = {"transport": "files", "folder": str(tmp_path / "versions")}
     ways = {
         "gloo": {"transport": "gloo"},
@@ -85,19 +93,16 @@ def test_every_transport_serves_a_real_engine(tmp_path: Path) -> None:
         "differences": {**files, "folder": str(tmp_path / "differences"), "full_every": 4},
     }
     layouts = {name: {"tensor": 2, "pipeline": 2, "transfer": way} for name, way in ways.items()}
-    servers = [Server.start("vllm", model, tmp_path), Server.start("vllm", model, tmp_path)]
+    server = Server.start("vllm", model, tmp_path)
     try:
-        fresh = [server.ready().greedy() for server in servers]
-        outcome = publish(tmp_path, model, layouts, "vllm", *(server.url for server in servers))
+        fresh = [tuple(map(tuple, answer)) for answer in server.ready().greedy()]
+        outcome = publish(tmp_path, model, layouts, "vllm", server.url, used.url)
         for name, found in outcome.items():
-            assert [[tuple(map(tuple, answer)) for answer in engine] for engine in found["own"]] == [
-                [tuple(map(tuple, answer)) for answer in engine] for engine in fresh
-            ], name
+            assert [[tuple(map(tuple, answer)) for answer in engine] for engine in found["own"]] == [fresh] * 2, name
             assert all(doubled != own for doubled, own in zip(found["doubled"], found["own"], strict=True))
         assert sum(outcome["gloo"]["sent"]) == sum(outcome["gloo"]["received"])
     finally:
-        for server in servers:
-            server.stop()
+        server.stop()
 
 
 def publish(folder: Path, model: Path, layouts: dict, kind: str, *urls: str) -> dict:
