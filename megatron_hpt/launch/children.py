@@ -115,8 +115,10 @@ def failure_of(child: Child, logs: Path) -> Failure:
 def stop_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:
     """SIGTERM to every group, SIGKILL to what is left of it after `grace_s` seconds.
 
-    Python's resource trackers come last: they remove the shared memory of those that were killed.
+    Python's resource trackers come last: they remove the shared memory of those that were killed. What they know nothing of
+    (SGLang's load figures, which it leaves behind however it ends) is removed here.
     """
+    shared = set().union(*(_shared_memory(pid) for child in children for pid in _members(child.process.pid)))
     alive = _left([child for child in children if child.signal_group(signal.SIGTERM)], grace_s)
     for child in alive:
         for pid in _members(child.process.pid):
@@ -126,6 +128,8 @@ def stop_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:
         child.signal_group(signal.SIGKILL)
     for child in children:
         child.process.wait()
+    for path in shared and shared - set().union(*map(_shared_memory, _processes())):
+        path.unlink(missing_ok=True)
 
 
 def _left(children: Sequence[Child], seconds: float) -> list[Child]:
@@ -137,13 +141,25 @@ def _left(children: Sequence[Child], seconds: float) -> list[Child]:
     return alive
 
 
+def _processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
 def _members(group: int) -> list[int]:
     found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(ValueError, ProcessLookupError):
-            if os.getpgid(int(entry.name)) == group:
-                found.append(int(entry.name))
+    for pid in _processes():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == group:
+                found.append(pid)
     return found
+
+
+def _shared_memory(pid: int) -> set[Path]:
+    """Files of /dev/shm that a process has mapped."""
+    with contextlib.suppress(OSError):
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        return {Path(name) for name in re.findall(r"/dev/shm/\S+", maps)}
+    return set()
 
 
 def _command(pid: int) -> bytes:

@@ -61,7 +61,7 @@ def look(url: str, deadline_s: float = 10.0) -> Running:
 
 
 def is_healthy(url: str) -> bool:
-    """Whether a server answers that it is well, within a second."""
+    """Whether a server answers that it is well, within seconds: SGLang takes one, for a token that it makes to be sure."""
     try:
         return _client().get(f"{url}/health", headers=token_header()).status_code == HTTPStatus.OK
     except httpx.HTTPError:
@@ -71,7 +71,7 @@ def is_healthy(url: str) -> bool:
 @cache
 def _client() -> httpx.Client:
     """For questions that are asked every moment: making one takes 30 ms. Servers close idle connections, so it keeps none."""
-    return httpx.Client(timeout=1.0, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+    return httpx.Client(timeout=3.0, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def _sglang(url: str, http: httpx.Client) -> Running | None:

@@ -92,6 +92,7 @@ def _host_environment(config: Config) -> dict[str, str]:
         "SGLANG_PLUGINS": f"megatron_hpt,{sglang_host.NAME}",
         "SGLANG_CPU_OMP_THREADS_BIND": cores_of_ranks(config.rollout.tensor_parallel),
         "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # its sampler would be compiled under the first request, for more than a minute
     }
 
 

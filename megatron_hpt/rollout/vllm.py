@@ -71,6 +71,8 @@ def _host_environment(config: Config) -> dict[str, str]:
     ranks = config.rollout.tensor_parallel
     # Left to itself vLLM wants a NUMA node for each rank, and binds one rank to a core that may be another program's.
     threads = {"VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)} if ranks > 1 else {"OMP_NUM_THREADS": threads_of_one_rank()}
+    # Else the sampler is compiled under the first request, for half a minute; it is no faster then.
+    threads["TORCHDYNAMO_DISABLE"] = "1"
     return {**threads, "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib)}
 
 

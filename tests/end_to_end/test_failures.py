@@ -88,7 +88,7 @@ def test_a_silent_engine_is_started_again_and_one_that_dies_too_often_ends_the_r
     until_it_trains: Started, tmp_path: Path
 ) -> None:
     """It hangs, its requests wait for the next one; then the process behind its server is killed."""
-    patience = ("rollout.max_restarts=1", "deadlines.health_s=1", "deadlines.silent_s=8")
+    patience = ("rollout.max_restarts=1", "deadlines.health_s=1", "deadlines.silent_s=15")
     run = until_it_trains(Run.start(tmp_path, str(RECIPE), *SETTINGS, *patience))
     hanging = run.find("engine 0")
     for process in (hanging, *hanging.children(recursive=True)):
@@ -99,7 +99,7 @@ def test_a_silent_engine_is_started_again_and_one_that_dies_too_often_ends_the_r
     run.find("engine core").kill()
     code, text = run.finish()
     assert code == 1
-    assert "engine 0 gave no sign of life for 8 s (deadlines.silent_s) and is ended" in text
+    assert "engine 0 gave no sign of life for 15 s (deadlines.silent_s) and is ended" in text
     assert "engine 0 died (exit code -9, SIGKILL) and is started again; restart 1 of 1" in text
     assert "engine 0 answers again" in text
     assert "engines had been started again 1 times" in text

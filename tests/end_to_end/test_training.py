@@ -236,9 +236,9 @@ def test_a_complete_run_says_so(finished: Path) -> None:
 
 def test_the_sbatch_script_trains_without_slurm(tmp_path: Path, on_shared: OnShared) -> None:
     """With it: tests/slurm."""
-    outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     given = {"HPT_RECIPE": str(RECIPE), "HPT_BIN": str(Path(sys.executable).with_name("megatron-hpt"))}
     settings = ("evaluation.sets={}", "trainer.steps=1", "parallel.tensor=1", *SMALL, *on_shared.settings(tmp_path))
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     command = ["bash", str(ROOT / "slurm" / "hpt_smoke.sbatch"), *settings]
     done = subprocess.run(command, cwd=tmp_path, env={**outside, **given}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

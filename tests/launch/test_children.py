@@ -1,5 +1,6 @@
 """Taking processes down, and naming what failed."""
 
+import mmap
 import os
 import signal
 import sys
@@ -50,6 +51,24 @@ def test_shared_memory_of_a_stubborn_process_goes_with_it(tmp_path: Path) -> Non
     stop_all([child], grace_s=0.5)
     assert not block.exists()
     assert child.exit_code == -signal.SIGKILL
+
+
+def test_a_file_that_no_tracker_knows_of_goes_with_the_process_that_had_mapped_it(tmp_path: Path) -> None:
+    """As SGLang's load figures; one that another process has mapped stays."""
+    own, common = (Path(f"/dev/shm/megatron_hpt_{name}_{os.getpid()}") for name in ("own", "common"))
+    for path in (own, common):
+        path.write_bytes(b"x" * 4096)
+    code = (
+        "import mmap, os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"kept = [mmap.mmap(os.open(name, os.O_RDWR), 0) for name in {[str(own), str(common)]!r}];"
+        "print('ready', flush=True); time.sleep(600)"
+    )
+    child = start(tmp_path, code)
+    wait_for(child.log, "ready")
+    with common.open("r+") as file, mmap.mmap(file.fileno(), 0):
+        stop_all([child], grace_s=0.5)
+        assert (own.exists(), common.exists()) == (False, True)
+    common.unlink()
 
 
 def test_a_child_starts_again_when_nothing_is_left_of_it(tmp_path: Path) -> None:
