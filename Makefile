@@ -30,7 +30,7 @@ train: $(READY)
 
 # Two processes, each with engines, Slurm or ranks of its own (tests/plugin.py); tests without SGLang's, NeMo-Run's or Slurm's
 # parts say so where these cannot be had.
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 20
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --durations 20
 
 test: lint
 	$(PYTEST) -m "not thorough" $(TESTS)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import janitor
 
@@ -35,14 +36,22 @@ def pytest_configure(config: pytest.Config) -> None:
     os.close(out)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("thorough") and not (item.function.__doc__ or "").strip():
             raise pytest.UsageError(f"{item.nodeid}: a test of `make test-all` alone says in its docstring what it adds")
-        groups = [group for group, places in BESIDE.items() if item.nodeid.startswith(places)]
-        # The others by file, whose fixtures are made once.
-        item.add_marker(pytest.mark.xdist_group((groups or [item.nodeid.partition("::")[0]])[0]))
+
+
+class BesideEachOther(LoadScopeScheduling):
+    """Sends a group to one process, and of the other tests a file, whose fixtures are then made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        groups = [group for group, places in BESIDE.items() if nodeid.startswith(places)]
+        return groups[0] if groups else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> BesideEachOther:
+    return BesideEachOther(config, log)
 
 
 @pytest.hookimpl(trylast=True)
