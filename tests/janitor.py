@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_hpt.launch.scratch import keep_compiled
+from megatron_hpt.launch.scratch import keep_compiled, sweep
 
 MARK = "HPT_TESTS"
 """Environment variable with the folder for all temporary files of a test run; set: somebody watches already."""
@@ -38,6 +38,7 @@ def watch(out: int) -> None:
         out: file descriptor for what it says.
     """
     folder = Path(tempfile.mkdtemp(prefix="hpt-tests-"))
+    folder.chmod(0o711)  # munge wants to be reached by everybody
     os.environ[MARK] = os.environ["TMPDIR"] = str(folder)
     keep_compiled(folder, _COMPILED)
     own = set(os.listdir(folder))
@@ -51,6 +52,8 @@ def watch(out: int) -> None:
     code = 3
     with contextlib.suppress(BaseException):  # whatever happens here, it is not pytest's
         code = _wait(child)
+        if code == INTERRUPTED:  # what was killed in its middle leaves what the next one on this machine removes
+            sweep()
         left = _left(folder, own, before)
         for line in left or ["nothing is left: no process, port, shared memory, network or temporary file"]:
             os.write(out, f"{line}\n".encode())

@@ -11,8 +11,9 @@ from xdist.scheduler import LoadScopeScheduling
 from tests import janitor
 
 BESIDE = {
-    "engines": ("tests/end_to_end/", "tests/weights/test_engines.py", "tests/weights/test_faults.py"),
-    "servers": ("tests/rewards/test_http.py", "tests/slurm/", "tests/telemetry/test_browser.py"),
+    "runs": ("tests/end_to_end/",),
+    "engines": ("tests/weights/test_engines.py", "tests/weights/test_faults.py", "tests/rewards/test_http.py"),
+    "slurm": ("tests/slurm/",),
     "ranks": ("tests/actor/", "tests/launch/test_memory.py", "tests/weights/test_conversion.py"),
 }
 """Group → where its tests are. Those of a group run one after the other in one process, whose engines, Slurm and forked ranks

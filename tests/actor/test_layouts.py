@@ -125,14 +125,26 @@ def worst(found: Probe, expected: Probe) -> float:
     return max(errors)
 
 
-@pytest.mark.parametrize(("model", "layout"), [(model, layout) for model, (_, layouts) in MODELS.items() for layout in layouts])
+THOROUGH = {("qwen2", "TP4 x CP2, SP, 2 groups"), ("qwen2", "TP4, 2 groups"), ("dense", "TP2 x CP2"), ("qwen3_moe", "EP2")}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param(model, layout, marks=[pytest.mark.thorough] * ((model, layout) in THOROUGH))
+        for model, (_, layouts) in MODELS.items()
+        for layout in layouts
+    ],
+)
 def test_layouts_equal_one_rank(matrix_of, model: str, layout: str) -> None:
+    """In test-all alone: layouts whose parts are proved by those of the others."""
     matrix, one = matrix_of(model)
     assert worst(matrix.probe(layout, budget=40, **MODELS[model][1][layout]), one) < TOLERANCE
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", [pytest.param("selective", marks=pytest.mark.thorough), "full"])
 def test_recomputation_changes_nothing(matrix_of, recompute: str) -> None:
+    """In test-all alone: a part of what is recomputed beside all of it."""
     dense, one = matrix_of("dense")
     found = dense.probe(recompute, budget=40, recompute=recompute, tensor=2, context=2, sequence=True)
     assert worst(found, one) < TOLERANCE

@@ -1,6 +1,7 @@
 """Runs on engines that are there already."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from tests.engines import SharedEngines
 
-from .runs import RECIPE, Run
+from .runs import RECIPE, STARTED, Run
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ class OnShared:
         if not (folder / "build").exists():
             shutil.copytree(self.engines.inputs, folder / "build" / "quickstart")
         return f"rollout.urls=[{server.url}]", f"rollout.engine={kind}"
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """A test that fails, or is interrupted, leaves no run behind."""
+    yield
+    while STARTED:
+        STARTED.pop().end()
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,9 @@ class Run:
     def start(cls, folder: Path, *arguments: str) -> "Run":
         folder.mkdir(exist_ok=True, parents=True)
         command = [sys.executable, "-m", "megatron_hpt.cli", "train", *arguments]
-        return cls(folder, subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        run = cls(folder, subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        STARTED.append(run)
+        return run
 
     @property
     def path(self) -> Path:
@@ -39,10 +41,14 @@ class Run:
         try:
             out, err = self.process.communicate(timeout=seconds)
         finally:
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGTERM)
-                self.process.wait(60)
+            self.end()
         return self.process.returncode, out + err
+
+    def end(self) -> None:
+        """End it, if it has not ended."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(60)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
@@ -63,6 +69,10 @@ class Run:
     def find(self, name: str) -> psutil.Process:
         """One process of the run by the name that the supervisor gives it."""
         return next(p for p in self.processes() if _is(p, name))
+
+
+STARTED: list[Run] = []
+"""Runs that a test has started."""
 
 
 def _is(process: psutil.Process, name: str) -> bool:

@@ -35,20 +35,6 @@ def finished(on_shared: OnShared) -> Callable[..., Path]:
     return finish
 
 
-def test_luffy_puts_a_demonstration_into_every_group(finished, tmp_path: Path) -> None:
-    run = finished(tmp_path / "work", "algorithm.name=luffy", "trainer.steps=2", "algorithm.mismatch.correction=icepop")
-    for line in metrics(run):
-        assert line["gate/both_share"] == 1.0
-        assert not line["train/skipped"]
-        assert line["train/loss_off_policy"] != 0
-        assert line["mismatch/dropped_share"] == 0.0  # engine and trainer agree
-    rows = Ledger(run / "batches").read(1).rows
-    for group in range(8):
-        sources = [row.source for row in rows if row.group == group]
-        assert sources == [Source.ROLLOUT] * 3 + [Source.DEMONSTRATION]  # n = 4
-    assert all(row.reward == 1.0 for row in rows if row.source is Source.DEMONSTRATION)  # graded, not assumed
-
-
 def test_dynamic_sampling_asks_for_more_prompts_and_an_empty_batch_trains_nothing(finished, tmp_path: Path) -> None:
     """The untrained model solves nothing, so no prompt is informative."""
     run = finished(tmp_path / "work", "algorithm.name=dapo", "trainer.steps=2", "algorithm.max_rounds=2")
@@ -65,25 +51,34 @@ def test_dynamic_sampling_asks_for_more_prompts_and_an_empty_batch_trains_nothin
 OWN = '''
 from dataclasses import replace
 
-from megatron_hpt.objective.algorithms import sft, hpt
+from megatron_hpt.objective.algorithms import luffy
 from megatron_hpt.objective.shaping import Saturating
-from megatron_hpt.objective.reference import One
 
 
-def shaped_sft(s):
-    """SFT through p/(p+γ)."""
-    (term,) = sft(s).terms
-    return replace(sft(s), terms=(replace(term, reference=One(), shaping=Saturating(0.5)),))
+def sharper(s):
+    """LUFFY with another shaping of its demonstrations."""
+    rollouts, demonstrations = luffy(s).terms
+    return replace(luffy(s), terms=(rollouts, replace(demonstrations, shaping=Saturating(0.5))))
 '''
 
 
 def test_an_algorithm_from_outside_the_package_trains(finished, tmp_path: Path) -> None:
+    """A demonstration in every group, and a correction of the mismatch, as LUFFY's: what it is made of."""
     work = tmp_path / "work"
     work.mkdir()
     (work / "own_algorithm.py").write_text(OWN)
-    run = finished(work, "algorithm.name=own_algorithm:shaped_sft", "trainer.steps=2")
-    first, second = metrics(run)
-    assert second["train/loss"] < first["train/loss"]
+    settings = ("algorithm.name=own_algorithm:sharper", "trainer.steps=2", "algorithm.mismatch.correction=icepop")
+    run = finished(work, *settings)
+    for line in metrics(run):
+        assert line["gate/both_share"] == 1.0
+        assert not line["train/skipped"]
+        assert line["train/loss_off_policy"] != 0
+        assert line["mismatch/dropped_share"] == 0.0  # engine and trainer agree
+    rows = Ledger(run / "batches").read(1).rows
+    for group in range(8):
+        sources = [row.source for row in rows if row.group == group]
+        assert sources == [Source.ROLLOUT] * 3 + [Source.DEMONSTRATION]  # n = 4
+    assert all(row.reward == 1.0 for row in rows if row.source is Source.DEMONSTRATION)  # graded, not assumed
 
 
 def test_batches_of_steps_not_taken_are_kept_and_the_run_stops(on_shared: OnShared, tmp_path: Path) -> None:

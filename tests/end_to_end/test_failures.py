@@ -38,9 +38,7 @@ def until_it_trains() -> Iterator[Started]:
 
     yield wait
     for run in runs:
-        if run.process.poll() is None:
-            run.process.send_signal(signal.SIGTERM)
-            run.process.wait(60)
+        run.end()
     assert gone(processes) == []
     assert shared_memory() <= before
 
@@ -89,7 +87,10 @@ def test_a_silent_engine_is_started_again_and_one_that_dies_too_often_ends_the_r
 ) -> None:
     """It hangs, its requests wait for the next one; then the process behind its server is killed."""
     patience = ("rollout.max_restarts=1", "deadlines.health_s=1", "deadlines.silent_s=15")
-    run = until_it_trains(Run.start(tmp_path, str(RECIPE), *SETTINGS, *patience))
+    many = (
+        "trainer.prompts_per_step=64"  # a batch is sampled for a while after a step's line is there, and the engine hangs then
+    )
+    run = until_it_trains(Run.start(tmp_path, str(RECIPE), *SETTINGS, *patience, many))
     hanging = run.find("engine 0")
     for process in (hanging, *hanging.children(recursive=True)):
         process.suspend()

@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from .runs import RECIPE, ROOT, SMALL, Run, shared_memory
+from .runs import RECIPE, ROOT, SMALL, STARTED, Run, shared_memory
 from .test_training import metrics
 
 pytestmark = pytest.mark.slow
 STEPS = 4
-SETTINGS = (f"trainer.steps={STEPS}", "rollout.sleep=true", "actor.offload=all", "evaluation.every=2", *SMALL)
+SETTINGS = (
+    f"trainer.steps={STEPS}",
+    "rollout.sleep=true",
+    "actor.offload=all",
+    "evaluation.every=2",
+    "evaluation.samples=1",
+    *SMALL,
+)
 SAID = re.compile(r"(fall asleep|wake up tags \['\w+'\])\.$")
 ASLEEP, WEIGHTS, CACHE = "fall asleep", "wake up tags ['weights']", "wake up tags ['kv_cache']"
 
@@ -24,6 +31,7 @@ def test_an_engine_sleeps_through_every_step_and_comes_back_from_the_dead(tmp_pa
     command = [sys.executable, str(ROOT / "tests" / "end_to_end" / "sleeping.py"), "train", str(RECIPE), *SETTINGS]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = Run(tmp_path, subprocess.Popen(command, cwd=tmp_path, **pipes))
+    STARTED.append(run)
     run.wait_until(lambda: run.lines() >= 2)
     core = run.find("engine core")
     core.suspend()  # calls wait for it when it dies: the server listens no more, and does not end

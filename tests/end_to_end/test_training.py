@@ -205,9 +205,9 @@ ENGINE_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINE_SETTINGS)
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=pytest.mark.thorough), "sglang"])
 def test_overrides_of_the_model_reach_both_sides_and_the_export(tmp_path: Path, engine: str) -> None:
-    """With engines of the run's own, started from RUN/engine_model; the two compute alike."""
+    """With an engine of the run's own, started from RUN/engine_model. In test-all alone: vLLM, which reads the same folder."""
     skip_without(engine)
     attentive_model(tmp_path / "model")
     arithmetic.write(tmp_path / "data", held_out=8)
@@ -234,8 +234,9 @@ def test_a_complete_run_says_so(finished: Path) -> None:
     assert "is complete (4 steps)" in text
 
 
+@pytest.mark.thorough
 def test_the_sbatch_script_trains_without_slurm(tmp_path: Path, on_shared: OnShared) -> None:
-    """With it: tests/slurm."""
+    """Adds the script's way without Slurm to the way with it (tests/slurm) and to its dry run (tests/launch/test_slurm.py)."""
     given = {"HPT_RECIPE": str(RECIPE), "HPT_BIN": str(Path(sys.executable).with_name("megatron-hpt"))}
     settings = ("evaluation.sets={}", "trainer.steps=1", "parallel.tensor=1", *SMALL, *on_shared.settings(tmp_path))
     outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}

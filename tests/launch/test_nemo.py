@@ -85,8 +85,9 @@ def test_a_job_that_fails_here_is_an_error_and_says_why(tmp_path: Path) -> None:
     assert "quickstart: FAILED" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_here_with_two_ranks_and_its_output(tmp_path: Path) -> None:
+    """Adds NeMo-Run's local executor, to the end of a run, to the runs that tests/slurm/test_nemo.py sends to Slurm."""
     settings = ["trainer.steps=2", "trainer.prompts_per_step=8", "rollout.samples_per_prompt=4", "optimizer.warmup_steps=0"]
     recipe = str(ROOT / "recipes" / "quickstart.py")
     done = hpt(tmp_path, "launch", recipe, "--cluster", here(tmp_path, settings=settings), "--logs")

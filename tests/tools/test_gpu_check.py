@@ -42,8 +42,9 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert "no CUDA device" in tool("gpu_check.py", tmp_path, ok=False)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_every_check_runs_on_the_host(tmp_path: Path) -> None:
+    """Adds the rehearsal of what only a GPU's visitor runs; verdicts and figures are tested above."""
     table = tool("gpu_check.py", tmp_path, "--rehearse")
     assert "failed" not in table
     for what in (
