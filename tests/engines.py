@@ -4,7 +4,6 @@ A start is the dearest thing there is, so one server of each engine serves all t
 reach it by ``rollout.urls``, and bring their weights with them. It has the quickstart's model.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 from megatron_hpt import recipe
 from megatron_hpt.config import Config, DataConfig, ModelConfig, RolloutConfig
 from megatron_hpt.examples import arithmetic, tiny_llama
+from megatron_hpt.launch.children import Child, members, shared_memory, stop_all
 from megatron_hpt.launch.scratch import Scratch
 from megatron_hpt.process import TOKEN_VARIABLE, token_header
 from megatron_hpt.rollout.engine import Weights
@@ -116,15 +116,17 @@ class Server:
         return greedy(self.kind, self.url)
 
     def stop(self) -> None:
-        """End it with everything it started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """End it with everything it started, as a supervisor does."""
+        stop_all([Child(self.kind, self.process, self.log, 0, self.process.args, self.environment)])
         self.scratch.close()
+
+    def kill(self) -> None:
+        """End it as a machine's memory does; what nobody is left to remove is removed here."""
+        shared = set().union(*(shared_memory(pid) for pid in members(self.process.pid)))
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for path in shared:
+            path.unlink(missing_ok=True)
 
 
 class SharedEngines:

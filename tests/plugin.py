@@ -12,12 +12,12 @@ from tests import janitor
 
 BESIDE = {
     "runs": ("tests/end_to_end/",),
-    "engines": ("tests/weights/test_engines.py", "tests/weights/test_faults.py", "tests/rewards/test_http.py"),
     "slurm": ("tests/slurm/",),
+    "engines": ("tests/weights/test_engines.py", "tests/weights/test_faults.py", "tests/rewards/test_http.py"),
     "ranks": ("tests/actor/", "tests/launch/test_memory.py", "tests/weights/test_conversion.py"),
 }
 """Group → where its tests are. Those of a group run one after the other in one process, whose engines, Slurm and forked ranks
-serve all of them. Groups, and the files of no group, run beside each other (pytest-xdist)."""
+serve all of them. Groups, longest first, and then the files of no group run beside each other (pytest-xdist)."""
 SKIPS = {
     "there is a real nvidia-smi": "a machine with GPUs cannot show what one without does",
     "this machine has a GPU": "likewise",
@@ -38,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order = list(BESIDE)
+    items.sort(key=lambda item: order.index(group) if (group := group_of(item.nodeid)) in order else len(order))
     for item in items:
         if item.get_closest_marker("thorough") and not (item.function.__doc__ or "").strip():
             raise pytest.UsageError(f"{item.nodeid}: a test of `make test-all` alone says in its docstring what it adds")
@@ -47,11 +49,17 @@ class BesideEachOther(LoadScopeScheduling):
     """Sends a group to one process, and of the other tests a file, whose fixtures are then made once."""
 
     def _split_scope(self, nodeid: str) -> str:
-        groups = [group for group, places in BESIDE.items() if nodeid.startswith(places)]
-        return groups[0] if groups else nodeid.partition("::")[0]
+        return group_of(nodeid)
+
+
+def group_of(nodeid: str) -> str:
+    """Of a test: one of `BESIDE`, or its file."""
+    groups = [group for group, places in BESIDE.items() if nodeid.startswith(places)]
+    return groups[0] if groups else nodeid.partition("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> BesideEachOther:
+    config.option.loadscopereorder = False  # it would begin with what has most tests, not with what takes longest
     return BesideEachOther(config, log)
 
 

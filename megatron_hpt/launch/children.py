@@ -118,17 +118,17 @@ def stop_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:
     Python's resource trackers come last: they remove the shared memory of those that were killed. What they know nothing of
     (SGLang's load figures, which it leaves behind however it ends) is removed here.
     """
-    shared = set().union(*(_shared_memory(pid) for child in children for pid in _members(child.process.pid)))
+    shared = set().union(*(shared_memory(pid) for child in children for pid in members(child.process.pid)))
     alive = _left([child for child in children if child.signal_group(signal.SIGTERM)], grace_s)
     for child in alive:
-        for pid in _members(child.process.pid):
+        for pid in members(child.process.pid):
             if b"multiprocessing.resource_tracker" not in _command(pid):
                 _kill(pid)
     for child in _left(alive, TRACKERS_S):
         child.signal_group(signal.SIGKILL)
     for child in children:
         child.process.wait()
-    for path in shared and shared - set().union(*map(_shared_memory, _processes())):
+    for path in shared and shared - set().union(*map(shared_memory, _processes())):
         path.unlink(missing_ok=True)
 
 
@@ -145,7 +145,8 @@ def _processes() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
-def _members(group: int) -> list[int]:
+def members(group: int) -> list[int]:
+    """Processes of a group."""
     found = []
     for pid in _processes():
         with contextlib.suppress(ProcessLookupError):
@@ -154,7 +155,7 @@ def _members(group: int) -> list[int]:
     return found
 
 
-def _shared_memory(pid: int) -> set[Path]:
+def shared_memory(pid: int) -> set[Path]:
     """Files of /dev/shm that a process has mapped."""
     with contextlib.suppress(OSError):
         maps = Path(f"/proc/{pid}/maps").read_text()

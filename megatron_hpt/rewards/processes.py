@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -55,10 +56,13 @@ class _Nursery:
         self._start()
 
     def _start(self) -> None:
+        # Graders are killed in the middle of their work: what they had written goes with this process.
+        self._own = tempfile.TemporaryDirectory(prefix="hpt-graders-", ignore_cleanup_errors=True)
         self._control, theirs = socket.socketpair()
         command = [sys.executable, "-m", "megatron_hpt.rewards.worker", str(theirs.fileno())]
         with theirs:
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+            environment = {**os.environ, "TMPDIR": self._own.name}
+            self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         self._control.settimeout(_START_S)
         try:
             send(self._control, self._settings.model_dump(mode="json"))
@@ -90,6 +94,7 @@ class _Nursery:
         self._control.close()
         self._process.kill()
         self._process.wait()
+        self._own.cleanup()
 
 
 class _Grader:

@@ -197,13 +197,22 @@ def test_killing_the_jail_from_outside_ends_all_of_it(tmp_path: Path) -> None:
     started = subprocess.Popen(
         ["python3", "-c", f"import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parents[3])!r})\n{HOLD}"],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(sandbox.__file__).parents[3])},
+        env={**os.environ, "PYTHONPATH": str(Path(sandbox.__file__).parents[3]), "TMPDIR": str(tmp_path)},
     )
-    time.sleep(1.5)
+    wait_until(runs=True)
     started.kill()
     started.wait()
-    time.sleep(0.3)
-    assert subprocess.run(["pgrep", "-f", "time.sleep.4343"], stdout=subprocess.DEVNULL).returncode == 1
+    wait_until(runs=False)
+
+
+def wait_until(runs: bool) -> None:
+    """The program of `HOLD` runs, or not."""
+    deadline = time.monotonic() + 30
+    while (
+        subprocess.run(["pgrep", "-f", "^python3 -c import time; time.sleep.4343"], capture_output=True).returncode == 0
+    ) != runs:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 HOLD = """

@@ -47,7 +47,9 @@ MODELS = {
         norm_topk_prob=True,
     ),
 }
-OF_MODEL = {"experts": SPARSE, "biases": GROUPED}
+FEW = {name: GROUPED[name] for name in ("TP2 x PP2", "TP4, 2 groups")}
+OF_MODEL = {"experts": SPARSE, "biases": FEW}
+"""Other models than `LAYOUTS`; the others go through all of those in test-all."""
 QUICK = {("vllm", 2, "biases"), ("sglang", 1, "experts")}
 """Every engine, every kind of tensor (tied, with a bias, of an expert), one and two ranks, in two starts."""
 MATRIX = [
