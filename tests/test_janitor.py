@@ -72,6 +72,7 @@ def nested(tmp_path: Path):
     return start
 
 
+@pytest.mark.slow
 def test_what_is_left_is_named_and_fails_the_run(nested) -> None:
     run = nested(LEAVES)
     out, _ = run.communicate(timeout=120)
@@ -108,6 +109,7 @@ def test_ctrl_c_leaves_nothing(nested, tmp_path: Path) -> None:
     assert "nothing is left" in out
 
 
+@pytest.mark.slow
 def test_seconds_are_told_by_folder_and_unexpected_skips_fail_where_all_should_run(nested) -> None:
     for environment, code in (({}, 0), ({"CI": "1"}, 1)):
         run = nested(TIDY, **environment)

@@ -128,8 +128,20 @@ def stop_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:
         child.signal_group(signal.SIGKILL)
     for child in children:
         child.process.wait()
-    for path in shared and shared - set().union(*map(shared_memory, _processes())):
-        path.unlink(missing_ok=True)
+    _remove(shared)
+
+
+def _remove(paths: set[Path]) -> None:
+    """Remove files that nobody has mapped; helpers that left the group, as SGLang's do, end a moment later."""
+    deadline = time.monotonic() + TRACKERS_S
+    while paths:
+        mapped = set().union(*map(shared_memory, _processes()))
+        for path in paths - mapped:
+            path.unlink(missing_ok=True)
+        paths &= mapped
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.1)
 
 
 def _left(children: Sequence[Child], seconds: float) -> list[Child]:

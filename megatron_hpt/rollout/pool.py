@@ -87,7 +87,9 @@ class _Server:
     progress: Hashable = None
     """What it last told of the tokens that it has produced."""
     progressed: float = 0.0
-    """When that last changed, a request was finished, or there was nothing to do."""
+    """When that last changed, or there was nothing to do."""
+    served: float = 0.0
+    """When it last finished a request."""
 
     @property
     def load(self) -> Load:
@@ -206,7 +208,6 @@ class EnginePool:
         finally:
             task.cancel()
             del server.flight[task]
-            server.progressed = time.monotonic()
         if task.cancelled():
             raise EngineError(f"engine {server.engine.url} was taken out: {server.reason}")
         try:
@@ -219,6 +220,7 @@ class EnginePool:
         except EngineError as error:
             self._take_out(server, str(error))
             raise
+        server.served = server.progressed = time.monotonic()
         return samples
 
     async def _watch(self, server: _Server) -> None:
@@ -229,11 +231,12 @@ class EnginePool:
 
     async def _ask(self, server: _Server) -> None:
         """How an engine is, and what it serves; it goes out, becomes late or comes back accordingly."""
-        was_out, needed = not server.in_service, self._version
+        was_out, needed, asked = not server.in_service, self._version, time.monotonic()
         try:
             version, progress = await self._answer(server)
         except DeadlineError as error:
-            self._give_up(server, str(error))
+            if server.served < asked:  # else it is late, and works
+                self._give_up(server, str(error))
         except EngineError as error:
             self._take_out(server, str(error))
         else:

@@ -79,6 +79,7 @@ print((status("VmHWM") - before) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tokens() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEMORY], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 3 * logprob.CHUNK_BYTES  # the dense logits are nine

@@ -222,6 +222,7 @@ def write_large(path: Path, rows: int, group: int) -> None:
                 pending = []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "group", "most"),
     [

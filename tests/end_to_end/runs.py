@@ -1,6 +1,5 @@
 """Starting real runs from tests, and looking at their processes."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -92,8 +91,3 @@ def gone(processes: list[psutil.Process], seconds: float = 15) -> list[psutil.Pr
     """Those of the processes that are still alive after a while."""
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-
-def shared_memory() -> set[str]:
-    """Names in /dev/shm."""
-    return set(os.listdir("/dev/shm"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .runs import RECIPE, ROOT, SMALL, STARTED, Run, shared_memory
+from .runs import RECIPE, ROOT, SMALL, STARTED, Run
 from .test_training import metrics
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,6 @@ ASLEEP, WEIGHTS, CACHE = "fall asleep", "wake up tags ['weights']", "wake up tag
 
 
 def test_an_engine_sleeps_through_every_step_and_comes_back_from_the_dead(tmp_path: Path) -> None:
-    before = shared_memory()
     command = [sys.executable, str(ROOT / "tests" / "end_to_end" / "sleeping.py"), "train", str(RECIPE), *SETTINGS]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = Run(tmp_path, subprocess.Popen(command, cwd=tmp_path, **pipes))
@@ -51,4 +50,3 @@ def test_an_engine_sleeps_through_every_step_and_comes_back_from_the_dead(tmp_pa
     assert said.count(ASLEEP) > STEPS
     # The second server starts awake: it may be given weights before it first sleeps.
     assert {(last, now) for last, now in itertools.pairwise(said) if now != ASLEEP} == {(ASLEEP, WEIGHTS), (WEIGHTS, CACHE)}
-    assert shared_memory() <= before

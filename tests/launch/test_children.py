@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_hpt.launch import children
 from megatron_hpt.launch.children import Child, describe_exit, failure_of, stop_all
 
 
@@ -53,8 +54,11 @@ def test_shared_memory_of_a_stubborn_process_goes_with_it(tmp_path: Path) -> Non
     assert child.exit_code == -signal.SIGKILL
 
 
-def test_a_file_that_no_tracker_knows_of_goes_with_the_process_that_had_mapped_it(tmp_path: Path) -> None:
+def test_a_file_that_no_tracker_knows_of_goes_with_the_process_that_had_mapped_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As SGLang's load figures; one that another process has mapped stays."""
+    monkeypatch.setattr(children, "TRACKERS_S", 0.5)
     own, common = (Path(f"/dev/shm/megatron_hpt_{name}_{os.getpid()}") for name in ("own", "common"))
     for path in (own, common):
         path.write_bytes(b"x" * 4096)

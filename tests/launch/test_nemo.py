@@ -40,6 +40,7 @@ def here(folder: Path, **settings: object) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_what_would_be_submitted_for_the_70b(tmp_path: Path) -> None:
     """Write the file anew where NeMo-Run or the site's example changes: HPT_GOLDEN=1 pytest …"""
     done = hpt(tmp_path, "launch", "recipes/llama_3_1.py", "size=70B", "method=hpt", "--cluster", "login_node", "--dry-run")
@@ -51,6 +52,7 @@ def test_what_would_be_submitted_for_the_70b(tmp_path: Path) -> None:
     assert found == GOLDEN.read_text()
 
 
+@pytest.mark.slow
 def test_a_tunnel_is_not_opened_to_show_what_it_would_carry(tmp_path: Path) -> None:
     done = hpt(tmp_path, "launch", "recipes/llama_3_1.py", "size=70B", "--cluster", "over_ssh", "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -70,6 +72,7 @@ def test_a_recipe_is_a_script_and_an_executor_to_compose(tmp_path: Path) -> None
     assert done.stdout == "Script SlurmExecutor 17\n", done.stderr
 
 
+@pytest.mark.slow
 def test_an_experiment_that_nobody_launched(tmp_path: Path) -> None:
     done = hpt(tmp_path, "status", "quickstart_1")
     assert (done.returncode, done.stdout) == (1, "")

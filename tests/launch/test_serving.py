@@ -74,6 +74,7 @@ def test_engines_that_die_are_started_again_as_often_as_allowed(config: Config, 
     assert [(tmp_path / "logs" / f"engine_{i}.log").read_text().split()[0] for i in range(2)] == ["4,5", "6,7"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_given_up_and_started_again(config: Config, tmp_path: Path) -> None:
     with Servers(config, tmp_path, tmp_path / "logs", ()) as servers:
         servers.wait(lambda text: None)

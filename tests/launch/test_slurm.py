@@ -157,6 +157,7 @@ def test_the_rank_that_srun_names_is_the_one_that_failed(tmp_path: Path, said: s
     assert (failure.name, failure.exit_code) == (f"trainer rank {rank}", code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["hpt_70b", "hpt_8gpu"])
 def test_what_a_script_would_start_is_as_it_was(script: str) -> None:
     """After a change that is meant: HPT_DRY_RUN=1 HPT_PYTHON=python bash slurm/SCRIPT.sbatch >tests/launch/SCRIPT.txt."""

@@ -50,7 +50,8 @@ def run(server: Server, grader: Grader, gate: GateConfig, prompt: Prompt = PROMP
             early = Early(GateDecider(hybrid(gate), 0, {}), grader)
             groups = await sample(pool, [prompt], SETTINGS, (0,), 3, early)
             groups = await grade(groups, grader, demonstrations=False)
-        await asyncio.sleep(0.1)
+        while server.running:  # a closed connection is noticed a moment later
+            await asyncio.sleep(0.01)
         return groups[0]
 
     return serve([server], action)

@@ -187,8 +187,8 @@ def test_an_engine_comes_back_and_waiting_requests_go_to_it() -> None:
 
     async def action(pool):
         pending = asyncio.create_task(pool.generate(request(7)))
-        await asyncio.sleep(0.2)
-        assert (pool.in_service, only.seeds) == (0, [])
+        await until(lambda: pool.in_service == 0)
+        assert only.seeds == []
         only.healthy = True
         return await pending
 
@@ -203,7 +203,7 @@ def test_an_engine_of_other_weights_is_not_used_until_it_has_the_right_ones(vers
         await asyncio.gather(*(pool.generate(request(seed, (seed,))) for seed in range(4)))
         used = (len(other.seeds), pool.in_service)
         other.version = "3"
-        await asyncio.sleep(0.2)
+        await until(lambda: pool.in_service == 2)
         await asyncio.gather(*(pool.generate(request(seed, (seed,))) for seed in range(4, 8)))
         return used
 
@@ -268,10 +268,9 @@ def test_a_request_that_is_cancelled_leaves_its_engine() -> None:
 
     async def action(pool):
         pending = asyncio.create_task(pool.generate(request(0)))
-        await asyncio.sleep(0.1)
-        assert only.running == 1
+        await until(lambda: only.running == 1)
         pending.cancel()
-        await asyncio.sleep(0.1)
+        await until(lambda: only.running == 0)
         return only.running, pool._servers[0].load.tokens, pool.in_service
 
     assert pooled([only], action) == (0, 0, 1)

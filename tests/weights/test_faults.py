@@ -97,7 +97,7 @@ def test_who_has_not_the_token_changes_nothing_and_samples_nothing(server: Serve
         for header in ({}, {"Authorization": "Bearer another"}):
             method = "GET" if route.endswith("_info") else "POST"
             assert httpx.request(method, server.url + route, headers=header, trust_env=False).status_code == 401
-    assert "a secret" not in "".join(" ".join(p.cmdline()) for p in psutil.process_iter())
+    assert "a secret" not in "".join(" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
 
 
 def test_sleeping_and_waking(server: Server, trainer: Trainer) -> None:
