@@ -12,11 +12,13 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 
+from megatron_hpt.launch.children import shared_memory
 from megatron_hpt.launch.scratch import keep_compiled, sweep
 
 MARK = "HPT_TESTS"
@@ -50,15 +52,18 @@ def watch(out: int) -> None:
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGINT)
         return
     code = 3
-    with contextlib.suppress(BaseException):  # whatever happens here, it is not pytest's
+    try:
         code = _wait(child)
         if code == INTERRUPTED:  # what was killed in its middle leaves what the next one on this machine removes
             sweep()
         left = _left(folder, own, before)
         for line in left or ["nothing is left: no process, port, shared memory, network or temporary file"]:
             os.write(out, f"{line}\n".encode())
+        if code != FAILED:  # else what failed tests have made is to be looked at
+            shutil.rmtree(folder, ignore_errors=True)
         code = code or (FAILED if left else 0)
-        _clean(folder, keep=code == FAILED and not left)
+    except BaseException:  # this process has pytest's stack below it, and must not go on there
+        os.write(out, traceback.format_exc().encode())
     os._exit(code)
 
 
@@ -120,12 +125,8 @@ def _ports(process: psutil.Process) -> str:
 
 def _shared_memory() -> Iterator[str]:
     """Names that no process has mapped: other programs of this machine have theirs."""
-    maps = []
-    for entry in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            maps.append(entry.read_text())
-    mapped = "\n".join(maps)
-    yield from (path.name for path in Path("/dev/shm").iterdir() if f"/dev/shm/{path.name}" not in mapped)
+    mapped = set().union(*map(shared_memory, psutil.pids()))
+    yield from (path.name for path in Path("/dev/shm").iterdir() if path not in mapped)
 
 
 def _networks() -> Iterator[str]:
@@ -134,12 +135,6 @@ def _networks() -> Iterator[str]:
 
 
 KINDS: dict[str, Callable[[], Iterator[str]]] = {"shared memory": _shared_memory, "network namespace": _networks}
-
-
-def _clean(folder: Path, keep: bool) -> None:
-    """Remove the folder, but for what failed tests have left to be looked at."""
-    if not keep:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # What tests tell while they run.

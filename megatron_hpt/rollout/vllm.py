@@ -15,6 +15,9 @@ from megatron_hpt.rollout.cores import cores_of_ranks, threads_of_one_rank
 from megatron_hpt.rollout.engine import Sample, SamplingRequest, Weights
 from megatron_hpt.rollout.http import HttpEngine
 
+ONE_PROCESS = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
+"""The class, because vLLM replaces the word ``uni`` on a host (platforms/cpu.py)."""
+
 
 def server_command(
     config: Config, python: str, model: str, port: int, *, on_gpus: bool, weights: Weights = Weights.NONE
@@ -47,12 +50,8 @@ def _gpu_arguments(config: Config) -> list[str]:
 
 
 def _host_arguments(config: Config) -> list[str]:
-    """One rank computes in the engine's process: vLLM's own choice is one more, which takes as long to start as the others.
-
-    The class is named because vLLM replaces the word ``uni`` on a host (platforms/cpu.py).
-    """
-    one_process = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
-    return one_process if config.rollout.tensor_parallel == 1 else []
+    """One rank computes in the engine's process: vLLM's own choice is one more, which takes as long to start as the others."""
+    return list(ONE_PROCESS) if config.rollout.tensor_parallel == 1 else []
 
 
 def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
@@ -71,9 +70,11 @@ def _host_environment(config: Config) -> dict[str, str]:
     ranks = config.rollout.tensor_parallel
     # Left to itself vLLM wants a NUMA node for each rank, and binds one rank to a core that may be another program's.
     threads = {"VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)} if ranks > 1 else {"OMP_NUM_THREADS": threads_of_one_rank()}
-    # Else the sampler is compiled under the first request, for half a minute; it is no faster then.
-    threads["TORCHDYNAMO_DISABLE"] = "1"
-    return {**threads, "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib)}
+    return {
+        **threads,
+        "TORCHDYNAMO_DISABLE": "1",  # the first request would wait half a minute for a sampler that is no faster
+        "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib),
+    }
 
 
 class VllmEngine(HttpEngine):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from megatron_hpt.evaluation.samples import SampleRow, read_samples
+from megatron_hpt.rollout.vllm import ONE_PROCESS
 from tests.engines import Server, engine_config
 from tests.ranks import free_port
 
@@ -59,6 +60,6 @@ def stock_server(model: Path, folder: Path) -> Server:
     host = ("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--enforce-eager")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *host]
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
-    command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
+    command += ONE_PROCESS
     environment = {**os.environ, "VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     return Server.of_command(command, environment, engine_config("vllm", model), port, folder / "server.log")

@@ -11,6 +11,7 @@ from megatron_hpt.rewards.grades import Answer, Cause
 from megatron_hpt.rewards.http import RewardServer
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rollout.engines import ENGINES
+from megatron_hpt.rollout.vllm import ONE_PROCESS
 
 from ..engines import Server, engine_config, skip_without
 from ..ranks import free_port
@@ -50,7 +51,7 @@ COMMANDS = {
     "vllm": lambda model: [
         *("-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--runner", "pooling", "--dtype", "float32"),
         *("--enforce-eager", "--max-model-len", "64"),
-        *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
+        *ONE_PROCESS,
     ],
     "sglang": lambda model: [
         *("-m", "sglang.launch_server", "--model-path", str(model), "--is-embedding", "--dtype", "float32"),
