@@ -19,12 +19,12 @@ from megatron_hpt import recipe
 from megatron_hpt.config import Config, DataConfig, ModelConfig, RolloutConfig
 from megatron_hpt.examples import arithmetic, tiny_llama
 from megatron_hpt.launch.children import Child, members, shared_memory, stop_all
+from megatron_hpt.launch.launchers import free_port
 from megatron_hpt.launch.scratch import Scratch
 from megatron_hpt.process import TOKEN_VARIABLE, token_header
 from megatron_hpt.rollout.engine import Weights
 from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.weights.control import CONTROLS, EngineControl, InFlight
-from tests.ranks import free_port
 
 PROMPTS = [[5 + i, 15, 6 + i, 20] for i in range(6)]
 TOKENS = 12
@@ -76,7 +76,7 @@ class Server:
     @classmethod
     def of_run(cls, config: Config, folder: Path, weights: Weights = Weights.NONE) -> "Server":
         """Start it as the supervisor of a run does."""
-        kind, port = config.rollout.engine, free_port()
+        kind, port = config.rollout.engine, free_port("127.0.0.1")
         skip_without(kind)
         start = Start(config.engine_model, port, folder, on_gpus=False, weights=weights)
         command = ENGINES[kind].command(config, interpreter(config), start)

@@ -8,13 +8,14 @@ import atexit
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from functools import cache
 from pathlib import Path
+
+from megatron_hpt.launch.launchers import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,15 +67,8 @@ def _serve() -> None:
         answers.flush()
 
 
-def free_port() -> int:
-    """A port of this machine that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _run(ranks: int, timeout: float, **job) -> str | None:
-    port, running = free_port(), {}
+    port, running = free_port("127.0.0.1"), {}
     for rank in range(ranks):
         child = os.fork()
         if child == 0:

@@ -168,10 +168,15 @@ def members(group: int) -> list[int]:
 
 
 def shared_memory(pid: int) -> set[Path]:
-    """Files of /dev/shm that a process has mapped."""
+    """Files of /dev/shm that a process has mapped.
+
+    By their numbers, not by the names in its map: a semaphore is made under another name than the one that it stays under
+    (sem_open of glibc), and the map shows the first.
+    """
     with contextlib.suppress(OSError):
         maps = Path(f"/proc/{pid}/maps").read_text()
-        return {Path(name) for name in re.findall(r"/dev/shm/\S+", maps)}
+        mapped = {int(number) for number in re.findall(r"(\d+) +/dev/shm/", maps)}
+        return {Path(entry.path) for entry in os.scandir("/dev/shm") if entry.inode() in mapped} if mapped else set()
     return set()
 
 

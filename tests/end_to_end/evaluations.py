@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from megatron_hpt.evaluation.samples import SampleRow, read_samples
+from megatron_hpt.launch.launchers import free_port
 from megatron_hpt.rollout.vllm import ONE_PROCESS
 from tests.engines import Server, engine_config
-from tests.ranks import free_port
 
 
 class Evaluation:
@@ -56,7 +56,7 @@ class Evaluation:
 
 def stock_server(model: Path, folder: Path) -> Server:
     """vLLM with a tokenizer and OpenAI's routes, without any of ours. (A seeded prompt cut in two kills it on a host.)"""
-    port = free_port()
+    port = free_port("127.0.0.1")
     host = ("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--enforce-eager")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *host]
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]

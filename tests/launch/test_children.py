@@ -75,6 +75,21 @@ def test_a_file_that_no_tracker_knows_of_goes_with_the_process_that_had_mapped_i
     common.unlink()
 
 
+def test_a_semaphore_whose_tracker_was_killed_goes_with_its_process(tmp_path: Path) -> None:
+    """As SGLang's, which kills all its children, the tracker among them. Its map shows a semaphore under another name."""
+    code = (
+        "import multiprocessing, os, time; from multiprocessing import resource_tracker;"
+        "lock = multiprocessing.get_context('spawn').Lock(); os.kill(resource_tracker._resource_tracker._pid, 9);"
+        "print('has', lock._semlock.name, 'ready', flush=True); time.sleep(600)"
+    )
+    child = start(tmp_path, code)
+    wait_for(child.log, "ready")
+    semaphore = Path(f"/dev/shm/sem.{child.output.split()[1].removeprefix('/')}")
+    assert semaphore.exists()
+    stop_all([child])
+    assert not semaphore.exists()
+
+
 def test_a_child_starts_again_when_nothing_is_left_of_it(tmp_path: Path) -> None:
     code = "import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
     child = start(tmp_path, code + "print('ready', os.environ['HPT_TEST'], flush=True); time.sleep(600)", HPT_TEST="7")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hpt.config import HttpRewardConfig, RewardConfig
+from megatron_hpt.launch.launchers import free_port
 from megatron_hpt.rewards.grades import Answer, Cause
 from megatron_hpt.rewards.http import RewardServer
 from megatron_hpt.rewards.pool import GraderPool
@@ -14,7 +15,6 @@ from megatron_hpt.rollout.engines import ENGINES
 from megatron_hpt.rollout.vllm import ONE_PROCESS
 
 from ..engines import Server, engine_config, skip_without
-from ..ranks import free_port
 
 pytestmark = pytest.mark.slow
 ANSWERS = [Answer(f"{n}+1={n + 1}", str(n + 1), prompt=f"{n}+1=?") for n in range(9)]
@@ -64,7 +64,7 @@ COMMANDS = {
 def server(request: pytest.FixtureRequest, reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     kind = request.param
     skip_without(kind)
-    config, port, log = engine_config(kind, reward_model), free_port(), tmp_path_factory.mktemp(kind) / "log"
+    config, port, log = engine_config(kind, reward_model), free_port("127.0.0.1"), tmp_path_factory.mktemp(kind) / "log"
     environment = {**ENGINES[kind].environment(config, False), "VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [ENGINES[kind].python(), *COMMANDS[kind](reward_model), "--host", "127.0.0.1", "--port", str(port)]
     started = Server.of_command(command, environment, config, port, log)
@@ -102,7 +102,7 @@ def test_what_the_server_refuses_is_ungraded_with_its_words(server: Server) -> N
 
 
 def test_a_server_that_is_not_there_leaves_answers_ungraded() -> None:
-    gone = RewardConfig(name="http", http=HttpRewardConfig(url=f"http://127.0.0.1:{free_port()}"))
+    gone = RewardConfig(name="http", http=HttpRewardConfig(url=f"http://127.0.0.1:{free_port('127.0.0.1')}"))
     grades = asyncio.run(RewardServer(gone).grade(ANSWERS))
     assert {grade.cause for grade in grades} == {Cause.ERROR}
     assert "Cannot connect" in grades[0].detail

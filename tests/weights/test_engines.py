@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hpt.examples import tiny_families, tiny_llama
+from megatron_hpt.launch.launchers import free_port
 from tests.engines import Server, SharedEngines, greedy
-from tests.ranks import free_port, run_ranks
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -109,7 +110,7 @@ def test_every_transport_serves_a_real_engine(tmp_path: Path, shared_engines: Sh
 
 def publish(folder: Path, model: Path, layouts: dict, kind: str, *urls: str) -> dict:
     """Run the publisher on four ranks."""
-    layouts = {name: {**layout, "port": free_port()} for name, layout in layouts.items()}
+    layouts = {name: {**layout, "port": free_port("127.0.0.1")} for name, layout in layouts.items()}
     (folder / "layouts.json").write_text(json.dumps(layouts))
     out = folder / "out.json"
     publisher = Path(__file__).with_name("publisher.py")
