@@ -1,5 +1,5 @@
 # make train [RECIPE=quickstart] [ARGS="trainer.steps=20"]   trains a recipe; the first call installs everything
-# make test-fast                                             what needs no Megatron ranks, engines or servers: about 2 minutes
+# make test-fast                                             what needs no Megatron ranks, engines or servers: under 2 minutes
 # make test                                                  what proves the product: at most 30 minutes on two cores
 # make test-all                                              every test: also the twenty kills, full matrices, more of Slurm
 # make test TESTS=tests/slurm                                of these, some; docs/testing.md says which promise each proves

@@ -104,6 +104,7 @@ def _problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, weight, torch.randint(17, (40,), generator=generator), torch.rand(2, 40, generator=generator)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_a_vocabulary_equal_the_dense_computation(tmp_path) -> None:
     torch.multiprocessing.spawn(_one_of_two_ranks, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]

@@ -129,6 +129,7 @@ def test_what_is_sampled_needs_no_engine(tiny_model: Path, options: Options) -> 
         evaluate(str(tiny_model), ["heldout@2"], options, console)
 
 
+@pytest.mark.slow
 def test_grading_again_changes_scores_alone(tiny_model: Path, options: Options) -> None:
     folder = sampled(tiny_model, options)
     evaluate(str(tiny_model), ["heldout@4"], options, Console(file=io.StringIO()))

@@ -61,6 +61,7 @@ def test_a_tunnel_is_not_opened_to_show_what_it_would_carry(tmp_path: Path) -> N
     assert "model.path=/lustre/staged/Llama-3.1-70B" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_recipe_is_a_script_and_an_executor_to_compose(tmp_path: Path) -> None:
     program = (
         "from megatron_hpt.launch.nemo import task\n"

@@ -23,6 +23,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
     return programs.tool("grade.py", *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_grades_are_written_and_disagreements_printed(tmp_path: Path, suffix: str) -> None:
     given, out = tmp_path / "answers.jsonl", tmp_path / f"grades{suffix}"

@@ -250,6 +250,7 @@ def test_a_request_that_fails_everywhere_names_all_it_was_sent_to() -> None:
     assert {seed for server in servers for seed in server.seeds} == {5}
 
 
+@pytest.mark.slow
 def test_without_any_engine_the_wait_ends_and_says_why_each_is_out() -> None:
     servers = [Server(healthy=False), Server(version="default"), Server(stuck=True)]
     started = time.monotonic()

@@ -77,6 +77,7 @@ def test_fewer_samples_than_asked_for_are_refused() -> None:
         ask(answering(choice(), choice()), lambda engine: engine.generate(REQUEST))
 
 
+@pytest.mark.slow
 def test_a_refusal_and_a_late_answer_are_typed() -> None:
     async def refuse(request: web.Request) -> web.Response:
         return web.Response(status=400, text="prompt too long")

@@ -30,6 +30,7 @@ from .runs import BLUE, HOSTILE, VERMILION
 # -- what is written
 
 
+@pytest.mark.slow
 def test_the_picture_lies_beside_the_page_and_shows_every_run(report: Path) -> None:
     picture = Image.open(BytesIO(report.with_suffix(".png").read_bytes())).convert("RGB")
     counted = {color for count, color in picture.getcolors(1 << 20) if count > 100}
