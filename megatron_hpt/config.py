@@ -267,7 +267,7 @@ class AlgorithmConfig(Section):
     """Correction of what separates the engine's probabilities from the trainer's."""
 
 
-REWARDS = ("math", "math_strict", "choice", "exact", "numeric", "format", "reasoning_gym", "code", "http")
+REWARDS = ("math", "math_strict", "math_reference", "choice", "exact", "numeric", "format", "reasoning_gym", "code", "http")
 """Names of rewards (docs/rewards.md); megatron_hpt/rewards/registry.py has what they do."""
 _SHAPED_ELSEWHERE = ("length", "overlong")
 

@@ -14,8 +14,9 @@ import yaml
 from megatron_hpt.config import RewardConfig, validated_section
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.samples import SampleRow
+from megatron_hpt.rewards import reference
 from megatron_hpt.rewards.answers import chosen, final
-from megatron_hpt.rewards.boxes import last_boxed
+from megatron_hpt.rewards.boxes import last_boxed, visible
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.registry import check, check_name
@@ -102,10 +103,17 @@ def _answer(row: SampleRow) -> Answer:
     return Answer(row.response, row.ground_truth, row.prompt, row.data_source)
 
 
-_ANSWERS = {"choice": chosen, "exact": final, "numeric": final, "reasoning_gym": final}
-"""How graders that do not insist on a box read the answer."""
+_ANSWERS = {
+    "math_reference": reference.last_boxed,
+    **{"choice": chosen, "exact": final, "numeric": final, "reasoning_gym": final},
+}
+"""How graders read the answer that do not take the last box behind the reasoning."""
+
+
+def _boxed(response: str) -> str | None:
+    return last_boxed(visible(response))
 
 
 def answer_of(response: str, grader: str) -> str | None:
     """What maj@k counts: the answer as the grader reads it; None: there is none."""
-    return _ANSWERS.get(grader, last_boxed)(response)
+    return _ANSWERS.get(grader, _boxed)(response)

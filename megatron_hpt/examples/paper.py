@@ -75,6 +75,7 @@ class Run:
     prompts: int = 128
     warmup_steps: int = 0
     skip_above: float | None = None
+    reward: str = "math"
 
 
 _ENTROPY = EntropyConfig(coefficient=1e-3)
@@ -87,7 +88,8 @@ def _hybrid(name: Method) -> Callable[[Model], Run]:
         gate = GateConfig(threshold=model.threshold)
         coefficient = model.demonstration_coefficient
         algorithm = AlgorithmConfig(name=name, gate=gate, demonstration_coefficient=coefficient, entropy=_ENTROPY)
-        return Run(algorithm, lr=5e-6, skip_above=model.skip_above)
+        reward = "math_reference" if name == "hpt_reference" else "math"
+        return Run(algorithm, lr=5e-6, skip_above=model.skip_above, reward=reward)
 
     return run
 
@@ -144,7 +146,7 @@ def config(model: Model, method: Method, layout: LayoutName | None) -> Config:
             chat_template=model.chat_template,
         ),
         algorithm=run.algorithm,
-        reward=RewardConfig(workers=8),
+        reward=RewardConfig(name=run.reward, workers=8),
         rollout=RolloutConfig(
             samples_per_prompt=8,
             servers=place.servers,

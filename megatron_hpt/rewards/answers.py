@@ -6,23 +6,28 @@ import re
 from collections.abc import Callable
 
 from megatron_hpt.config import RewardConfig
-from megatron_hpt.rewards.boxes import last_boxed, unboxed
+from megatron_hpt.rewards.boxes import last_boxed, unboxed, visible
 from megatron_hpt.rewards.grades import Answer, Ungradable
+from megatron_hpt.rewards.math.equality import number
 
-_LETTER = re.compile(r"[\s({\[*]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?[\s({\[*]*([A-D])(?![A-Za-z0-9'])")
-_ANNOUNCED = re.compile(r"(?i:answer(?:\s+is)?|option|choice)\s*:?\s*[*$({\[\s]*([A-D])[*$)}\]]*(?=\s*(?:[.,;:]|\n|$|<))")
+_FONT = r"(?:\\(?:text|textbf|mathrm|mathbf|bf)(?![A-Za-z])\s*\{?)?"
+_OPENED = rf"[\s({{\[*$]*{_FONT}[\s({{\[*$]*(?:(?i:option|choice|answer)\s*:?\s*)?[({{\[]*"
+_CLOSED = r"[\s)}\]*.$]*"
+_ONE = r"([A-D])(?![A-Za-z0-9'])"
+_LETTER = re.compile(_OPENED + _ONE)
+_HEDGED = re.compile(rf"{_CLOSED}{_FONT}\s*(?:,|/|;|\\?&|\+|\bor\b|\band\b)[\s*$}}]*(?:or\b|and\b)?{_OPENED}{_ONE}")
+_ANNOUNCED = re.compile(
+    rf"(?i:answer(?:\s+is)?|option|choice)\s*:?\s*[*$({{\[\s]*{_ONE}(?=[*$)}}\]]*\s*(?:[.,;:/&]|\n|$|<|or\b|and\b))"
+)
+_STRUCTURE = re.compile(r"\\(?:frac|sqrt|binom|log|ln|sin|cos|tan|pi)(?![A-Za-z])|\^")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?<=\d)")
 
 
-def visible(response: str) -> str:
-    """What follows the reasoning."""
-    return response.rpartition("</think>")[2]
-
-
 def final(response: str) -> str:
-    """The last box, or all that follows the reasoning if there is none."""
-    boxed = last_boxed(response)
-    return (visible(response) if boxed is None else boxed).strip()
+    """The last box behind the reasoning, or all that follows the reasoning if there is none."""
+    shown = visible(response)
+    boxed = last_boxed(shown)
+    return (shown if boxed is None else boxed).strip()
 
 
 def choice(answer: Answer) -> float:
@@ -38,13 +43,22 @@ def choice(answer: Answer) -> float:
 
 
 def chosen(response: str) -> str | None:
-    """The letter in the last box, or the last one that is announced ("Answer: B"); None if there is none."""
-    boxed = last_boxed(response)
-    if boxed is not None:
-        found = _LETTER.match(boxed)
-        return found[1] if found else None
-    announced = _ANNOUNCED.findall(visible(response))
-    return announced[-1] if announced else None
+    """The one letter in the last box behind the reasoning; if that has none, the last one that is announced ("Answer: B").
+
+    None if there is none, or if it is hedged ("A or B").
+    """
+    shown = visible(response)
+    boxed = last_boxed(shown)
+    found = _LETTER.match(boxed) if boxed is not None else None
+    if found:
+        return _unless_hedged(boxed, found)
+    announced = list(_ANNOUNCED.finditer(shown))
+    return _unless_hedged(shown, announced[-1]) if announced else None
+
+
+def _unless_hedged(text: str, found: re.Match[str]) -> str | None:
+    other = _HEDGED.match(text, found.end())
+    return None if other and other[1] != found[1] else found[1]
 
 
 def exact(answer: Answer) -> float:
@@ -53,16 +67,22 @@ def exact(answer: Answer) -> float:
 
 
 def numeric(settings: RewardConfig) -> Callable[[Answer], float]:
-    """1.0 if the last number of the final answer is that of the ground truth, within the tolerance."""
+    """1.0 if the value of the final answer, or the last number in it, is that of the ground truth, within the tolerance."""
 
     def grade(answer: Answer) -> float:
-        truth = _last_number(unboxed(answer.ground_truth))
+        truth = _number(unboxed(answer.ground_truth))
         if truth is None:
             raise Ungradable(f"the ground truth {answer.ground_truth!r} has no number")
-        given = _last_number(final(answer.response))
+        given = _number(final(answer.response))
         return float(given is not None and abs(given - truth) <= settings.tolerance * abs(truth))
 
     return grade
+
+
+def _number(text: str) -> float | None:
+    r"""The value of the whole text, as of \frac{1}{2}, or the last number in it; of an expression a part is no value."""
+    value = number(text)
+    return value if value is not None or _STRUCTURE.search(text) else _last_number(text)
 
 
 def _last_number(text: str) -> float | None:

@@ -1,37 +1,74 @@
-"""The answer of a response: what stands in its last \\boxed{…}."""
+"""The answer of a response: what stands in its last box, outside of the reasoning.
+
+One reader for rewards, evaluation and preparation. A box that is only mentioned (`\\boxed` in prose), an empty one, and a
+command that merely begins alike (`\\boxedeqn`) are none.
+"""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-_BRACE = re.compile(r"[{}]")
-_BOX = "\\boxed"
+_COMMAND = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BARE = re.compile(r"[+-]?(?:\d[\d.,]*\d|\d|[A-Za-z](?![A-Za-z]))")
+"""An argument without braces, as TeX takes it, but for numbers of more than one digit: `\\boxed 12`."""
+_BRACE = re.compile(r"(?<!\\)(?:\\\\)*([{}])")
+_LONGEST = 100_000
+"""Characters of a braced group that is looked through; a longer one is no answer."""
+_OPEN, _CLOSE = "<think>", "</think>"
+
+
+class Box(NamedTuple):
+    """What is in a box, and where the box is."""
+
+    content: str
+    start: int
+    end: int
+
+
+def visible(response: str) -> str:
+    """What follows the reasoning, up to reasoning that begins again; nothing of a <think> that never closes."""
+    return response.rpartition(_CLOSE)[2].partition(_OPEN)[0]
+
+
+def last_box(text: str) -> Box | None:
+    """The last box with content, the inner one of boxes within each other; None without one.
+
+    None too if the last box does not close: the text was cut in the middle of its answer.
+    """
+    for command in reversed(list(_COMMAND.finditer(text))):
+        if text.startswith("{", command.end()):
+            end = argument(text, command.end())
+            if end == command.end():
+                return None
+            if content := text[command.end() + 1 : end - 1].strip():
+                return Box(content, command.start(), end)
+        elif (bare := _BARE.match(text, command.end())) and command[0][-1:].isspace():
+            return Box(bare[0], command.start(), bare.end())
+    return None
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{…}; None without one, if its braces do not balance, or if no brace follows it."""
-    start = text.rfind(_BOX)
-    first = start + len(_BOX)
-    if start < 0 or not text.startswith("{", first):
-        return None
-    depth = 0
-    for brace in _BRACE.finditer(text, first):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[first + 1 : brace.start()]
-    return None
+    """Content of the last box; None without one."""
+    box = last_box(text)
+    return box and box.content
 
 
 def unboxed(truth: str) -> str:
     """A ground truth that is given in a box, without it; any other as it is."""
-    return truth if _BOX not in truth else (last_boxed(truth) or truth)
+    return last_boxed(truth) or truth
 
 
 def argument(text: str, start: int) -> int:
-    """Place after the braced group that begins at `start`; `start` itself if none does, or it does not end."""
+    """Place after the braced group that begins at `start`; `start` itself if none does, or it does not end.
+
+    Escaped braces, as of `\\{1,2\\}`, are no braces.
+    """
+    if not text.startswith("{", start):
+        return start
     depth = 0
-    for brace in _BRACE.finditer(text, start):
-        depth += 1 if brace[0] == "{" else -1
+    for brace in _BRACE.finditer(text, start, start + _LONGEST):
+        depth += 1 if brace[1] == "{" else -1
         if depth == 0:
-            return brace.end() if text.startswith("{", start) else start
+            return brace.end()
     return start

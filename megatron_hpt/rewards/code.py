@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_hpt.config import RewardConfig
 from megatron_hpt.rewards import sandbox
-from megatron_hpt.rewards.answers import visible
+from megatron_hpt.rewards.boxes import visible
 from megatron_hpt.rewards.grades import Answer, Ungradable
 
 _FENCED = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL)

@@ -10,7 +10,7 @@ from megatron_hpt.config import REWARDS as NAMES
 from megatron_hpt.config import RewardConfig
 from megatron_hpt.errors import ConfigError, did_you_mean
 from megatron_hpt.imports import import_function
-from megatron_hpt.rewards import answers, code, gym, math
+from megatron_hpt.rewards import answers, code, gym, math, reference
 from megatron_hpt.rewards.grades import Answer
 
 Reward = Callable[[Answer], float]
@@ -30,8 +30,9 @@ def _as_is(reward: Reward) -> Callable[[RewardConfig], Reward]:
 
 
 LOCAL: dict[str, Row] = {
-    "math": Row("the last box, equal in writing, in words or by math-verify: HPT's rule", _as_is(math.reward)),
-    "math_strict": Row("the last box after the reasoning, equal in writing or by math-verify", _as_is(math.strict)),
+    "math": Row("the last box after the reasoning says the same as the ground truth", _as_is(math.reward)),
+    "math_strict": Row("likewise, and units, words and per cent are written alike", _as_is(math.strict)),
+    "math_reference": Row("the rule that the HPT paper reports with: version 6 of its code", _as_is(reference.reward)),
     "choice": Row("the letter chosen, A to D", _as_is(answers.choice)),
     "exact": Row("the final answer, character by character", _as_is(answers.exact)),
     "numeric": Row("the last number of the final answer, within reward.tolerance", answers.numeric),

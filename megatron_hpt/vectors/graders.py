@@ -1,4 +1,4 @@
-"""The reference's graders: this project's `math` against its version 6, the one that HPT reports with."""
+"""The reference's graders: this project's `math_reference` against its version 6, the one that HPT reports with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hpt.errors import DataError
-from megatron_hpt.rewards.math import grade
+from megatron_hpt.rewards.reference import grade
 from megatron_hpt.vectors.check import Outcome
 
 VERSION = "6"
@@ -24,7 +24,7 @@ def check_graders(path: Path) -> Outcome:
     Raises:
         DataError: not a file of grader vectors.
     """
-    outcome = Outcome(f"grader: math (version {VERSION})")
+    outcome = Outcome(f"grader: math_reference (version {VERSION})")
     try:
         cases = json.loads(path.read_text())["cases"]
         graded = [(c["name"], c["response"], c["ground_truth"], c["score"][VERSION]) for c in cases]

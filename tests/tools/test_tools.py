@@ -9,7 +9,7 @@ import pytest
 
 from megatron_hpt.data.prompts import Limits, load_prompts
 from megatron_hpt.examples import smollm2
-from megatron_hpt.rewards.math import grade
+from megatron_hpt.rewards.reference import grade
 from tests import programs
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import re
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
-from megatron_hpt.rewards.boxes import argument
-from megatron_hpt.rewards.words import without_units
+from megatron_hpt.rewards.reference.boxes import argument
+from megatron_hpt.rewards.reference.words import without_units
 
 Rules = tuple[tuple[re.Pattern[str], str], ...]
 

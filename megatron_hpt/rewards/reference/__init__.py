@@ -13,10 +13,10 @@ from functools import lru_cache
 from itertools import pairwise
 from os.path import commonprefix
 
-from megatron_hpt.rewards import symbolic
-from megatron_hpt.rewards.boxes import last_boxed, unboxed
-from megatron_hpt.rewards.forms import listed, number, rational, readable, spoken, typeset
 from megatron_hpt.rewards.grades import Answer
+from megatron_hpt.rewards.reference import symbolic
+from megatron_hpt.rewards.reference.boxes import last_boxed, unboxed
+from megatron_hpt.rewards.reference.forms import listed, number, rational, readable, spoken, typeset
 
 Truth = str | int | float | Sequence[str]
 
@@ -90,27 +90,3 @@ def _is_repetitive(text: str) -> bool:
     suffixes = sorted(text[start:] for start in range(len(text)))
     repeated = sum(len(commonprefix(pair)) for pair in pairwise(suffixes))  # noqa: RUF071 (of characters)
     return repeated > _REPETITIVE_SHARE * len(text) * (len(text) + 1) / 2
-
-
-def strict(answer: Answer) -> float:
-    """1.0 if the last box after the reasoning is written like the ground truth, or math-verify finds them equal.
-
-    Units, words, per cent and case all count, and a box inside <think> does not.
-    """
-    given = last_boxed(answer.response.rpartition("</think>")[2])
-    if given is None or not given.strip():
-        return 0.0
-    given, truth = given.strip(), unboxed(answer.ground_truth).strip()
-    if given == truth:
-        return 1.0
-    plain = _compare_numbers(given, truth)
-    if plain is not None:
-        return float(plain)
-    if not (symbolic.is_parsable(given) and symbolic.is_parsable(truth)) or _is_repetitive(given):
-        return 0.0
-    return float(_marks(given) == _marks(truth) and symbolic.equal(given, truth))
-
-
-def _marks(text: str) -> tuple[bool, bool, str]:
-    """What math-verify looks past: a per cent sign, words, and the case of a name."""
-    return "%" in text, "\\text" in text, text if text.isalpha() else ""

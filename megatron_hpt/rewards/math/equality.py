@@ -1,0 +1,224 @@
+"""Whether two answers say the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from megatron_hpt.rewards.math import relations
+from megatron_hpt.rewards.math.expressions import DEEPEST, LONGEST, read
+from megatron_hpt.rewards.math.nodes import Node, Unreadable
+from megatron_hpt.rewards.math.quantities import Quantity, quantity
+from megatron_hpt.rewards.math.structure import Kind, Part, parse
+from megatron_hpt.rewards.math.values import real, same
+from megatron_hpt.rewards.math.writing import normal, plain
+
+_LONGEST = 4 * LONGEST
+"""Characters, layout included, of an answer that is looked into."""
+
+
+def equal(given: str, truth: str) -> bool:
+    """Whether two answers in LaTeX say the same."""
+    if max(len(given), len(truth)) > _LONGEST:
+        return given.split() == truth.split()
+    given, truth = plain(given), plain(truth)
+    if not given or not truth:
+        return False
+    return _same_text(given, truth) or (_is_flat(given) and _is_flat(truth) and _equal(parse(given), parse(truth)))
+
+
+def _is_flat(text: str) -> bool:
+    """It is short, and its brackets are few within each other."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[{}()\[\]]", text):
+        depth += 1 if bracket in "{([" else -1
+        deepest = max(deepest, depth)
+    return len(text) <= LONGEST and deepest <= DEEPEST
+
+
+def number(latex: str) -> float | None:
+    """The value of an answer that is one number as a whole, in the unit that it is given in; None if it is none."""
+    if len(latex) > LONGEST or not _is_flat(latex):
+        return None
+    part = _value(parse(plain(latex)))
+    try:
+        found = quantity(part.text)
+        return real(_times(read(found.body), found.scale)) if part.kind is Kind.LEAF else None
+    except Unreadable:
+        return None
+
+
+def _same_text(given: str, truth: str) -> bool:
+    one, other = normal(given), normal(truth)
+    return one == other or (one.isalpha() and one.casefold() == other.casefold())
+
+
+def _equal(given: Part, truth: Part) -> bool:
+    if _same_text(given.text, truth.text):
+        return True
+    if given.kind is Kind.NAMED or truth.kind is Kind.NAMED:
+        return _equal_named(given, truth)
+    if given.kind is truth.kind:
+        return _SAME_KIND[given.kind](given, truth)
+    return _other_kinds(given, truth) or _other_kinds(truth, given)
+
+
+# Names: "x = 5" is 5, but not "y = 5"; "f(2) = 3" is 3.
+
+
+def _equal_named(given: Part, truth: Part) -> bool:
+    both = given.kind is truth.kind
+    if both and normal(given.mark) != normal(truth.mark):
+        return relations.equal(_as_relation(given), _as_relation(truth), _equal)
+    if not both and Kind.RELATION in (given.kind, truth.kind):
+        return relations.equal(_as_relation(given), _as_relation(truth), _equal)
+    return _is_consistent(given) and _equal(_value(given), _value(truth))
+
+
+def _value(part: Part) -> Part:
+    return part.parts[0] if part.kind is Kind.NAMED else part
+
+
+def _is_consistent(part: Part) -> bool:
+    """x = 2 + 3 = 5 is, x = 2 + 3 = 6 is not."""
+    return part.kind is not Kind.NAMED or all(_equal(step, part.parts[0]) for step in part.parts[1:])
+
+
+def _as_relation(part: Part) -> Part:
+    if part.kind is not Kind.NAMED:
+        return part
+    name, value = Part(Kind.LEAF, part.mark), part.parts[0]
+    return Part(Kind.RELATION, part.text, (name, value), "=")
+
+
+# Several answers.
+
+
+def _equal_lists(given: Part, truth: Part) -> bool:
+    """In any order, however often: each has its equal on the other side."""
+    return _each_has_one(given.parts, truth.parts) and _each_has_one(truth.parts, given.parts)
+
+
+def _each_has_one(parts: Sequence[Part], others: Sequence[Part]) -> bool:
+    return all(any(_equal(part, other) for other in others) for part in parts)
+
+
+def _equal_in_order(given: Part, truth: Part) -> bool:
+    return len(given.parts) == len(truth.parts) and all(map(_equal, given.parts, truth.parts))
+
+
+def _equal_tuples(given: Part, truth: Part) -> bool:
+    return given.mark == truth.mark and _equal_in_order(given, truth)
+
+
+def _equal_unions(given: Part, truth: Part) -> bool:
+    one, other = _flat(given), _flat(truth)
+    return _equal_lists(one, other)
+
+
+def _flat(union: Part) -> Part:
+    """Elements of finite sets are parts like intervals."""
+    parts = [element for part in union.parts for element in (part.parts if part.kind is Kind.SET else (part,))]
+    return Part(Kind.SET, union.text, tuple(parts))
+
+
+def _equal_ratios(given: Part, truth: Part) -> bool:
+    """1:2 is 2:4."""
+    one, other = _expressions(given.parts), _expressions(truth.parts)
+    if one is None or other is None or len(one) != len(other):
+        return _equal_in_order(given, truth)
+    cross = [(Node("*", (a, other[0])), Node("*", (b, one[0]))) for a, b in zip(one, other, strict=True)]
+    return all(same(a, b) for a, b in cross)
+
+
+def _expressions(parts: Sequence[Part]) -> list[Node] | None:
+    try:
+        return [read(part.text) for part in parts]
+    except Unreadable:
+        return None
+
+
+def _other_kinds(one: Part, other: Part) -> bool:
+    """Different kinds that may say the same; asked both ways."""
+    pair = (one.kind, other.kind)
+    if one.kind in (Kind.LIST, Kind.SET) and one.parts and all(_equal(part, other) for part in one.parts):
+        return True
+    if pair in ((Kind.LIST, Kind.SET), (Kind.SET, Kind.LIST)):
+        return _equal_lists(one, other)
+    if one.kind is Kind.UNION and all(part.kind is Kind.SET for part in one.parts):
+        return _equal(_flat(one), other)
+    if pair == (Kind.LIST, Kind.TUPLE):
+        return other.mark == "()" and _equal_in_order(one, other)
+    if pair == (Kind.MATRIX, Kind.TUPLE):
+        cells = [cell for row in one.parts for cell in row.parts]
+        is_vector = len(one.parts) == 1 or all(len(row.parts) == 1 for row in one.parts)
+        return is_vector and other.mark == "()" and _equal_in_order(Part(Kind.ROW, one.text, tuple(cells)), other)
+    if pair == (Kind.RATIO, Kind.LEAF) and len(one.parts) == 2:
+        nodes = _expressions([*one.parts, other])
+        return nodes is not None and same(Node("/", (nodes[0], nodes[1])), nodes[2])
+    if pair == (Kind.RELATION, Kind.TUPLE):
+        interval = relations.interval(one)
+        return interval is not None and _equal(interval, other)
+    return False
+
+
+# Expressions.
+
+
+def _equal_leaves(given: Part, truth: Part) -> bool:
+    try:
+        return _equal_quantities(quantity(given.text), quantity(truth.text))
+    except Unreadable:
+        return False
+
+
+def _equal_quantities(given: Quantity, truth: Quantity) -> bool:
+    """Units count, unless one side has none; words that tell answers apart always do (docs/rewards.md)."""
+    one, other = _infinite(given.body), _infinite(truth.body)
+    if one or other:
+        return one == other and given.unit == truth.unit
+    if given.dimension and given.dimension == truth.dimension:
+        return same(_times(read(given.body), given.scale * given.factor), _times(read(truth.body), truth.scale * truth.factor))
+    if given.unit and truth.unit:
+        return given.unit == truth.unit and same(_times(read(given.body), given.scale), _times(read(truth.body), truth.scale))
+    if given.is_compound or truth.is_compound or truth.is_telling:
+        return False
+    return any(same(a, b) for a in _readings(given, truth) for b in _readings(truth, given))
+
+
+def _readings(one: Quantity, other: Quantity) -> list[Node]:
+    """Itself; beside a number without a unit also a share of a hundred, an angle in radians, the digits of another base."""
+    node = _times(read(one.body), one.scale)
+    if one.unit == "percent":
+        return [node, Node("/", (node, read("100")))]
+    if one.unit == "degree":
+        return [node, Node("degrees", (node,))]
+    if node.kind == "based" and read(other.body).kind != "based":
+        return [node, read(node.name)]
+    return [node]
+
+
+def _times(node: Node, factor: Fraction) -> Node:
+    return node if factor == 1 else Node("*", (node, Node("number", value=factor)))
+
+
+def _infinite(body: str) -> str:
+    """An infinity has a sign and no value."""
+    text = normal(body).lstrip("+")
+    return text if text.lstrip("-") == r"\infty" else ""
+
+
+_SAME_KIND: dict[Kind, Callable[[Part, Part], bool]] = {
+    Kind.LEAF: _equal_leaves,
+    Kind.LIST: _equal_lists,
+    Kind.SEQUENCE: _equal_in_order,
+    Kind.SET: _equal_lists,
+    Kind.TUPLE: _equal_tuples,
+    Kind.UNION: _equal_unions,
+    Kind.MATRIX: _equal_in_order,
+    Kind.ROW: _equal_in_order,
+    Kind.CASES: _equal_lists,
+    Kind.RATIO: _equal_ratios,
+    Kind.RELATION: lambda given, truth: relations.equal(given, truth, _equal),
+}

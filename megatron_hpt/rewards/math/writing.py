@@ -1,0 +1,130 @@
+"""One spelling for what is written in several: Unicode, sizes, spaces, fonts, separators of thousands.
+
+Nothing here changes what an answer says; what a rule cannot read it leaves as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+
+from megatron_hpt.rewards.boxes import argument
+from megatron_hpt.rewards.math.unicode import as_latex
+
+Rules = tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
+
+
+def _rules(*pairs: tuple[str, str | Callable[[re.Match[str]], str]]) -> Rules:
+    return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
+
+
+_END = r"(?![A-Za-z])"
+_LAYOUT = _rules(
+    (r"\\(?:text)?color\s*\{[A-Za-z]+\}|\\(?:[hv]?phantom|hspace\*?|label|tag\*?)\s*\{[^{}]*\}", " "),
+    (rf"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|"
+     rf"left|right|[bB]ig[lrm]?|[bB]igg[lrm]?){_END}\.?", " "),
+    (rf"\\(?:bm|boldsymbol|mathbf|textbf|mathit|textit|emph|underline|hbox|mathnormal|ensuremath){_END}\s*", " "),
+    (rf"\\[dtc]frac{_END}", r"\\frac"),
+    (rf"\\(?:dbinom|tbinom){_END}", r"\\binom"),
+    (rf"\\(?:dots|cdots|dotsc|dotsb|hdots){_END}", r"\\ldots"),
+    (rf"\\varnothing{_END}|\\O{_END}", r"\\emptyset"),
+    (rf"\\(ne|le|ge)q{_END}", r"\\\1"),
+    (rf"\\(le|ge)qslant{_END}", r"\\\1"),
+    (rf"\\lt{_END}", "<"),
+    (rf"\\gt{_END}", ">"),
+    (rf"\\(?:times|ast|bullet){_END}", r"\\cdot "),
+    (rf"\\lbrace{_END}", r"\\{"),
+    (rf"\\rbrace{_END}", r"\\}"),
+    (rf"\\(?:[lr]?vert){_END}", "|"),
+    (rf"\\(?:lbrack){_END}", "["),
+    (rf"\\(?:rbrack){_END}", "]"),
+    (rf"\\(?:colon|ratio){_END}", ":"),
+    (rf"\\degree{_END}|\\textdegree{_END}|\^\s*\{{?\s*\\circ\s*\}}?", r"^\\circ "),
+    (rf"\\prime{_END}", "'"),
+    (r"\^\s*\{?\s*('+)\s*\}?", r"\1"),
+    (r"\\begin\s*\{(?:[bvV]|small)?matrix\}|\\begin\s*\{array\}(?:\[[a-z]\])?\s*\{[^{}]*\}", r"\\begin{pmatrix}"),
+    (r"\\end\s*\{(?:[bvV]|small)?matrix\}|\\end\s*\{array\}", r"\\end{pmatrix}"),
+    (r"\\(?:d|r)cases", r"\\cases"),
+    (r"(?<!\\)\\[,;:!> ]|~|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])", lambda m: "" if m[0] == "\\!" else " "),
+)  # fmt: skip
+_LETTERS = _rules(
+    (r"\\(?:mathrm|text|textrm|operatorname\*?|mathop|mathsf)\s*\{\s*([eidx])\s*\}", r" \1 "),
+    (r"\\(?:mathrm|text|textrm|operatorname\*?)\s*\{\s*(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp|max|min|gcd|lcm)"
+     r"\s*\}", r"\\\1 "),
+    (r"(?<![A-Za-z\\])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|infty|max|min|gcd|lcm)(?![A-Za-z])",
+     r"\\\1 "),
+    (r"(?<![A-Za-z\\])(?:inf|infinity)(?![A-Za-z])", r"\\infty "),
+)  # fmt: skip
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\s*\{\s*,\s*\}\s*|,?\\[,!]\s*|~| )\d{3})+(?![\d])")
+_NUMBERS = _rules(
+    (r"\{\s*,\s*\}", ","),
+    (r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([+-]?\d{1,4})(?![\w.])", r"\1\\cdot 10^{\2}"),
+    (r"(?<![\d.,\w}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+    (r"(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}", lambda m: _repeating(m[1], m[2], m[3])),
+)
+_CONNECTIVES = _rules(
+    (r"\s*,?\s*\\(?:text|mathrm|mbox|textrm)\s*\{\s*,?\s*(?:or|and)\s*\}\s*", ", "),
+    (r"(?<=[\s\d}),])\s*,?\s+(?:or|and)\s+", ", "),
+)
+_SAID = (
+    r"^\s*(?:\\text\s*\{)?(?i:(?:the |our |my )?(?:final )?(?:answer|solution|result|value)(?: is| equals)?)"
+    r"\s*[:=]?\s*\}?\s*(?=[-+\\\d(\[$])"
+)
+_ENDS = _rules(
+    (_SAID, ""),
+    (r"^\s*(?:\\approx|\\therefore|\\implies|\\Rightarrow|=)(?![A-Za-z])\s*", ""),
+    (r"(?<![.\s])\s?[.;,]\s*$", ""),
+    (r"^\s*\\(?:\(|\[)|\\(?:\)|\])\s*$", ""),
+    (r"\s+", " "),
+)
+
+
+@lru_cache(maxsize=4096)
+def plain(latex: str) -> str:
+    """The answer in one spelling: commands of LaTeX only, no layout, numbers without separators of thousands."""
+    text = as_latex(latex)
+    text = _GROUPED.sub(lambda m: re.sub(r"\D", "", m[0]), text)
+    text = _whole_text(_apply(text, _ENDS).strip())
+    # "$" stands for mathematics, "\$" for money; a percent sign means the same with and without its backslash
+    text = re.sub(r"(?<!\\)\$", "", text)
+    text = re.sub(r"(?<!\\)%", r"\\%", text)
+    for rules in (_LAYOUT, _CONNECTIVES, _LETTERS, _NUMBERS, _ENDS):
+        text = _apply(text, rules)
+    return _outer(text.strip())
+
+
+@lru_cache(maxsize=4096)
+def normal(text: str) -> str:
+    """A plain text without space and needless braces, for comparison as text; a space behind a comma within digits is kept."""
+    text = re.sub(r"(?<=\d),\s+(?=\d)", ";", text)
+    text = re.sub(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])", r"\1|", text)
+    text = re.sub(r"\\(?:text|mathrm|mbox|textrm|operatorname\*?)\s*(?=\{)", "", text)
+    text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\s", "", text)
+    return re.sub(r"([\^_]|\\[pb]?mod)\{(\w)\}", r"\1\2", text)
+
+
+def _apply(text: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _repeating(whole: str, fixed: str, period: str) -> str:
+    """0.1\\overline{6} is (16 - 1) / 90."""
+    nines = int("9" * len(period) + "0" * len(fixed))
+    return rf"\frac{{{int(whole + fixed + period) - int(whole + fixed or 0)}}}{{{nines}}}"
+
+
+def _whole_text(latex: str) -> str:
+    """Content of the one \\text{…} that the whole answer is; any other answer as it is."""
+    inner = re.sub(r"^\\(?:text|textbf|mathrm|mbox|textrm)\s*(?=\{)", "", latex)
+    return inner[1:-1].strip() if inner != latex and argument(inner, 0) == len(inner) else latex
+
+
+def _outer(text: str) -> str:
+    """Without braces around all of it."""
+    while text.startswith("{") and argument(text, 0) == len(text):
+        text = text[1:-1].strip()
+    return text
