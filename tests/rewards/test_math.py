@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hpt.config import RewardConfig
-from megatron_hpt.rewards import math, registry
+from megatron_hpt.rewards import math, reference, registry
 from megatron_hpt.rewards.boxes import last_boxed
 from megatron_hpt.rewards.grades import Answer
 
@@ -438,3 +438,43 @@ def test_no_text_makes_it_fail(text: str, truth: str) -> None:
 )
 def test_the_strict_rule(response: str, truth: str, reward: float) -> None:
     assert math.strict(Answer(response, truth)) == reward
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "by_reference"),
+    [
+        (r"42 \foo{x}", "42", 1.0),
+        (r"\neq 42", "42", 1.0),
+        (r"\ge 42", "42", 1.0),
+        (r"\text{the answer is not } 42", "42", 1.0),
+        (r"2\det(A)", r"2\det(B)", 1.0),
+        ("2y'", "2y''", 1.0),
+        ("2516_8", "2516_7", 1.0),
+        (r"5\sqrt(3)", "5", 1.0),
+        ("2√3", "2", 1.0),
+        ("5²", "5", 1.0),
+        (r"\frac{1}{2^{87}}", r"\frac{1}{2^{88}}", 1.0),
+        ("f(2)=3", "f(2)=4", 1.0),
+        ("2+2=4", "2+2=5", 1.0),
+        ("1<2", "3<4", 1.0),
+        (r"9\text{ a.m.}", r"9\text{ p.m.}", 1.0),
+        (r"5\text{ feet }3\text{ inches}", r"5\text{ feet }4\text{ inches}", 1.0),
+        (r"2\text{ million}", "2", 1.0),
+        ("12,345", "12, 345", 1.0),
+        ("x²", "x^2", 0.0),
+        ("½", r"\frac{1}{2}", 0.0),
+        ("sin(x)+1", r"\sin(x)+1", 0.0),
+        (r"\frac{1}{e}", r"\frac{1}{\mathrm{e}}", 0.0),
+        (r"\frac{1}{\sqrt{m}}", r"\sqrt{1/m}", 0.0),
+        (r"\ln a+\ln b", r"\ln(ab)", 0.0),
+        (r"e^{i\pi/3}", r"\frac12+\frac{\sqrt3}{2}i", 0.0),
+        ("2 million", "2000000", 0.0),
+        ("12 dollars", "12", 0.0),
+        (r"1\,000", "1000", 0.0),
+        (r"\sin 30^\circ", r"\frac12", 0.0),
+    ],
+)
+def test_where_the_papers_rule_differs(answer: str, truth: str, by_reference: float) -> None:
+    """As docs/rewards.md says."""
+    assert reference.grade(f"\\boxed{{{answer}}}", truth) == by_reference
+    assert math.grade(f"\\boxed{{{answer}}}", truth) == 1.0 - by_reference
