@@ -15,9 +15,10 @@ _OPENED = rf"[\s({{\[*$]*{_FONT}[\s({{\[*$]*(?:(?i:option|choice|answer)\s*:?\s*
 _CLOSED = r"[\s)}\]*.$]*"
 _ONE = r"([A-D])(?![A-Za-z0-9'])"
 _LETTER = re.compile(_OPENED + _ONE)
-_HEDGED = re.compile(rf"{_CLOSED}{_FONT}\s*(?:,|/|;|\\?&|\+|\bor\b|\band\b)[\s*$}}]*(?:or\b|and\b)?{_OPENED}{_ONE}")
+_END = r"(?=[\s)}\]*$.]*(?:$|\n|[,/;&|+-]|or\b|and\b|[({\[]))"
+_HEDGED = re.compile(rf"[\s)}}\]*$]*{_FONT}\s*(?:[,/;|+-]|\\?&|or\b|and\b)*[\s*$}}]*(?:or\b|and\b)?{_OPENED}{_ONE}{_END}")
 _ANNOUNCED = re.compile(
-    rf"(?i:answer(?:\s+is)?|option|choice)\s*:?\s*[*$({{\[\s]*{_ONE}(?=[*$)}}\]]*\s*(?:[.,;:/&]|\n|$|<|or\b|and\b))"
+    rf"(?i:answer|option|choice|choose)(?i:\s+is)?\s*:?\s*{_OPENED}{_ONE}(?=[*$)}}\]]*\s*(?:[.,;:/&|+-]|\n|$|<|or\b|and\b|[A-D]\b))"
 )
 _STRUCTURE = re.compile(r"\\(?:frac|sqrt|binom|log|ln|sin|cos|tan|pi)(?![A-Za-z])|\^")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?<=\d)")

@@ -26,6 +26,18 @@ from megatron_hpt.rewards.pool import GraderPool, weighted
         ("Answer: A careful look shows", None),
         ("<think>the answer is A.</think> I choose nothing", None),
         ("answer: A. No, the answer is B.", "B"),
+        ("\\boxed{\\text{Option B}}", "B"),
+        ("\\boxed{x^2} fits best.\n\n**Answer: D**", "D"),  # a box with mathematics, then the letter
+        ("<think>\\boxed{A}</think> The answer is B.", "B"),
+        ("<think>\\boxed{A}", None),
+        ("The answer is $\\textbf{(C)}$.", "C"),
+        ("\\boxed{B. A or C}", "B"),  # the text of the option
+        ("\\boxed{A or B}", None),
+        ("\\boxed{A, B}", None),
+        ("\\boxed{A/B}", None),
+        ("\\boxed{(A)(B)}", None),
+        ("\\boxed{\\text{A},\\text{B}}", None),
+        ("Answer: A or B", None),
     ],
 )
 def test_the_letter_that_is_chosen(response: str, letter: str | None) -> None:
@@ -48,6 +60,10 @@ def test_a_ground_truth_that_is_no_letter_is_not_a_wrong_answer() -> None:
         ("numeric", "\\boxed{3.14}", "3.1401", 0.0),
         ("numeric", "3 of them", "3.000001", 1.0),
         ("numeric", "none", "3", 0.0),
+        ("numeric", "\\boxed{\\frac{1}{2}}", "0.5", 1.0),
+        ("numeric", "\\boxed{\\frac{7}{2}}", "\\frac{1}{2}", 0.0),
+        ("numeric", "\\boxed{x^2}", "2", 0.0),
+        ("numeric", "<think>\\boxed{3}", "3", 0.0),
         ("numeric", "1e999", "3", 0.0),
         ("format", "so \\boxed{7}", "", 1.0),
         ("format", "so 7", "", 0.0),
