@@ -55,6 +55,8 @@ def proportional(given: Node, truth: Node, positive: bool = False) -> bool:
 
 def real(node: Node) -> float | None:
     """The value of a constant expression as a plain number; None if it has none."""
+    if node.names:
+        return None
     exact = rational(node)
     try:
         return float(number_at(node, {}, "e", True).real if exact is None else exact)
