@@ -76,8 +76,13 @@ _TYPES = {
     "target_lst": (_is_demonstrations, "a list of demonstrations, each a text or a list of messages {role, content}"),
     "data_source": (_is_text, "text"),
     "reward_model": (_is_truth, "a record with the text ground_truth"),
-    "extra_info": (_is_identity, "a record whose index, if it has one, is text or a whole number"),
+    "extra_info": (_is_identity, "a record whose index, if it has one, is text or a whole number, and whose level is text"),
 }
+
+
+def expected(column: str) -> str:
+    """What a column's values are, in words."""
+    return _TYPES[column][1]
 
 
 def doubtful(batch: pa.RecordBatch) -> np.ndarray:
@@ -100,7 +105,8 @@ def _blank_messages(column: pa.Array) -> np.ndarray:
     """Rows of a list column with a message, or a text, that is missing or blank."""
     parents, inner = pc.list_parent_indices(column), column.flatten()
     if _is_list(inner.type):
-        return parents.to_numpy()[_blank_messages(inner)]
+        lengths = pc.fill_null(pc.list_value_length(inner), 0).to_numpy(zero_copy_only=False)
+        return parents.to_numpy()[np.union1d(_blank_messages(inner), np.flatnonzero(lengths != 1))]
     texts = [_inner(inner, key) for key in ("role", "content")] if pa.types.is_struct(inner.type) else [inner]
     blank = np.zeros(len(inner), dtype=bool)
     for text in texts:

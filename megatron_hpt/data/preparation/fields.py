@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_hpt.data.parquet import Message
+from megatron_hpt.data.shown import shown
 
 
 class Unfit(Exception):
@@ -44,13 +45,13 @@ def text(given: Any, field: str) -> str:
     if given is None:
         raise Unfit(f"{field}: null")
     if not isinstance(given, str):
-        raise Unfit(f"{field}: given {_shown(given)} ({type(given).__name__}), expected text")
+        raise Unfit(f"{field}: given {shown(given)} ({type(given).__name__}), expected text")
     if not given or given.isspace():
         raise Unfit(f"{field}: empty")
     try:
         given.encode()
     except UnicodeEncodeError:  # half a surrogate pair: JSON can spell it
-        raise Unfit(f"{field}: not Unicode: {_shown(given)}") from None
+        raise Unfit(f"{field}: not Unicode: {shown(given)}") from None
     return given
 
 
@@ -72,7 +73,7 @@ def messages(given: Any, field: str) -> list[Message]:
         Unfit: no messages, or one of them is empty.
     """
     if not isinstance(given, list) or not given:
-        raise Unfit(f"{field}: given {_shown(given)}, expected a list of messages with role and content")
+        raise Unfit(f"{field}: given {shown(given)}, expected a list of messages with role and content")
     return [
         {key: text(value(_record(message, field), key), f"{field}.{key}") for key in ("role", "content")} for message in given
     ]
@@ -111,10 +112,5 @@ def demonstrations(given: Any, field: str) -> list[str]:
 
 def _record(given: Any, field: str) -> dict[str, Any]:
     if not isinstance(given, dict):
-        raise Unfit(f"{field}: given {_shown(given)}, expected messages with role and content")
+        raise Unfit(f"{field}: given {shown(given)}, expected messages with role and content")
     return given
-
-
-def _shown(given: Any) -> str:
-    shown = ascii(given)
-    return shown if len(shown) <= 60 else f"{shown[:57]}…"
