@@ -1,14 +1,16 @@
-"""JSON Lines by Python's own parser: a line is an object, or a sentence about why not.
+"""JSON by Python's own parser, a piece at a time: the objects of lines, the elements of an array.
 
-Nothing is typed by what it looks like (a date stays text), no line is too long but for `LONGEST`, and no content ends the
-process: pyarrow's reader aborts on `null` and on deep nesting. What Python writes is read, NaN included, which stricter parsers
-refuse.
+Nothing is typed by what it looks like (a date stays text), no object is too long but for `LONGEST`, and no content ends the
+process: on deep nesting pyarrow's reader aborts and ijson's takes all memory. What Python writes is read, NaN included, which
+stricter parsers refuse.
 """
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -16,7 +18,7 @@ READ_BYTES = 1 << 20
 LONGEST = 256 << 20
 """Bytes of a line; more is a file that is not of lines."""
 _BOM = b"\xef\xbb\xbf"
-_parse = json.JSONDecoder().decode
+_parser = json.JSONDecoder()
 _BEGINNINGS = {
     b"[": "a JSON array; expected one object a line: jq -c '.[]' FILE > FILE.jsonl makes such a file, and "
     "tools/prepare_data.py reads arrays as they are",
@@ -48,6 +50,11 @@ def check_beginning(start: bytes) -> None:
             raise NotJson(what)
 
 
+def is_array(start: bytes) -> bool:
+    """A file with these first bytes is one JSON array."""
+    return start.removeprefix(_BOM).lstrip().startswith(b"[")
+
+
 def lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file with their ends, blank ones too.
 
@@ -74,19 +81,113 @@ def record(line: bytes) -> dict[str, Any]:
     """
     try:
         text = line.removeprefix(_BOM).decode()
-        found = _parse(text)
+        found = _parser.decode(text)
     except UnicodeDecodeError as error:
         raise NotJson(f"not UTF-8: {error.reason} at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
         raise NotJson(_why(text, error)) from None
-    except RecursionError:
-        raise NotJson("not JSON that can be read: objects or lists nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise NotJson(f"not JSON that can be read: {error}") from None
+    except (RecursionError, ValueError) as error:
+        raise NotJson(_unreadable(error)) from None
+    return as_record(found)
+
+
+def as_record(found: Any) -> dict[str, Any]:
+    """What is an object.
+
+    Raises:
+        NotJson: it is none.
+    """
     if not isinstance(found, dict):
         what = "null" if found is None else f"a {type(found).__name__}"
         raise NotJson(f"{what}, expected a record of named fields")
     return found
+
+
+def elements(file: BinaryIO) -> Iterator[Any]:
+    """The elements of a file that is one JSON array, as they are read.
+
+    Raises:
+        NotJson: it is none, or one that breaks off.
+    """
+    array = _Array(file)
+    array.skip(_OPENING)
+    while not array.skip(_CLOSING):
+        yield array.element()
+        if not array.skip(_COMMA) and not array.looking_at(_CLOSING):
+            raise NotJson(_CUT if array.is_done() else "not JSON: no comma behind the element before it")
+    if not array.is_done():
+        raise NotJson("not JSON: something stands behind the array")
+
+
+_OPENING, _COMMA, _CLOSING = (re.compile(rf"\s*{mark}\s*") for mark in (r"\ufeff?\s*\[", ",", r"\]"))
+_WHITE = re.compile(r"\s*")
+_CUT = "the file is cut off"
+_TAIL = 64
+"""Characters: a mistake so near to the end of what was read may be one of reading too little."""
+
+
+class _Array:
+    """What of a file was read and is not used yet."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._decode = file, codecs.getincrementaldecoder("utf-8")().decode
+        self._text, self._at, self._ended = "", 0, False
+
+    def skip(self, mark: re.Pattern[str]) -> bool:
+        """Go behind a mark; whether it is there."""
+        found = self.looking_at(mark)
+        if found:
+            self._at = found.end()
+        return found is not None
+
+    def looking_at(self, mark: re.Pattern[str]) -> re.Match[str] | None:
+        """The mark, if it comes next."""
+        self.is_done()
+        return mark.match(self._text, self._at)
+
+    def is_done(self) -> bool:
+        """Nothing comes any more; reads on until that is known."""
+        while _WHITE.match(self._text, self._at).end() == len(self._text):
+            if self._ended:
+                return True
+            self._more()
+        return False
+
+    def element(self) -> Any:
+        """The value that comes next."""
+        while True:
+            try:
+                value, end = _parser.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                is_open = error.msg.startswith("Unterminated string")
+                if self._ended or not (is_open or error.pos > len(self._text) - _TAIL):
+                    is_cut = is_open or error.pos >= len(self._text.rstrip())
+                    raise NotJson(_CUT if is_cut else f"not JSON: {error.msg}") from None
+            except (RecursionError, ValueError) as error:
+                raise NotJson(_unreadable(error)) from None
+            else:
+                if end < len(self._text) or self._ended:  # a number could go on
+                    self._at = end
+                    return value
+            if len(self._text) - self._at > LONGEST:
+                raise NotJson(f"an element of more than {LONGEST >> 20} MiB")
+            self._more()
+
+    def _more(self) -> None:
+        """Twice as much of what is unfinished, so that a long element is parsed a few times only."""
+        data = self._file.read(max(READ_BYTES, len(self._text) - self._at))
+        self._ended = not data
+        try:
+            self._text = self._text[self._at :] + self._decode(data, self._ended)
+        except UnicodeDecodeError as error:
+            raise NotJson(f"not UTF-8: {error.reason}") from None
+        self._at = 0
+
+
+def _unreadable(error: Exception) -> str:
+    """Why a value that may be JSON is not read: its depth, or a number of thousands of digits."""
+    what = "objects or lists nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return f"not JSON that can be read: {what}"
 
 
 def _why(text: str, error: json.JSONDecodeError) -> str:

@@ -5,18 +5,17 @@ A damaged file is an error, a damaged record is a record that says so.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_hpt.data import jsonl
 from megatron_hpt.errors import DataError, did_you_mean
 
 BATCH = 1024
@@ -164,36 +163,43 @@ def _records(batch: pa.RecordBatch, path: Path, first: int) -> list[Record]:
 def _json(path: Path, columns: Collection[str] | None) -> Iterator[Batch]:
     """An array, or one record a line: the first character says which."""
     with path.open("rb") as file:
-        start = file.read(_BUFFER).lstrip()[:1]
+        start = file.read(_BUFFER)
         file.seek(0)
-        records = (_array if start == b"[" else _lines)(file, str(path))
+        try:
+            jsonl.check_beginning(start)
+            records = _lines(file, str(path))
+        except jsonl.NotJson as why:
+            if not jsonl.is_array(start):
+                raise DataError(f"{path}: {why}") from None
+            records = _array(file, str(path))
         done = 0
         while batch := list(islice(records, BATCH)):
             yield Batch(batch, file.tell() - done)
             done = file.tell()
 
 
-def _array(file: IO[bytes], path: str) -> Iterator[Record]:
+def _array(file: BinaryIO, path: str) -> Iterator[Record]:
     row = -1
     try:
-        for row, fields in enumerate(ijson.items(file, "item", use_float=True)):
-            yield _record(path, row, fields)
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}, row {row + 1}: damaged: {error}; fetch the file again") from None
+        for row, found in enumerate(jsonl.elements(file)):
+            yield _record(path, row, lambda found=found: jsonl.as_record(found))
+    except jsonl.NotJson as why:
+        raise DataError(f"{path}, row {row + 1}: damaged: {why}; fetch the file again") from None
 
 
-def _lines(file: IO[bytes], path: str) -> Iterator[Record]:
-    for row, line in enumerate(file):
-        if line.strip():
-            try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield Record(path, row, {}, f"not JSON: {error}")
-            else:
-                yield _record(path, row, fields)
+def _lines(file: BinaryIO, path: str) -> Iterator[Record]:
+    """One a line; rows are numbered as lines are."""
+    row = -1
+    try:
+        for row, line in enumerate(jsonl.lines(file)):
+            if not jsonl.is_blank(line):
+                yield _record(path, row, lambda line=line: jsonl.record(line))
+    except jsonl.NotJson as why:
+        raise DataError(f"{path}, row {row + 1}: {why}") from None
 
 
-def _record(path: str, row: int, fields: Any) -> Record:
-    if isinstance(fields, dict):
-        return Record(path, row, fields)
-    return Record(path, row, {}, f"a {type(fields).__name__}, expected a record of named fields")
+def _record(path: str, row: int, read: Callable[[], dict[str, Any]]) -> Record:
+    try:
+        return Record(path, row, read())
+    except jsonl.NotJson as why:
+        return Record(path, row, {}, str(why))
