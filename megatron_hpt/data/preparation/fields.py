@@ -19,20 +19,30 @@ def optional(given: Any, field: str) -> str | None:
     return None if given is None or given == "" else answer(given, field)
 
 
+def beginnings(path: str) -> list[str]:
+    """What a path may be of: `a.b.c` itself, a field of `a.b`, of `a`; the longest first."""
+    names = path.split(".")
+    return [".".join(names[:number]) for number in range(len(names), 0, -1)]
+
+
 def value(fields: Mapping[str, Any], path: str) -> Any:
     """The value of a field, or of a field of a field: `reward_model.ground_truth`; None if it or what it is in is null.
+
+    A field whose own name has dots comes before a field of a field.
 
     Raises:
         Unfit: no such field.
     """
     found: Any = fields
-    for name in path.split("."):
+    rest = path
+    while rest:
         if found is None:
             return None
-        if not isinstance(found, dict) or name not in found:
+        name = next((name for name in beginnings(rest) if isinstance(found, dict) and name in found), None)
+        if name is None:
             has = ", ".join(found) if isinstance(found, dict) else f"a {type(found).__name__}"
             raise Unfit(f"{path}: missing; there is {has}")
-        found = found[name]
+        found, rest = found[name], rest[len(name) + 1 :]
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_hpt.data.parquet import Problem
 from megatron_hpt.data.preparation.boxed import last_box
-from megatron_hpt.data.preparation.fields import Unfit, answer, chat, demonstrations, optional, text, value
+from megatron_hpt.data.preparation.fields import Unfit, answer, beginnings, chat, demonstrations, optional, text, value
 from megatron_hpt.errors import DataError, did_you_mean
 
 
@@ -29,14 +29,15 @@ class Format:
     name: str
     """`data_source` of problems whose record names none."""
     needed: tuple[str, ...]
+    """Columns, or fields of columns."""
     optional: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Named]
     """Raises Unfit."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All that is read of a file."""
-        return (*self.needed, *self.optional)
+        """All that is read of a file, if it is there."""
+        return tuple(dict.fromkeys(name for path in (*self.needed, *self.optional) for name in beginnings(path)))
 
 
 def openr1(system_prompt: bool) -> Format:
@@ -74,15 +75,21 @@ def benchmark(name: str) -> Format:
 
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
 def _gsm8k(fields: Mapping[str, Any]) -> Named:
     steps, marker, last = text(value(fields, "answer"), "answer").rpartition("####")
     if not marker:
         raise Unfit("answer: no line '#### …' with the final answer")
-    truth = text(last, "answer, after ####").strip().replace(",", "")
+    truth = _without_separators(text(last, "answer, after ####").strip())
     solution = f"{_CALCULATOR.sub('', steps).strip()}\nThe answer is \\boxed{{{truth}}}."
     return Named(Problem(text(value(fields, "question"), "question"), truth, solution))
+
+
+def _without_separators(truth: str) -> str:
+    """`1,200` is 1200; `(1,2)`, `1, 2` and `1,2` are several numbers, and so may `(1,200)` be."""
+    return truth if re.search(r"[(\[{;]|,\s", truth) else _THOUSANDS.sub(lambda number: number[0].replace(",", ""), truth)
 
 
 GSM8K = Format("gsm8k", ("question", "answer"), (), _gsm8k)
@@ -107,7 +114,7 @@ _ROLES = ("prompt", "answer", "demonstration", "system", "id", "source", "level"
 
 
 def mapped(name: str, mapping: Mapping[str, str]) -> Format:
-    """Any records, by the fields that play a role; `a.b` is a field of a field.
+    """Any records, by the fields that play a role; `a.b` is a field of that name, or a field of a field.
 
     Args:
         name: `data_source` of problems without a field for it.
@@ -134,4 +141,4 @@ def mapped(name: str, mapping: Mapping[str, str]) -> Format:
         problem = _problem(question, get("answer", answer), shown, before=before, level=get("level", optional))
         return Named(problem, get("source", optional), get("id", answer))
 
-    return Format(name, tuple(dict.fromkeys(field.split(".")[0] for field in mapping.values())), (), read)
+    return Format(name, tuple(dict.fromkeys(mapping.values())), (), read)

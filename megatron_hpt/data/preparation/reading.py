@@ -5,7 +5,6 @@ A damaged file is an error, a damaged record is a record that says so.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_hpt.data import jsonl
+from megatron_hpt.data.preparation.fields import beginnings
+from megatron_hpt.data.splits import check_one_split
 from megatron_hpt.errors import DataError, did_you_mean
 
 BATCH = 1024
 SUFFIXES = (".parquet", ".json", ".jsonl")
-_SPLIT = re.compile(r"train|test|valid|dev")
 _BUFFER = 1 << 20
 """Bytes of a column that are read ahead."""
 
@@ -74,7 +74,7 @@ class Files:
                 raise DataError(f"{path}: has no rows")
 
     def require(self, columns: Collection[str]) -> None:
-        """See that every parquet file has columns; a JSON record is asked when it is read.
+        """See that every parquet file has columns, or what they are in; a JSON record is asked when it is read.
 
         Raises:
             DataError: names the file and what it has.
@@ -83,7 +83,7 @@ class Files:
             if path.suffix == ".parquet":
                 has = _open(path).schema_arrow.names
                 for name in columns:
-                    if name not in has:
+                    if not any(beginning in has for beginning in beginnings(name)):
                         raise DataError(f"{path}: no column {name!r}; it has {', '.join(has)}{did_you_mean(name, has)}")
 
 
@@ -97,7 +97,7 @@ def local_files(source: Path) -> Files:
         paths = files_below(source)
         if not paths:
             raise DataError(f"{source}: no file in it ends in {', '.join(SUFFIXES)}")
-        return one_split(str(source), paths)
+        return one_split(str(source), source, paths)
     if not source.is_file():
         raise DataError(f"{source}: no such file or folder")
     if source.suffix not in SUFFIXES:
@@ -111,16 +111,15 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(part[0] in "._" for part in path.relative_to(folder).parts))
 
 
-def one_split(source: str, paths: Iterable[Path]) -> Files:
-    """Files that are read together; a folder of train-… and test-… files is not, by oversight.
+def one_split(source: str, folder: Path, paths: Iterable[Path]) -> Files:
+    """Files below a folder that are read together; train/… and test/… are not, by oversight.
 
     Raises:
         DataError: names of several splits.
     """
-    found = {match[0] for path in paths if (match := _SPLIT.match(path.name))}
-    if len(found) > 1:
-        raise DataError(f"{source}: has files of several splits ({', '.join(sorted(found))}); name one of its files or folders")
-    return Files(tuple(sorted(paths)))
+    found = tuple(sorted(paths))
+    check_one_split(source, [path.relative_to(folder).as_posix() for path in found])
+    return Files(found)
 
 
 def _open(path: Path) -> pq.ParquetFile:

@@ -119,6 +119,13 @@ def test_nothing_is_written_when_no_row_is_left_or_a_file_is_damaged(tool, tmp_p
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
+def test_a_column_whose_name_has_a_dot_can_be_named(tool, tmp_path: Path) -> None:
+    rows = [{"q.text": f"{number}+1", "a": {"b": "no"}, "a.b": str(number + 1), "a.c": 5} for number in range(3)]
+    source, out = write(tmp_path / "a.parquet", rows), tmp_path / "out.parquet"
+    tool("columns", source, out, "prompt=q.text", "answer=a.b")
+    assert [row["reward_model"]["ground_truth"] for row in pq.read_table(out).to_pylist()] == ["1", "2", "3"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

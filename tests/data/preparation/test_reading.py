@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_hpt.data import locations
 from megatron_hpt.data.preparation import hub, reading
 from megatron_hpt.data.preparation.reading import BATCH, Files, Record, local_files
 from megatron_hpt.errors import DataError
@@ -154,8 +155,36 @@ def test_a_folder_is_read_by_name_and_not_across_splits(tmp_path: Path) -> None:
         as_parquet(tmp_path / name)
     assert [path.name for path in local_files(tmp_path).paths] == ["train-0.parquet", "train-1.parquet"]
     as_parquet(tmp_path / "test-0.parquet")
-    with pytest.raises(DataError, match=r"has files of several splits \(test, train\); name one"):
+    with pytest.raises(DataError, match=r"several splits \(test: test-0\.parquet, train: train-0\.parquet\); name one"):
         local_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("train/0.jsonl", "test/0.jsonl"),
+        ("main/train/a.jsonl", "main/held_out/a.jsonl"),
+        ("gsm8k-train.jsonl", "gsm8k_test.jsonl"),
+        ("TRAIN.jsonl", "x/validation-00000-of-00001.jsonl"),
+        ("train.jsonl", "heldout.jsonl"),
+    ],
+)
+def test_folders_name_splits_too(tmp_path: Path, one: str, other: str) -> None:
+    """Of what is prepared and of what is trained."""
+    for name in (one, other):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        as_lines(tmp_path / name)
+    for find in (local_files, lambda folder: locations.find(str(folder))):
+        with pytest.raises(DataError, match=r"has files of several splits \(.*; name one"):
+            find(tmp_path)
+    assert len(locations.find(f"{tmp_path}/**/*.jsonl")) == 2  # a pattern says what it means
+
+
+def test_what_only_sounds_like_a_split_is_none(tmp_path: Path) -> None:
+    for name in ("train/latest-contest.jsonl", "train/test_of_time.jsonl", "evaluated.jsonl", "trainer.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        as_lines(tmp_path / name)
+    assert len(local_files(tmp_path).paths) == 4
 
 
 @pytest.mark.parametrize(
