@@ -87,7 +87,7 @@ def expected(column: str) -> str:
 
 def doubtful(batch: pa.RecordBatch) -> np.ndarray:
     """Rows that may not be usable: what is wrong, if anything, `prompts.Reader` says of each. int64, ascending."""
-    prompt, truth = batch.column("prompt"), _inner(batch.column("reward_model"), "ground_truth")
+    prompt, truth = batch.column("prompt"), truths(batch)
     empty = pc.fill_null(pc.less(pc.list_value_length(prompt), 1), True).to_numpy(zero_copy_only=False)
     lengths = pc.fill_null(pc.binary_length(truth.cast(pa.string())), 0).to_numpy(zero_copy_only=False)
     rows = [np.flatnonzero(empty | (lengths == 0)), _blank_messages(prompt)]
@@ -119,6 +119,11 @@ def _blank_messages(column: pa.Array) -> np.ndarray:
 def _inner(column: pa.StructArray, field: str) -> pa.Array:
     """A field of a record; null where the record is."""
     return pc.struct_field(column, field)
+
+
+def truths(batch: pa.RecordBatch) -> pa.Array:
+    """`reward_model.ground_truth` of each row."""
+    return _inner(batch.column("reward_model"), "ground_truth")
 
 
 def identities(batch: pa.RecordBatch) -> list[str | None]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from megatron_hpt.data.columns import data_sources, demonstrations, doubtful, identities
+from megatron_hpt.data.columns import data_sources, demonstrations, doubtful, identities, truths
 from megatron_hpt.data.fields import check_row
 from megatron_hpt.data.locations import Location
+from megatron_hpt.data.placeholders import placeholders
 from megatron_hpt.data.problem_set import ProblemSet, RawRow
 from megatron_hpt.errors import DataError
 
@@ -22,6 +24,8 @@ class Overview:
     rows: int = 0
     demonstrations: int = 0
     """Rows that have one."""
+    placeholders: Counter[str] = field(default_factory=Counter)
+    """Ground truths that are none (`proof`, `notfound`) → rows."""
     data_sources: set[str] = field(default_factory=set)
 
 
@@ -51,6 +55,7 @@ def scan(
             bad.check(batch, int(row), problems.blocks[number].place(first + int(row)))
         overview.demonstrations += demonstrations(batch)
         overview.data_sources |= data_sources(batch)
+        overview.placeholders.update(placeholders(truths(batch)))
         names = _names(problems, number, first, batch)
         if look is not None and not bad.number:
             for row in range(-done % every, batch.num_rows, every):

@@ -83,6 +83,14 @@ def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate, held_o
     none_fits = found.counts["dropped_demonstrations"] and not found.demonstrations
     if gate.needs_demonstrations and (none_fits or not found.overview.demonstrations):
         raise DataError(_without_demonstrations(config, found))
+    if placeholders := found.overview.placeholders:
+        logger.warning(
+            "note: %d rows of %s have a ground truth that says that there is none (%s): no rollout can earn their reward; "
+            "tools/prepare_data.py leaves such rows out",
+            placeholders.total(),
+            found.name,
+            ", ".join(f"{truth!r}: {number}" for truth, number in placeholders.most_common(5)),
+        )
     for name, number in found.counts.items():
         if number:
             logger.warning("note: %s of the %d prompts looked at: %d", name.replace("_", " "), found.rows, number)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
+from megatron_hpt.data.preparation.boxed import last_box
 from megatron_hpt.data.preparation.findings import Item, Kind
 from megatron_hpt.data.preparation.overlap import HeldOut, canonical
 from megatron_hpt.data.preparation.reading import Record
@@ -86,21 +88,65 @@ class Overlap:
 class Demonstrations:
     """Demonstrations that do not earn the reward for their own ground truth."""
 
-    def __init__(self, grade: Grade) -> None:
-        self._grade = grade
+    def __init__(self, grade: Grade, drop: bool = False) -> None:
+        """Args:
+        drop: leave wrong ones out of rows that have right ones too.
+        """
+        self._grade, self._drop = grade, drop
 
     def __call__(self, items: Sequence[Item]) -> None:
         shown = _shown(items)
         grades = self._grade([(text, item.problem.answer) for item, text in shown])
-        for (item, _), grade in zip(shown, grades, strict=True):
-            if grade is None:
-                item.find(Kind.WRONG, f"cannot be graded against {item.problem.answer!r}")
-            elif grade < 1:
-                item.find(Kind.WRONG, f"is graded {grade:g} against {item.problem.answer!r}")
+        given = iter(grades)
+        for item in items:
+            self._judge(item, list(islice(given, len(item.problem.demonstrations))))
+
+    def _judge(self, item: Item, grades: Sequence[float | None]) -> None:
+        shown = item.problem.demonstrations
+        right = [text for text, grade in zip(shown, grades, strict=True) if grade is not None and grade >= 1]
+        is_mended = self._drop and bool(right)
+        for number, grade in enumerate(grades, start=1):
+            if grade is None or grade < 1:
+                which = f"demonstration {number} of {len(grades)} " if len(grades) > 1 else ""
+                what = "cannot be graded" if grade is None else f"is graded {grade:g}"
+                item.find(Kind.WRONG, f"{which}{what} against {item.problem.answer!r}", is_mended)
+        if is_mended:
+            item.problem = replace(item.problem, demonstration=right[0], more=tuple(right[1:]))
 
 
 def _shown(items: Sequence[Item]) -> list[tuple[Item, str]]:
     return [(item, text) for item in items for text in item.problem.demonstrations]
+
+
+def boxes(add: bool) -> Check:
+    """Count demonstrations that end without a box, where a verifier of mathematics reads none.
+
+    Args:
+        add: put a sentence with the answer in a box behind them. A thought that does not end is left as it is: what is behind
+            it would be thought too.
+    """
+
+    def check(items: Sequence[Item]) -> None:
+        for item in items:
+            shown = item.problem.demonstrations
+            bare = {text for text in shown if not _is_boxed(text)}
+            mended = {text for text in bare if add and not _is_open(text)}
+            item.boxed, item.unboxed = (sum(text in some for text in shown) for some in (mended, bare - mended))
+            if mended:
+                box = f"\n\nThe answer is \\boxed{{{item.problem.answer}}}."
+                first, *more = [text.rstrip() + box if text in mended else text for text in shown]
+                item.problem = replace(item.problem, demonstration=first, more=tuple(more))
+
+    return check
+
+
+def _is_boxed(text: str) -> bool:
+    box = last_box(text.rpartition("</think>")[2])
+    return box is not None and bool(box.content)
+
+
+def _is_open(text: str) -> bool:
+    return text.rfind("<think>") > text.rfind("</think>")
 
 
 def instructed(instruction: str) -> Check:

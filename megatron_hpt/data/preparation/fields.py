@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_hpt.data.parquet import Message
+from megatron_hpt.data.placeholders import is_placeholder
 from megatron_hpt.data.shown import shown
 
 
 class Unfit(Exception):
     """A record that cannot become a problem; the message names the field."""
+
+
+class NoAnswer(Unfit):
+    """A record that holds something in place of its answer."""
 
 
 def optional(given: Any, field: str) -> str | None:
@@ -74,6 +79,19 @@ def answer(given: Any, field: str) -> str:
     if isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
         return str(given)
     return text(given, field).strip()
+
+
+def truth(given: Any, field: str) -> str:
+    """An answer that a response can be compared with.
+
+    Raises:
+        NoAnswer: it only says that there is none.
+        Unfit: as `answer`.
+    """
+    found = answer(given, field)
+    if is_placeholder(found):
+        raise NoAnswer(f"{field}: {shown(found)} stands in place of an answer")
+    return found
 
 
 def messages(given: Any, field: str) -> list[Message]:
