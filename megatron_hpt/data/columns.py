@@ -126,6 +126,16 @@ def truths(batch: pa.RecordBatch) -> pa.Array:
     return _inner(batch.column("reward_model"), "ground_truth")
 
 
+def roles(batch: pa.RecordBatch) -> list[str | None]:
+    """The roles of each prompt, one after the other."""
+    column = batch.column("prompt")
+    if not pa.types.is_struct(column.type.value_type):
+        return [None] * batch.num_rows
+    lists = pa.LargeListArray if pa.types.is_large_list(column.type) else pa.ListArray
+    names = _inner(column.values, "role").cast(pa.string())
+    return pc.binary_join(lists.from_arrays(column.offsets, names), "/").to_pylist()
+
+
 def identities(batch: pa.RecordBatch) -> list[str | None]:
     """`extra_info.index` of each row as text; None where there is none."""
     column = batch.column("extra_info") if "extra_info" in batch.schema.names else None

@@ -13,6 +13,8 @@ from megatron_hpt.data.preparation.findings import Item, Kind
 from megatron_hpt.data.preparation.overlap import HeldOut, canonical
 from megatron_hpt.data.preparation.reading import Record
 from megatron_hpt.data.preparation.seen import Seen
+from megatron_hpt.data.rendering import rendered
+from megatron_hpt.errors import DataError
 
 Check = Callable[[Sequence[Item]], None]
 """Gets items that have a problem and nothing that makes them unusable."""
@@ -171,16 +173,23 @@ class Lengths:
     """The longest demonstration that is not long, with end-of-sequence."""
 
     def __call__(self, items: Sequence[Item]) -> None:
-        prompts = self.tokenizer.apply_chat_template(
-            [item.problem.prompt for item in items], add_generation_prompt=True, tokenize=False
-        )
-        for item, length in zip(items, self._count(prompts), strict=True):
+        prompts = [(item, prompt) for item in items if (prompt := self._rendered(item)) is not None]
+        items = [item for item, _ in prompts]
+        for item, length in zip(items, self._count([prompt for _, prompt in prompts]), strict=True):
             item.prompt_length = length
             _limit(item, Kind.LONG_PROMPT, length, self.prompt)
         shown = _shown(items)
         for (item, _), length in zip(shown, self._count([text for _, text in shown]), strict=True):
             item.demonstration_lengths.append(length + 1)
             _limit(item, Kind.LONG_DEMONSTRATION, length + 1, self.response)
+
+    def _rendered(self, item: Item) -> str | None:
+        record = item.record
+        try:
+            return rendered(self.tokenizer, item.problem.prompt, f"{record.file}, row {record.row}")
+        except DataError as why:
+            item.find(Kind.MALFORMED, str(why))
+            return None
 
     def _count(self, texts: list[str]) -> list[int]:
         if not texts:

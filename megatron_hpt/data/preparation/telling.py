@@ -52,8 +52,8 @@ def _boxes(summary: Summary) -> Iterator[str]:
         yield f"{summary.boxed:,} demonstrations without \\boxed{{…}} were given one with their answer"
     if summary.unboxed:
         yield (
-            f"note: {summary.unboxed:,} demonstrations end without \\boxed{{…}}, which the rewards math and choice read: what is "
-            "learnt from them earns nothing; --box puts the answer in a box behind a demonstration, unless its thought never ends"
+            f"note: {summary.unboxed:,} demonstrations end without \\boxed{{…}}, which the rewards math and choice read: what "
+            "is learnt from them earns nothing; --box puts the answer in a box behind each whose thought ends"
         )
 
 

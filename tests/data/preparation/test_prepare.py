@@ -152,6 +152,17 @@ def test_long_rows_are_left_out_when_asked(tool, tmp_path: Path, tiny_model: Pat
     assert findings(out)[0]["detail"] == "44 tokens, not long: 30"
 
 
+def test_a_chat_that_the_template_refuses_is_left_out(tool, tmp_path: Path, tiny_model: Path) -> None:
+    source = write(tmp_path / "a.parquet", [openr1_row(1), openr1_row(2, prompt=[{"role": "user", "content": "2"}])])
+    out = tmp_path / "out.parquet"
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+    options = ("--system-prompt", "keep", "--tokenizer", tiny_model, "--chat-template", template)
+    assert "1 of 2 rows" in tool("openr1", source, out, *options)
+    (found,) = findings(out)
+    assert (found["row"], found["reason"]) == (0, "malformed")
+    assert re.search(r"a\.parquet, row 0, prompt: the chat template .* roles system, user: no system", found["detail"])
+
+
 @pytest.mark.slow
 def test_demonstrations_that_do_not_earn_the_reward_are_found(tool, tmp_path: Path) -> None:
     wrong = {"reward_model": {"style": "rule", "ground_truth": "\\frac{7}{2}"}}
