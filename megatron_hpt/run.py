@@ -28,7 +28,7 @@ class RunDir:
 
     @property
     def data(self) -> Path:
-        """Files of the training data with their rows, when the run started."""
+        """Files of the training data with their rows and checksums, when the run started."""
         return self.path / "data.json"
 
     @property

@@ -10,6 +10,8 @@
     python tools/prepare_data.py word-problems DIR
 
 SOURCE is a parquet, JSON or JSONL file, a folder of them, or a dataset of the Hugging Face hub, OWNER/NAME or OWNER/NAME/GLOB.
+A demonstration must end in the form that the run's reward reads, or what is learnt from it earns nothing: for math and choice
+the answer in \\boxed{…}, which --box puts behind those that have none.
 What is wrong with a row is said in _OUT.rejects.jsonl, by file and row; --drop says what of it costs the row its place.
 """
 
@@ -73,6 +75,7 @@ class Options:
     words: Annotated[int, typer.Option(help="in a row, in common with a test problem: contaminated", min=1)] = WORDS
     reward: Annotated[str | None, typer.Option(help="grade demonstrations against their answers, e.g. math")] = None
     workers: Annotated[int, typer.Option(help="grader processes", min=1)] = 2
+    box: Annotated[bool, typer.Option("--box", help="end demonstrations without \\boxed{…} with their answer in a box")] = False
     drop: Annotated[list[Drop] | None, typer.Option(help="leave out rows with this finding; may be repeated")] = None
 
     def check(self) -> None:
@@ -248,6 +251,7 @@ def _write(
             held_out(options.against, options.words, {out, *sources}) if options.against else None,
             stack.enter_context(_graders(options.reward, options.workers)) if options.reward else None,
             frozenset(Kind(one.value) for one in options.drop or ()),
+            options.box,
         )
         advance = stack.enter_context(_progress(out.name, total))
         summary = Preparation(plan).write(batches, out, advance)

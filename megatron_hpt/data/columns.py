@@ -76,13 +76,18 @@ _TYPES = {
     "target_lst": (_is_demonstrations, "a list of demonstrations, each a text or a list of messages {role, content}"),
     "data_source": (_is_text, "text"),
     "reward_model": (_is_truth, "a record with the text ground_truth"),
-    "extra_info": (_is_identity, "a record whose index, if it has one, is text or a whole number"),
+    "extra_info": (_is_identity, "a record whose index, if it has one, is text or a whole number, and whose level is text"),
 }
+
+
+def expected(column: str) -> str:
+    """What a column's values are, in words."""
+    return _TYPES[column][1]
 
 
 def doubtful(batch: pa.RecordBatch) -> np.ndarray:
     """Rows that may not be usable: what is wrong, if anything, `prompts.Reader` says of each. int64, ascending."""
-    prompt, truth = batch.column("prompt"), _inner(batch.column("reward_model"), "ground_truth")
+    prompt, truth = batch.column("prompt"), truths(batch)
     empty = pc.fill_null(pc.less(pc.list_value_length(prompt), 1), True).to_numpy(zero_copy_only=False)
     lengths = pc.fill_null(pc.binary_length(truth.cast(pa.string())), 0).to_numpy(zero_copy_only=False)
     rows = [np.flatnonzero(empty | (lengths == 0)), _blank_messages(prompt)]
@@ -100,7 +105,8 @@ def _blank_messages(column: pa.Array) -> np.ndarray:
     """Rows of a list column with a message, or a text, that is missing or blank."""
     parents, inner = pc.list_parent_indices(column), column.flatten()
     if _is_list(inner.type):
-        return parents.to_numpy()[_blank_messages(inner)]
+        lengths = pc.fill_null(pc.list_value_length(inner), 0).to_numpy(zero_copy_only=False)
+        return parents.to_numpy()[np.union1d(_blank_messages(inner), np.flatnonzero(lengths != 1))]
     texts = [_inner(inner, key) for key in ("role", "content")] if pa.types.is_struct(inner.type) else [inner]
     blank = np.zeros(len(inner), dtype=bool)
     for text in texts:
@@ -113,6 +119,21 @@ def _blank_messages(column: pa.Array) -> np.ndarray:
 def _inner(column: pa.StructArray, field: str) -> pa.Array:
     """A field of a record; null where the record is."""
     return pc.struct_field(column, field)
+
+
+def truths(batch: pa.RecordBatch) -> pa.Array:
+    """`reward_model.ground_truth` of each row."""
+    return _inner(batch.column("reward_model"), "ground_truth")
+
+
+def roles(batch: pa.RecordBatch) -> list[str | None]:
+    """The roles of each prompt, one after the other."""
+    column = batch.column("prompt")
+    if not pa.types.is_struct(column.type.value_type):
+        return [None] * batch.num_rows
+    lists = pa.LargeListArray if pa.types.is_large_list(column.type) else pa.ListArray
+    names = _inner(column.values, "role").cast(pa.string())
+    return pc.binary_join(lists.from_arrays(column.offsets, names), "/").to_pylist()
 
 
 def identities(batch: pa.RecordBatch) -> list[str | None]:

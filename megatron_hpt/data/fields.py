@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_hpt.data.shown import shown
 from megatron_hpt.errors import DataError
 
 
@@ -26,13 +27,13 @@ def ground_truth(row: dict[str, Any], where: str) -> str:
     """
     truth = _record(row["reward_model"], f"{where}, reward_model").get("ground_truth")
     if not isinstance(truth, str) or not truth:
-        raise DataError(f"{where}, reward_model.ground_truth: given {truth!r}; expected a non-empty string")
+        raise DataError(f"{where}, reward_model.ground_truth: given {shown(truth)}; expected a non-empty string")
     return truth
 
 
 def _record(value: Any, where: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
-        raise DataError(f"{where}: given {value!r}; expected a record of named fields")
+        raise DataError(f"{where}: given {shown(value)}; expected a record of named fields")
     return value or {}
 
 
@@ -43,11 +44,11 @@ def messages(value: Any, where: str) -> list[dict[str, str]]:
         DataError: empty, or a message of it is.
     """
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: given {value!r}; expected a non-empty list of messages with role and content")
+        raise DataError(f"{where}: given {shown(value)}; expected a non-empty list of messages with role and content")
     for message in value:
         fields = message if isinstance(message, dict) else {}
         if not all(isinstance(fields.get(key), str) and fields[key].strip() for key in ("role", "content")):
-            raise DataError(f"{where}: a message is empty, or has no role or no text content: {message!r}")
+            raise DataError(f"{where}: a message is empty, or has no role or no text content: {shown(message)}")
     return value
 
 

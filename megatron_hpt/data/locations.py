@@ -10,6 +10,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from megatron_hpt.data.splits import check_one_split
 from megatron_hpt.errors import DataError
 
 SUFFIXES = (".parquet", ".jsonl")
@@ -41,7 +42,7 @@ def find(paths: str | Sequence[str]) -> list[Location]:
             or a URL of a filesystem of pyarrow (s3://, gs://, hdfs://, file://) or of fsspec.
 
     Raises:
-        DataError: nothing there, or a filesystem that is not installed.
+        DataError: nothing there, a folder with files of several splits, or a filesystem that is not installed.
     """
     return [location for path in ([paths] if isinstance(paths, str) else paths) for location in _matching(path)]
 
@@ -57,7 +58,10 @@ def _matching(given: str) -> list[Location]:
             meant = _matcher(given[len(base) :]) if wildcard else _is_data
             root = base if not base or base.endswith("/") else f"{base}/"
             below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
-            found = {root + inside: each for each in below if meant(inside := _inside(each.path, inner))}
+            named = {inside: each for each in below if meant(inside := _inside(each.path, inner))}
+            if not wildcard:
+                check_one_split(given, [inside for inside, each in named.items() if each.type is pafs.FileType.File])
+            found = {root + inside: each for inside, each in named.items()}
     except OSError as error:
         raise DataError(f"{given}: cannot be looked for: {error}") from None
     files = [

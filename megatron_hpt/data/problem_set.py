@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from megatron_hpt.data.blocks import Block
 from megatron_hpt.data.columns import check_schema, readable
-from megatron_hpt.data.formats import FORMATS, Block, Format, format_of, rows_of
+from megatron_hpt.data.formats import FORMATS, Format, format_of, rows_of
 from megatron_hpt.data.locations import Location, find
 from megatron_hpt.data.order import Layout
 from megatron_hpt.data.spool import Spool
@@ -121,7 +122,9 @@ class ProblemSet:
 
     def raw(self, number: int, row: int, fields: dict[str, Any]) -> RawRow:
         """What was read of a block's row, with its names."""
-        return RawRow(fields, self.blocks[number].place(row), self.default_id(number, row))
+        block = self.blocks[number]
+        whole = self._formats[format_of(block.location)].restored(fields)
+        return RawRow(whole, block.place(row), self.default_id(number, row))
 
     def default_id(self, number: int, row: int) -> str:
         """Id of a block's row whose data gives it none: its place in the file, after that of the file if there are several."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import Any, Literal, Protocol
 from megatron_hpt.config import DataConfig
 from megatron_hpt.data.fields import demonstrations, ground_truth, messages
 from megatron_hpt.data.problem_set import ProblemSet, RawRow
+from megatron_hpt.data.rendering import rendered
 from megatron_hpt.data.scan import scan
 from megatron_hpt.errors import DataError
 
-_THINK = "<think>"
+_OPENED = re.compile(r"(?P<mark><[^<>\s/][^<>\s]*>|\[[A-Z]+\])(?P<space>\s*)\Z")
+"""What a generation prompt may end with: ``<think>``, ``[THINK]``, ``<|assistant|>``."""
 Long = Literal["drop", "cut", "refuse"]
 
 
@@ -76,7 +79,7 @@ class Reader:
         fields, where = row.fields, row.where
         chat = messages(fields["prompt"], f"{where}, prompt")
         truth, written = ground_truth(fields, where), demonstrations(fields, where)
-        text = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        text = rendered(self._tokenizer, chat, where)
         tokens = self._encode(text)
         if len(tokens) > self._limits.prompt:
             if self._limits.long_prompts == "refuse":
@@ -85,6 +88,16 @@ class Reader:
             return None
         demonstration = self._demonstration(text, written, where, visit, counts)
         return Prompt(row.prompt_id, tokens, demonstration, truth, fields.get("data_source") or "", row.level)
+
+    def texts(self, row: RawRow) -> tuple[str, list[str]]:
+        """The rendered prompt of a row; and what was written of it: the messages, the demonstrations.
+
+        Raises:
+            DataError: as `read`.
+        """
+        chat = messages(row.fields["prompt"], f"{row.where}, prompt")
+        written = [*(message["content"] for message in chat), *demonstrations(row.fields, row.where)]
+        return rendered(self._tokenizer, chat, row.where), written
 
     def _demonstration(
         self, prompt: str, written: Sequence[str], where: str, visit: float, counts: Counter[str]
@@ -107,11 +120,12 @@ class Reader:
 
 
 def without_open_think(prompt: str, demonstration: str) -> str:
-    """The demonstration without the ``<think>`` that the prompt's generation prompt has already opened."""
-    opened = prompt[len(prompt.rstrip()) :]
-    if not prompt.rstrip().endswith(_THINK) or not demonstration.startswith(_THINK):
+    """The demonstration without the ``<think>`` (or what else a model calls it) that the prompt has already opened, wherever
+    white space stands around it."""
+    opened = _OPENED.search(prompt)
+    if opened is None or not demonstration.lstrip().startswith(opened["mark"]):
         return demonstration
-    return demonstration.removeprefix(_THINK).removeprefix(opened)
+    return demonstration.lstrip().removeprefix(opened["mark"]).removeprefix(opened["space"])
 
 
 def demonstration_tokens(tokens: Sequence[int], end: int, limit: int, long: Long, where: str) -> list[int] | None:

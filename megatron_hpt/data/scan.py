@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from megatron_hpt.data.columns import data_sources, demonstrations, doubtful, identities
+from megatron_hpt.data.columns import data_sources, demonstrations, doubtful, identities, roles, truths
 from megatron_hpt.data.fields import check_row
 from megatron_hpt.data.locations import Location
+from megatron_hpt.data.placeholders import placeholders
 from megatron_hpt.data.problem_set import ProblemSet, RawRow
 from megatron_hpt.errors import DataError
 
@@ -22,6 +24,8 @@ class Overview:
     rows: int = 0
     demonstrations: int = 0
     """Rows that have one."""
+    placeholders: Counter[str] = field(default_factory=Counter)
+    """Ground truths that are none (`proof`, `notfound`) → rows."""
     data_sources: set[str] = field(default_factory=set)
 
 
@@ -36,7 +40,8 @@ def scan(
     """Read all rows of all sources.
 
     Args:
-        look: given at most `most` rows, evenly spread, or all where there are not more.
+        look: given at most `most` rows, evenly spread, or all where there are not more; and the first of each sequence of
+            roles, which chat templates may refuse.
         advance: told how many rows were read since it was last called.
 
     Raises:
@@ -45,15 +50,17 @@ def scan(
     """
     overview = Overview(sum(problems.rows for problems in sets))
     hashes = np.empty(overview.rows, dtype=np.int64)
+    seen: set[str] = set()
     bad, done, every = _Bad(), 0, max(1, -(-overview.rows // max(1, most)))
     for problems, number, first, batch in _batches(sets):
         for row in doubtful(batch):
             bad.check(batch, int(row), problems.blocks[number].place(first + int(row)))
         overview.demonstrations += demonstrations(batch)
         overview.data_sources |= data_sources(batch)
+        overview.placeholders.update(placeholders(truths(batch)))
         names = _names(problems, number, first, batch)
         if look is not None and not bad.number:
-            for row in range(-done % every, batch.num_rows, every):
+            for row in sorted({*range(-done % every, batch.num_rows, every), *_first(roles(batch), seen)}):
                 look(problems.raw(number, first + row, batch.slice(row, 1).to_pylist()[0]))
         hashes[done : done + batch.num_rows] = np.fromiter(map(hash, names), np.int64, batch.num_rows)
         done += batch.num_rows
@@ -61,6 +68,16 @@ def scan(
     bad.report()
     _check_unique(sets, hashes)
     return overview
+
+
+def _first(roles: Sequence[str | None], seen: set[str]) -> list[int]:
+    """Rows whose roles were not seen before."""
+    new = []
+    for row, sequence in enumerate(roles):
+        if sequence is not None and sequence not in seen:
+            seen.add(sequence)
+            new.append(row)
+    return new
 
 
 def _batches(sets: Sequence[ProblemSet], only: Sequence[str] | None = None):

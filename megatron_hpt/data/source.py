@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_hpt.config import Config, SourceConfig
 from megatron_hpt.data.curriculum import Curriculum, Streaks
+from megatron_hpt.data.fingerprint import fingerprints
 from megatron_hpt.data.order import Mixture, Shuffle, uniform
 from megatron_hpt.data.problem_set import ProblemSet
 from megatron_hpt.data.prompts import Limits, Prompt, Reader, Tokenizer
@@ -94,11 +95,16 @@ class PromptSource:
 
 
 def files(config: Config) -> list[dict[str, Any]]:
-    """The files of `data.train` with their rows, as JSON: the data order is a function of them."""
+    """The files of `data.train` with their rows and checksums, as JSON: what a position gives is a function of them."""
+    sets = open_sets(config)
+    locations = [location for problems in sets for location in problems.locations]
+    rows = Counter[str]()
+    for block in (block for problems in sets for block in problems.blocks):
+        rows[block.location.name] += block.rows
+    checksums = fingerprints(locations)
     return [
-        {"file": location.name, "rows": sum(block.rows for block in problems.blocks if block.location == location)}
-        for problems in open_sets(config)
-        for location in problems.locations
+        {"file": location.name, "rows": rows[location.name], "checksum": checksum}
+        for location, checksum in zip(locations, checksums, strict=True)
     ]
 
 
@@ -109,15 +115,21 @@ def check_same_files(before: Sequence[dict[str, Any]], config: Config) -> None:
         before: what `files` was then.
 
     Raises:
-        DataError: a file is gone, is new, or has another number of rows.
+        DataError: a file is gone, is new, has another number of rows, or other contents as far as its checksum covers them.
     """
-    then, now = ({each["file"]: each["rows"] for each in listed} for listed in (before, files(config)))
+    then, now = ({each["file"]: each for each in listed} for listed in (before, files(config)))
+    back = "Put the file back, or start a new run without --resume"
     for name in sorted(then.keys() | now.keys()):
-        if then.get(name) != now.get(name):
-            known = [f"{rows} rows" if rows is not None else "not there" for rows in (then.get(name), now.get(name))]
+        was, there = then.get(name, {}), now.get(name, {})
+        if was.get("rows") != there.get("rows"):
+            known = [f"{each['rows']} rows" if each else "not there" for each in (was, there)]
             raise DataError(
-                f"{name}: {known[0]} when the run started, {known[1]} now; the order of the data would be another one. "
-                "Put the file back, or start a new run without --resume"
+                f"{name}: {known[0]} when the run started, {known[1]} now; the order of the data would be another one. {back}"
+            )
+        if was.get("checksum", there["checksum"]) != there["checksum"]:  # older runs have none
+            raise DataError(
+                f"{name}: as many rows as when the run started, but other contents (checksum {was['checksum']} then, "
+                f"{there['checksum']} now); the rest of the run would train on other data. {back}"
             )
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_hpt.config import Config
 from megatron_hpt.data.checkpoints import hf_side
-from megatron_hpt.errors import ConfigError, ModelError
+from megatron_hpt.data.fidelity import as_its_file
+from megatron_hpt.errors import ConfigError, HptError, ModelError
 
 _QUESTION = "How many primes are below 100?"
 
@@ -16,15 +17,13 @@ def load_tokenizer(config: Config) -> Any:
     """The tokenizer of `model.path`, with `data.chat_template` in place of its own template.
 
     Raises:
-        ModelError: none there, or without an end-of-sequence token or any template.
+        ModelError: none there, without an end-of-sequence token or any template, or one that is not what its file says.
         ConfigError: the recipe's template is not one.
     """
-    from transformers import AutoTokenizer
-
     folder = hf_side(config.model.path)
     if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise ModelError(f"model.path: {folder} has no tokenizer (tokenizer.json)")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.path: the tokenizer in {folder} has no end-of-sequence token; responses could not end")
     if config.data.chat_template is not None:
@@ -35,6 +34,24 @@ def load_tokenizer(config: Config) -> Any:
             f"model.path: the tokenizer in {folder} has no chat template to render prompts with (a base model has none); set "
             "data.chat_template"
         )
+    return tokenizer
+
+
+def read_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder as its files say, whatever its class is called.
+
+    Raises:
+        ModelError: transformers cannot read it, or reads it otherwise than its tokenizer.json.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = as_its_file(AutoTokenizer.from_pretrained(folder), str(folder))
+    except HptError:
+        raise
+    except Exception as error:  # of transformers and of the tokenizers library, whose errors are plain Exceptions
+        raise ModelError(f"model.path: the tokenizer in {folder} cannot be read: {error}") from None
+    tokenizer.clean_up_tokenization_spaces = False  # "1 , 2" is not "1, 2": what is graded is what was sampled
     return tokenizer
 
 

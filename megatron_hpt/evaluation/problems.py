@@ -17,6 +17,7 @@ from megatron_hpt.data.preparation.reading import Files
 from megatron_hpt.data.preparation.sets import set_name
 from megatron_hpt.data.problem_set import ProblemSet, RawRow
 from megatron_hpt.data.prompts import Prompt, Tokenizer
+from megatron_hpt.data.rendering import rendered
 from megatron_hpt.data.scan import scan
 from megatron_hpt.errors import ConfigError, DataError, did_you_mean
 
@@ -110,7 +111,7 @@ def _problem(row: RawRow, tokenizer: Any, system_prompt: str | None) -> Problem:
     if system_prompt is not None and all(message["role"] != "system" for message in chat):
         chat = [{"role": "system", "content": system_prompt}, *chat]
     # As training tokenises them (`data.prompts.Reader`): the template has written what there is to be.
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    text = rendered(tokenizer, chat, row.where)
     tokens = list(tokenizer.encode(text, add_special_tokens=False))
     truth, source = ground_truth(row.fields, row.where), row.fields.get("data_source") or ""
     return Problem(row.prompt_id, tokens, tokenizer.decode(tokens), truth, source, row.level)

@@ -11,16 +11,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_hpt.config import Config
+from megatron_hpt.data.checkpoints import hf_side
+from megatron_hpt.data.fidelity import first_difference, loss
 from megatron_hpt.data.problem_set import RawRow
 from megatron_hpt.data.prompts import Limits, Reader, Tokenizer
 from megatron_hpt.data.scan import Overview, scan
 from megatron_hpt.data.source import open_sets
-from megatron_hpt.errors import ConfigError, DataError
+from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.objective.gate import Gate
 
 logger = logging.getLogger(__name__)
 LOOKED_AT = 1024
 """Rows that are tokenised before anything starts; the others are when they are taken."""
+ROUND_TRIPS = 64
+"""Of these, whose tokens become text again."""
 
 
 @dataclass
@@ -48,7 +52,11 @@ def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> Found:
     sets = open_sets(config)
     reader, found = Reader(tokenizer, Limits.of(config.data)), Found(", ".join(problems.name for problems in sets))
 
+    first: list[RawRow] = []
+
     def look(row: RawRow) -> None:
+        if len(first) < ROUND_TRIPS:
+            first.append(row)
         prompt = reader.read(row, 0.0, found.counts)
         found.rows += 1
         found.prompts += prompt is not None
@@ -58,7 +66,29 @@ def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> Found:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         rows = progress.add_task("", total=sum(problems.rows for problems in sets))
         found.overview = scan(sets, look, LOOKED_AT, lambda number: progress.advance(rows, number))
+    _check_tokens(config, tokenizer, reader, first)
     return found
+
+
+def _check_tokens(config: Config, tokenizer: Tokenizer, reader: Reader, rows: Iterable[RawRow]) -> None:
+    """Prompts and demonstrations come back from their tokens, which are those of tokenizer.json.
+
+    Raises:
+        DataError: with file and row: a text that the tokens lose something of.
+        ModelError: the tokenizer is not what its file says.
+    """
+    folder, written = hf_side(config.model.path), []
+    for row in rows:
+        prompt, texts = reader.texts(row)
+        written += texts
+        for text in (prompt, *texts):
+            if lost := loss(tokenizer, text):
+                raise DataError(
+                    f"{row.where}: {lost}: the tokenizer in {folder} has no tokens for it, so the model can neither read nor "
+                    "write it; change the text, or the tokenizer"
+                )
+    if found := first_difference(tokenizer, folder, written):
+        raise ModelError(f"model.path: {found}")
 
 
 def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate, held_out: Set[str]) -> None:
@@ -83,6 +113,14 @@ def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate, held_o
     none_fits = found.counts["dropped_demonstrations"] and not found.demonstrations
     if gate.needs_demonstrations and (none_fits or not found.overview.demonstrations):
         raise DataError(_without_demonstrations(config, found))
+    if placeholders := found.overview.placeholders:
+        logger.warning(
+            "note: %d rows of %s have a ground truth that says that there is none (%s): no rollout can earn their reward; "
+            "tools/prepare_data.py leaves such rows out",
+            placeholders.total(),
+            found.name,
+            ", ".join(f"{truth!r}: {number}" for truth, number in placeholders.most_common(5)),
+        )
     for name, number in found.counts.items():
         if number:
             logger.warning("note: %s of the %d prompts looked at: %d", name.replace("_", " "), found.rows, number)

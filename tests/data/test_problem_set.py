@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hpt.data import problem_set
+from megatron_hpt.data import lines, problem_set
 from megatron_hpt.data.order import Layout
 from megatron_hpt.data.problem_set import ProblemSet
 from megatron_hpt.data.scan import scan
@@ -39,6 +39,7 @@ def test_rows_are_the_same_in_any_order_of_asking(files: Path, order: list[int],
         if large:
             patch.setattr(problem_set, "LARGE_BYTES", 0)
             patch.setattr(problem_set, "_OPEN_BLOCKS", 1)
+            patch.setattr(lines, "BLOCK_BYTES", 1000)
         problems = ProblemSet(str(files))
         found = {index: problems.row(index) for index in order}
     for index, expected in enumerate(ROWS):
@@ -159,17 +160,90 @@ def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
         scan([problems])
 
 
-def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("\n".join([*map(json.dumps, ROWS[:5]), "{"]))
-    with pytest.raises(DataError, match=r"a\.jsonl.*JSON parse error"):
+GOOD = b'{"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "1"}}'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"null\n", r"a\.jsonl, row 0: null, expected a record"),
+        (GOOD + b"\n\nnull", r"row 1: null, expected a record of named fields"),
+        (GOOD + b"\n[1]", "row 1: a list, expected a record"),
+        (GOOD + b'\n"x"', "row 1: a str, expected a record"),
+        (GOOD + GOOD, "row 0: two objects on one line; each needs a line of its own"),
+        (b'{\n  "prompt": [],\n', r"row 0: not JSON: the object does not end on its line: .* pretty-printed \(jq -c"),
+        (GOOD + b"\n" + GOOD[:40], "row 1: not JSON: the object does not end on its line: the file is cut off"),
+        (b"[" + GOOD + b"]", r"row 0: a JSON array; expected one object a line: jq -c '\.\[\]' FILE"),
+        (b"\xef\xbb\xbf [\n" + GOOD + b"]", "row 0: a JSON array"),
+        (GOOD + b"\n" + b'{"prompt":' + b"[" * 200_000, "row 1: .*nested too deeply"),
+        (GOOD + b"\n" + b'{"x":' * 200_000, "row 1: .*nested too deeply"),
+        (GOOD + b'\n{"prompt": "\xff"}', "row 1: not UTF-8: invalid start byte at byte 12 of the line"),
+        (GOOD + b'\n{"x": ' + b"9" * 5000 + b"}", "row 1: not JSON that can be read: Exceeds the limit"),
+        (GOOD.replace(b'"q"', b'"\\ud800"'), "row 0, prompt: not Unicode: half of a surrogate pair"),
+        (GOOD + b"\n{'prompt': 1}", "row 1: not JSON: Expecting property name enclosed in double quotes at character 2"),
+        (GOOD + b"\n" + b"\0" * 100, "row 1: not JSON: Expecting value at character 1"),
+        (("\ufeff" + GOOD.decode()).encode("utf-16"), "row 0: text in UTF-16; iconv"),
+        (b"\x1f\x8b\x08\0", "row 0: compressed with gzip"),
+        (b"PAR1\0", "row 0: a parquet file"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named_with_what_to_do(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
         scan([ProblemSet(str(tmp_path / "a.jsonl"))])
 
 
-def test_a_field_that_the_first_lines_have_not_is_said(tmp_path: Path) -> None:
-    long = [row(number, ability="x" * 5000) for number in range(1000)]  # more than the first lines, which say what there is
-    (tmp_path / "later.jsonl").write_text("\n".join(map(json.dumps, [*long, row(1000, target_lst=["a", "b"])])))
-    with pytest.raises(DataError, match=r"row \d+ .*has a field or a type that the first lines have not \(tools/prepare_data"):
-        scan([ProblemSet(str(tmp_path / "later.jsonl"))])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"reward_model": {"ground_truth": 7}},
+            r"row 1, reward_model\.ground_truth: given 7; expected text \(in q",
+        ),
+        ({"reward_model": "7"}, "row 1, reward_model: given '7'; expected a record with the text ground_truth"),
+        ({"prompt": "text"}, "row 1, prompt: given 'text'; expected a list of messages"),
+        ({"prompt": [{"role": "user", "content": [1]}]}, r"row 1, prompt: given \[1\]; expected a list of messages"),
+        ({"prompt": None}, "row 1, prompt: given None; expected a non-empty list"),
+        ({"target": {"content": "x"}}, r"row 1, target: given \{'content': 'x'\}; expected a list of messages"),
+        ({"target_lst": ["x", None]}, r"row 1, target_lst\[1\]: given None"),
+        ({"data_source": 3}, "row 1, data_source: given 3; expected text"),
+        ({"extra_info": {"index": 0.5}}, r"row 1, extra_info: given \{'index': 0\.5\}; expected a record whose index"),
+        ({"extra_info": 1}, "row 1, extra_info: given 1; expected a record whose index"),
+    ],
+)
+def test_a_field_of_a_line_that_has_another_type_is_named(tmp_path: Path, change: dict, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(each) for each in (row(0), row(1, **change))))
+    with pytest.raises(DataError, match=message):
+        scan([ProblemSet(str(tmp_path / "a.jsonl"))])
+
+
+def test_lines_are_typed_by_nothing_that_they_look_like(tmp_path: Path) -> None:
+    """Dates stay text, lines are as long as they are, fields come and go, and a message keeps what it has besides."""
+    rows = [
+        row(0, reward_model={"ground_truth": "2024-05-01"}, data_source="2024-05-01T00:00:00", extra_info={"index": 7}),
+        row(1, target=[{"role": "assistant", "content": "x" * (9 << 20)}], extra_info={"index": "007", "level": 3}),
+        row(2, target_lst=["a", [{"role": "assistant", "content": "b"}]], other=float("nan"), level="2024-05-01"),
+        row(3, prompt=[{"role": "user", "content": "q", "name": None, "calls": [{"a": [1]}]}], extra_info=None),
+        {name: row(4)[name] for name in ("prompt", "reward_model")},
+    ]
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode() + b"\n \n")
+    problems = ProblemSet(str(tmp_path / "a.json"))
+    found = [problems.row(index) for index in range(problems.rows)]
+    assert (scan([problems]).rows, len(problems.blocks)) == (5, 2)
+    assert [each.prompt_id for each in found] == ["7", "007", "p2", "3", "4"]
+    assert found[1].level == "3"
+    assert [each.fields["data_source"] for each in found] == ["2024-05-01T00:00:00", "odd", "even", "odd", None]
+    for each, written in zip(found, rows, strict=True):
+        assert each.fields["prompt"] == written["prompt"]
+        assert each.fields["target"] == written.get("target")
+        assert each.fields["reward_model"]["ground_truth"] == written["reward_model"]["ground_truth"]
+    assert found[2].fields["target_lst"] == [[{"role": "assistant", "content": text}] for text in "ab"]
+
+
+def test_columns_that_the_first_line_has_not_are_said(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    with pytest.raises(DataError, match=r"column prompt, reward_model missing; it has question, answer, .*tools/prepare_data"):
+        ProblemSet(str(tmp_path / "a.jsonl"))
 
 
 def test_files_without_rows_are_passed_over_but_not_all_of_them(tmp_path: Path) -> None:

@@ -158,7 +158,13 @@ OPEN = "{{ messages[-1]['content'] }}\n{{ '<think>\n' }}"  # Jinja drops a line'
         (OPEN, "<think>\nSo.\n</think>\n6", "So.\n</think>\n6"),
         (OPEN, "<think>So.</think>6", "So.</think>6"),
         (OPEN, "So.</think>6", "So.</think>6"),
-        (OPEN, " <think>\nSo.", " <think>\nSo."),  # not where it begins
+        (OPEN, " \n<think>\nSo.", "So."),
+        (OPEN, "\n\nSo.</think>6", "\n\nSo.</think>6"),
+        (OPEN, "So. <think>", "So. <think>"),  # not where it begins
+        (OPEN, "<thinking>So.", "<thinking>So."),
+        ("{{ messages[-1]['content'] }}<|begin_of_thought|>", " <|begin_of_thought|> So.", " So."),
+        ("{{ messages[-1]['content'] }}[THINK]", "\n[THINK]So.", "So."),
+        ("{{ messages[-1]['content'] }}<think>\n</think>", "<think>\nSo.", "<think>\nSo."),
         ("{{ messages[-1]['content'] }}\n<think>", "<think>\nSo.", "\nSo."),
         ("{{ messages[-1]['content'] }}\n", "<think>\nSo.", "<think>\nSo."),
     ],

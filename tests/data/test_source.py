@@ -1,5 +1,6 @@
 """Prompts by position: interrupted anywhere, a run takes what it would have taken; the curriculum; the files of a run."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -8,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hpt.config import Config, CurriculumConfig, DataConfig, ModelConfig, SourceConfig, TrainerConfig
+from megatron_hpt.data import fingerprint
 from megatron_hpt.data.curriculum import Curriculum, advance
+from megatron_hpt.data.fingerprint import PIECE_BYTES, offsets
 from megatron_hpt.data.history import History
 from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.data.locations import find
 from megatron_hpt.data.rows import Batch
 from megatron_hpt.data.source import check_same_files, files, open_sets, training_source
 from megatron_hpt.errors import DataError
@@ -226,3 +230,46 @@ def test_a_run_goes_on_with_the_files_it_began_with(data: Path, tmp_path: Path) 
         check_same_files(changed, config)
     with pytest.raises(DataError, match=r"2\.parquet: not there when the run started, 19 rows now"):
         check_same_files(before[:-1], config)
+
+
+def test_a_file_that_was_swapped_for_one_of_as_many_rows_is_noticed(tmp_path: Path) -> None:
+    """Whatever was changed of it: also a byte, also where the size stays."""
+    lines = "".join(json.dumps(row(number)) + "\n" for number in range(5))
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines)
+    config = Config(name="x", model=ModelConfig(path="m"), data=DataConfig(train=str(path)))
+    before = files(config)
+    path.write_text(lines.replace('"ground_truth": "3"', '"ground_truth": "9"'))
+    with pytest.raises(DataError, match=r"a\.jsonl: as many rows as when the run started, but other contents .* --resume"):
+        check_same_files(before, config)
+    check_same_files([{"file": each["file"], "rows": each["rows"]} for each in before], config)  # of an older run
+    path.write_text(lines)
+    check_same_files(before, config)
+
+
+@given(size=st.integers(0, 50 * PIECE_BYTES), share=st.floats(0, 1))
+def test_a_fingerprint_reads_both_ends_and_no_more_than_its_share(size: int, share: float) -> None:
+    read = offsets(size, share)
+    assert read == sorted(set(read))
+    assert len(read) <= max(2, share * (size / PIECE_BYTES + 1))
+    if size:
+        assert read[0] == 0
+        assert max(0, size - PIECE_BYTES) <= read[-1] < size
+    if share == 1:
+        assert read == list(range(0, size, PIECE_BYTES))
+
+
+def test_of_large_files_pieces_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "PIECE_BYTES", 100)
+    monkeypatch.setattr(fingerprint, "READ_BYTES", 1000)
+    path = tmp_path / "a"
+
+    def checksum(content: bytes) -> str:
+        path.write_bytes(content)
+        return fingerprint.fingerprints(find(str(path)))[0]
+
+    content = bytes(range(256)) * 40
+    changed = [content[:place] + b"!" + content[place + 1 :] for place in (50, 4550, len(content) - 50, 200)]
+    noticed = [checksum(each) != checksum(content) for each in changed]
+    assert noticed == [True, True, True, False]
+    assert checksum(content + b"!") != checksum(content)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
+from megatron_hpt.data.preparation.boxed import last_box
 from megatron_hpt.data.preparation.findings import Item, Kind
 from megatron_hpt.data.preparation.overlap import HeldOut, canonical
 from megatron_hpt.data.preparation.reading import Record
 from megatron_hpt.data.preparation.seen import Seen
+from megatron_hpt.data.rendering import rendered
+from megatron_hpt.errors import DataError
 
 Check = Callable[[Sequence[Item]], None]
 """Gets items that have a problem and nothing that makes them unusable."""
@@ -86,21 +90,65 @@ class Overlap:
 class Demonstrations:
     """Demonstrations that do not earn the reward for their own ground truth."""
 
-    def __init__(self, grade: Grade) -> None:
-        self._grade = grade
+    def __init__(self, grade: Grade, drop: bool = False) -> None:
+        """Args:
+        drop: leave wrong ones out of rows that have right ones too.
+        """
+        self._grade, self._drop = grade, drop
 
     def __call__(self, items: Sequence[Item]) -> None:
         shown = _shown(items)
         grades = self._grade([(text, item.problem.answer) for item, text in shown])
-        for (item, _), grade in zip(shown, grades, strict=True):
-            if grade is None:
-                item.find(Kind.WRONG, f"cannot be graded against {item.problem.answer!r}")
-            elif grade < 1:
-                item.find(Kind.WRONG, f"is graded {grade:g} against {item.problem.answer!r}")
+        given = iter(grades)
+        for item in items:
+            self._judge(item, list(islice(given, len(item.problem.demonstrations))))
+
+    def _judge(self, item: Item, grades: Sequence[float | None]) -> None:
+        shown = item.problem.demonstrations
+        right = [text for text, grade in zip(shown, grades, strict=True) if grade is not None and grade >= 1]
+        is_mended = self._drop and bool(right)
+        for number, grade in enumerate(grades, start=1):
+            if grade is None or grade < 1:
+                which = f"demonstration {number} of {len(grades)} " if len(grades) > 1 else ""
+                what = "cannot be graded" if grade is None else f"is graded {grade:g}"
+                item.find(Kind.WRONG, f"{which}{what} against {item.problem.answer!r}", is_mended)
+        if is_mended:
+            item.problem = replace(item.problem, demonstration=right[0], more=tuple(right[1:]))
 
 
 def _shown(items: Sequence[Item]) -> list[tuple[Item, str]]:
     return [(item, text) for item in items for text in item.problem.demonstrations]
+
+
+def boxes(add: bool) -> Check:
+    """Count demonstrations that end without a box, where a verifier of mathematics reads none.
+
+    Args:
+        add: put a sentence with the answer in a box behind them. A thought that does not end is left as it is: what is behind
+            it would be thought too.
+    """
+
+    def check(items: Sequence[Item]) -> None:
+        for item in items:
+            shown = item.problem.demonstrations
+            bare = {text for text in shown if not _is_boxed(text)}
+            mended = {text for text in bare if add and not _is_open(text)}
+            item.boxed, item.unboxed = (sum(text in some for text in shown) for some in (mended, bare - mended))
+            if mended:
+                box = f"\n\nThe answer is \\boxed{{{item.problem.answer}}}."
+                first, *more = [text.rstrip() + box if text in mended else text for text in shown]
+                item.problem = replace(item.problem, demonstration=first, more=tuple(more))
+
+    return check
+
+
+def _is_boxed(text: str) -> bool:
+    box = last_box(text.rpartition("</think>")[2])
+    return box is not None and bool(box.content)
+
+
+def _is_open(text: str) -> bool:
+    return text.rfind("<think>") > text.rfind("</think>")
 
 
 def instructed(instruction: str) -> Check:
@@ -125,16 +173,23 @@ class Lengths:
     """The longest demonstration that is not long, with end-of-sequence."""
 
     def __call__(self, items: Sequence[Item]) -> None:
-        prompts = self.tokenizer.apply_chat_template(
-            [item.problem.prompt for item in items], add_generation_prompt=True, tokenize=False
-        )
-        for item, length in zip(items, self._count(prompts), strict=True):
+        prompts = [(item, prompt) for item in items if (prompt := self._rendered(item)) is not None]
+        items = [item for item, _ in prompts]
+        for item, length in zip(items, self._count([prompt for _, prompt in prompts]), strict=True):
             item.prompt_length = length
             _limit(item, Kind.LONG_PROMPT, length, self.prompt)
         shown = _shown(items)
         for (item, _), length in zip(shown, self._count([text for _, text in shown]), strict=True):
             item.demonstration_lengths.append(length + 1)
             _limit(item, Kind.LONG_DEMONSTRATION, length + 1, self.response)
+
+    def _rendered(self, item: Item) -> str | None:
+        record = item.record
+        try:
+            return rendered(self.tokenizer, item.problem.prompt, f"{record.file}, row {record.row}")
+        except DataError as why:
+            item.find(Kind.MALFORMED, str(why))
+            return None
 
     def _count(self, texts: list[str]) -> list[int]:
         if not texts:

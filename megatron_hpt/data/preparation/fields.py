@@ -7,10 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_hpt.data.parquet import Message
+from megatron_hpt.data.placeholders import is_placeholder
+from megatron_hpt.data.shown import shown
 
 
 class Unfit(Exception):
     """A record that cannot become a problem; the message names the field."""
+
+
+class NoAnswer(Unfit):
+    """A record that holds something in place of its answer."""
 
 
 def optional(given: Any, field: str) -> str | None:
@@ -18,20 +24,30 @@ def optional(given: Any, field: str) -> str | None:
     return None if given is None or given == "" else answer(given, field)
 
 
+def beginnings(path: str) -> list[str]:
+    """What a path may be of: `a.b.c` itself, a field of `a.b`, of `a`; the longest first."""
+    names = path.split(".")
+    return [".".join(names[:number]) for number in range(len(names), 0, -1)]
+
+
 def value(fields: Mapping[str, Any], path: str) -> Any:
     """The value of a field, or of a field of a field: `reward_model.ground_truth`; None if it or what it is in is null.
+
+    A field whose own name has dots comes before a field of a field.
 
     Raises:
         Unfit: no such field.
     """
     found: Any = fields
-    for name in path.split("."):
+    rest = path
+    while rest:
         if found is None:
             return None
-        if not isinstance(found, dict) or name not in found:
+        name = next((name for name in beginnings(rest) if isinstance(found, dict) and name in found), None)
+        if name is None:
             has = ", ".join(found) if isinstance(found, dict) else f"a {type(found).__name__}"
             raise Unfit(f"{path}: missing; there is {has}")
-        found = found[name]
+        found, rest = found[name], rest[len(name) + 1 :]
     return found
 
 
@@ -44,13 +60,13 @@ def text(given: Any, field: str) -> str:
     if given is None:
         raise Unfit(f"{field}: null")
     if not isinstance(given, str):
-        raise Unfit(f"{field}: given {_shown(given)} ({type(given).__name__}), expected text")
+        raise Unfit(f"{field}: given {shown(given)} ({type(given).__name__}), expected text")
     if not given or given.isspace():
         raise Unfit(f"{field}: empty")
     try:
         given.encode()
     except UnicodeEncodeError:  # half a surrogate pair: JSON can spell it
-        raise Unfit(f"{field}: not Unicode: {_shown(given)}") from None
+        raise Unfit(f"{field}: not Unicode: {shown(given)}") from None
     return given
 
 
@@ -65,6 +81,19 @@ def answer(given: Any, field: str) -> str:
     return text(given, field).strip()
 
 
+def truth(given: Any, field: str) -> str:
+    """An answer that a response can be compared with.
+
+    Raises:
+        NoAnswer: it only says that there is none.
+        Unfit: as `answer`.
+    """
+    found = answer(given, field)
+    if is_placeholder(found):
+        raise NoAnswer(f"{field}: {shown(found)} stands in place of an answer")
+    return found
+
+
 def messages(given: Any, field: str) -> list[Message]:
     """A chat: what has role and content.
 
@@ -72,7 +101,7 @@ def messages(given: Any, field: str) -> list[Message]:
         Unfit: no messages, or one of them is empty.
     """
     if not isinstance(given, list) or not given:
-        raise Unfit(f"{field}: given {_shown(given)}, expected a list of messages with role and content")
+        raise Unfit(f"{field}: given {shown(given)}, expected a list of messages with role and content")
     return [
         {key: text(value(_record(message, field), key), f"{field}.{key}") for key in ("role", "content")} for message in given
     ]
@@ -111,10 +140,5 @@ def demonstrations(given: Any, field: str) -> list[str]:
 
 def _record(given: Any, field: str) -> dict[str, Any]:
     if not isinstance(given, dict):
-        raise Unfit(f"{field}: given {_shown(given)}, expected messages with role and content")
+        raise Unfit(f"{field}: given {shown(given)}, expected messages with role and content")
     return given
-
-
-def _shown(given: Any) -> str:
-    shown = ascii(given)
-    return shown if len(shown) <= 60 else f"{shown[:57]}…"

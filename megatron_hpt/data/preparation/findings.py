@@ -15,6 +15,7 @@ class Kind(Enum):
     """Of a finding, as the list of them says it."""
 
     MALFORMED = "malformed"
+    NO_ANSWER = "no-answer"
     DUPLICATE_ID = "duplicate-id"
     LONG_PROMPT = "long-prompt"
     LONG_DEMONSTRATION = "long-demonstration"
@@ -23,7 +24,7 @@ class Kind(Enum):
     WRONG = "wrong-demonstration"
 
 
-UNUSABLE = frozenset({Kind.MALFORMED, Kind.DUPLICATE_ID})
+UNUSABLE = frozenset({Kind.MALFORMED, Kind.NO_ANSWER, Kind.DUPLICATE_ID})
 """No row can come of it: always left out."""
 
 
@@ -33,6 +34,8 @@ class Finding:
 
     kind: Kind
     detail: str
+    is_mended: bool = False
+    """What is wrong was left out of the row; it keeps its place."""
 
 
 @dataclass
@@ -51,10 +54,18 @@ class Item:
     """In tokens, or in characters without a tokenizer."""
     demonstration_lengths: list[int] = field(default_factory=list)
     """As `prompt_length`, in tokens with end-of-sequence."""
+    unboxed: int = 0
+    """Demonstrations without a box that a verifier reads."""
+    boxed: int = 0
+    """Demonstrations that were given one."""
 
-    def find(self, kind: Kind, detail: str) -> None:
+    def find(self, kind: Kind, detail: str, is_mended: bool = False) -> None:
         """Say what is wrong."""
-        self.findings.append(Finding(kind, detail))
+        self.findings.append(Finding(kind, detail, is_mended))
+
+    def costs(self, drop: frozenset[Kind]) -> Kind | None:
+        """Why the row loses its place: the first finding that is to be dropped and was not mended."""
+        return next((one.kind for one in self.findings if one.kind in drop and not one.is_mended), None)
 
     def unusable(self) -> bool:
         """No row can come of it."""
@@ -62,7 +73,6 @@ class Item:
 
     def lines(self, drop: frozenset[Kind]) -> str:
         """The findings as JSON Lines."""
-        kinds = {finding.kind for finding in self.findings}
-        about = {"file": self.record.file, "row": self.record.row, "dropped": bool(kinds & drop)}
+        about = {"file": self.record.file, "row": self.record.row, "dropped": self.costs(drop) is not None}
         found = ({**about, "reason": one.kind.value, "detail": one.detail} for one in self.findings)
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_hpt.data.parquet import Problem
 from megatron_hpt.data.preparation.boxed import last_box
-from megatron_hpt.data.preparation.fields import Unfit, answer, chat, demonstrations, optional, text, value
+from megatron_hpt.data.preparation.fields import Unfit, answer, beginnings, chat, demonstrations, optional, text, truth, value
 from megatron_hpt.errors import DataError, did_you_mean
 
 
@@ -29,14 +29,15 @@ class Format:
     name: str
     """`data_source` of problems whose record names none."""
     needed: tuple[str, ...]
+    """Columns, or fields of columns."""
     optional: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Named]
     """Raises Unfit."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All that is read of a file."""
-        return (*self.needed, *self.optional)
+        """All that is read of a file, if it is there."""
+        return tuple(dict.fromkeys(name for path in (*self.needed, *self.optional) for name in beginnings(path)))
 
 
 def openr1(system_prompt: bool) -> Format:
@@ -49,16 +50,16 @@ def openr1(system_prompt: bool) -> Format:
     def read(fields: Mapping[str, Any]) -> Named:
         before, question = chat(value(fields, "prompt"), "prompt")
         kept = before if system_prompt else tuple(message for message in before if message["role"] != "system")
-        truth = answer(value(fields, "reward_model.ground_truth"), "reward_model.ground_truth")
+        right = truth(value(fields, "reward_model.ground_truth"), "reward_model.ground_truth")
         several = fields.get("target_lst")
         shown = demonstrations(several, "target_lst") if several else demonstrations(fields.get("target"), "target")
-        return Named(_problem(question, truth, shown, before=kept), optional(fields.get("data_source"), "data_source"))
+        return Named(_problem(question, right, shown, before=kept), optional(fields.get("data_source"), "data_source"))
 
     return Format("openr1", ("prompt", "reward_model"), ("target", "target_lst", "data_source"), read)
 
 
-def _problem(question: str, truth: str, shown: Sequence[str], **others: Any) -> Problem:
-    return Problem(question, truth, shown[0] if shown else None, tuple(shown[1:]), **others)
+def _problem(question: str, right: str, shown: Sequence[str], **others: Any) -> Problem:
+    return Problem(question, right, shown[0] if shown else None, tuple(shown[1:]), **others)
 
 
 def benchmark(name: str) -> Format:
@@ -67,22 +68,30 @@ def benchmark(name: str) -> Format:
     def read(fields: Mapping[str, Any]) -> Named:
         said = {key: optional(fields.get(key), key) for key in ("source", "id", "level")}
         before, question = chat(value(fields, "prompt"), "prompt")
-        problem = _problem(question, answer(value(fields, "answer"), "answer"), (), before=before, level=said["level"])
+        problem = _problem(question, truth(value(fields, "answer"), "answer"), (), before=before, level=said["level"])
         return Named(problem, said["source"], said["id"])
 
     return Format(name, ("prompt", "answer"), ("source", "id", "level"), read)
 
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
 def _gsm8k(fields: Mapping[str, Any]) -> Named:
     steps, marker, last = text(value(fields, "answer"), "answer").rpartition("####")
     if not marker:
         raise Unfit("answer: no line '#### …' with the final answer")
-    truth = text(last, "answer, after ####").strip().replace(",", "")
-    solution = f"{_CALCULATOR.sub('', steps).strip()}\nThe answer is \\boxed{{{truth}}}."
-    return Named(Problem(text(value(fields, "question"), "question"), truth, solution))
+    right = _without_separators(truth(last, "answer, after ####"))
+    solution = f"{_CALCULATOR.sub('', steps).strip()}\nThe answer is \\boxed{{{right}}}."
+    return Named(Problem(text(value(fields, "question"), "question"), right, solution))
+
+
+def _without_separators(given: str) -> str:
+    """`1,200` is 1200; `(1,2)`, `1, 2` and `1,2` are several numbers, and so may `(1,200)` be."""
+    if re.search(r"[(\[{;]|,\s", given):
+        return given
+    return _THOUSANDS.sub(lambda number: number[0].replace(",", ""), given)
 
 
 GSM8K = Format("gsm8k", ("question", "answer"), (), _gsm8k)
@@ -97,7 +106,9 @@ def _math(fields: Mapping[str, Any]) -> Named:
         raise Unfit("solution: no \\boxed{…} with the final answer")
     boxed = f"{solution[: box.start]}\\boxed{{{box.content}}}{solution[box.end :]}"
     level = optional(fields.get("level"), "level")
-    return Named(_problem(text(value(fields, "problem"), "problem"), box.content, [boxed], level=level))
+    return Named(
+        _problem(text(value(fields, "problem"), "problem"), truth(box.content, "solution, last box"), [boxed], level=level)
+    )
 
 
 MATH = Format("math", ("problem", "solution"), ("level",), _math)
@@ -107,7 +118,7 @@ _ROLES = ("prompt", "answer", "demonstration", "system", "id", "source", "level"
 
 
 def mapped(name: str, mapping: Mapping[str, str]) -> Format:
-    """Any records, by the fields that play a role; `a.b` is a field of a field.
+    """Any records, by the fields that play a role; `a.b` is a field of that name, or a field of a field.
 
     Args:
         name: `data_source` of problems without a field for it.
@@ -131,7 +142,7 @@ def mapped(name: str, mapping: Mapping[str, str]) -> Format:
         if system := get("system", optional):
             before = ({"role": "system", "content": system}, *before)
         shown = get("demonstration", demonstrations, none=[])
-        problem = _problem(question, get("answer", answer), shown, before=before, level=get("level", optional))
+        problem = _problem(question, get("answer", truth), shown, before=before, level=get("level", optional))
         return Named(problem, get("source", optional), get("id", answer))
 
-    return Format(name, tuple(dict.fromkeys(field.split(".")[0] for field in mapping.values())), (), read)
+    return Format(name, tuple(dict.fromkeys(mapping.values())), (), read)

@@ -40,4 +40,4 @@ def _fetch(dataset: str, glob: str) -> Files:
     paths = [path for path in files_below(folder) if fnmatch(str(path.relative_to(folder)), glob)]
     if not paths:
         raise DataError(f"{dataset}: no file of the dataset is named like {glob!r} and ends in {', '.join(SUFFIXES)}")
-    return one_split(dataset, paths)
+    return one_split(dataset, folder, paths)

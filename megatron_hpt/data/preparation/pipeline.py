@@ -10,7 +10,7 @@ from megatron_hpt.data.files import whole
 from megatron_hpt.data.parquet import problem_file, schema_row
 from megatron_hpt.data.preparation import checks
 from megatron_hpt.data.preparation.checks import Check, Grade, Lengths, Places
-from megatron_hpt.data.preparation.fields import Unfit
+from megatron_hpt.data.preparation.fields import NoAnswer, Unfit
 from megatron_hpt.data.preparation.findings import UNUSABLE, Item, Kind
 from megatron_hpt.data.preparation.formats import Format
 from megatron_hpt.data.preparation.overlap import HeldOut, Match
@@ -32,6 +32,8 @@ class Plan:
     grade: Grade | None = None
     drop: frozenset[Kind] = frozenset()
     """Findings that cost a row its place, besides UNUSABLE."""
+    box: bool = False
+    """Demonstrations without a box get one, with the answer in it."""
 
 
 def rejects_path(out: Path) -> Path:
@@ -92,7 +94,7 @@ class Preparation:
         try:
             named = self._plan.format.read(record.fields)
         except Unfit as why:
-            item.find(Kind.MALFORMED, str(why))
+            item.find(Kind.NO_ANSWER if isinstance(why, NoAnswer) else Kind.MALFORMED, str(why))
             return item
         item.problem, item.source = named.problem, named.source or self._plan.format.name
         item.identity = named.identity or f"{self._plan.format.name}-{item.number}"
@@ -127,8 +129,9 @@ def _checks(plan: Plan, places: Places) -> list[Check]:
         asked.append(checks.Overlap(plan.tests))
     if plan.instruction:
         asked.append(checks.instructed(plan.instruction))
+    asked.append(checks.boxes(add=plan.box))
     if plan.grade is not None:
-        asked.append(checks.Demonstrations(plan.grade))
+        asked.append(checks.Demonstrations(plan.grade, Kind.WRONG in plan.drop))
     return [*asked, plan.lengths or checks.characters]
 
 

@@ -5,23 +5,22 @@ A damaged file is an error, a damaged record is a record that says so.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_hpt.data import jsonl
+from megatron_hpt.data.preparation.fields import beginnings
+from megatron_hpt.data.splits import check_one_split
 from megatron_hpt.errors import DataError, did_you_mean
 
 BATCH = 1024
 SUFFIXES = (".parquet", ".json", ".jsonl")
-_SPLIT = re.compile(r"train|test|valid|dev")
 _BUFFER = 1 << 20
 """Bytes of a column that are read ahead."""
 
@@ -75,7 +74,7 @@ class Files:
                 raise DataError(f"{path}: has no rows")
 
     def require(self, columns: Collection[str]) -> None:
-        """See that every parquet file has columns; a JSON record is asked when it is read.
+        """See that every parquet file has columns, or what they are in; a JSON record is asked when it is read.
 
         Raises:
             DataError: names the file and what it has.
@@ -84,7 +83,7 @@ class Files:
             if path.suffix == ".parquet":
                 has = _open(path).schema_arrow.names
                 for name in columns:
-                    if name not in has:
+                    if not any(beginning in has for beginning in beginnings(name)):
                         raise DataError(f"{path}: no column {name!r}; it has {', '.join(has)}{did_you_mean(name, has)}")
 
 
@@ -98,7 +97,7 @@ def local_files(source: Path) -> Files:
         paths = files_below(source)
         if not paths:
             raise DataError(f"{source}: no file in it ends in {', '.join(SUFFIXES)}")
-        return one_split(str(source), paths)
+        return one_split(str(source), source, paths)
     if not source.is_file():
         raise DataError(f"{source}: no such file or folder")
     if source.suffix not in SUFFIXES:
@@ -112,16 +111,15 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(part[0] in "._" for part in path.relative_to(folder).parts))
 
 
-def one_split(source: str, paths: Iterable[Path]) -> Files:
-    """Files that are read together; a folder of train-… and test-… files is not, by oversight.
+def one_split(source: str, folder: Path, paths: Iterable[Path]) -> Files:
+    """Files below a folder that are read together; train/… and test/… are not, by oversight.
 
     Raises:
         DataError: names of several splits.
     """
-    found = {match[0] for path in paths if (match := _SPLIT.match(path.name))}
-    if len(found) > 1:
-        raise DataError(f"{source}: has files of several splits ({', '.join(sorted(found))}); name one of its files or folders")
-    return Files(tuple(sorted(paths)))
+    found = tuple(sorted(paths))
+    check_one_split(source, [path.relative_to(folder).as_posix() for path in found])
+    return Files(found)
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -164,36 +162,43 @@ def _records(batch: pa.RecordBatch, path: Path, first: int) -> list[Record]:
 def _json(path: Path, columns: Collection[str] | None) -> Iterator[Batch]:
     """An array, or one record a line: the first character says which."""
     with path.open("rb") as file:
-        start = file.read(_BUFFER).lstrip()[:1]
+        start = file.read(_BUFFER)
         file.seek(0)
-        records = (_array if start == b"[" else _lines)(file, str(path))
+        try:
+            jsonl.check_beginning(start)
+            records = _lines(file, str(path))
+        except jsonl.NotJson as why:
+            if not jsonl.is_array(start):
+                raise DataError(f"{path}: {why}") from None
+            records = _array(file, str(path))
         done = 0
         while batch := list(islice(records, BATCH)):
             yield Batch(batch, file.tell() - done)
             done = file.tell()
 
 
-def _array(file: IO[bytes], path: str) -> Iterator[Record]:
+def _array(file: BinaryIO, path: str) -> Iterator[Record]:
     row = -1
     try:
-        for row, fields in enumerate(ijson.items(file, "item", use_float=True)):
-            yield _record(path, row, fields)
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}, row {row + 1}: damaged: {error}; fetch the file again") from None
+        for row, found in enumerate(jsonl.elements(file)):
+            yield _record(path, row, lambda found=found: jsonl.as_record(found))
+    except jsonl.NotJson as why:
+        raise DataError(f"{path}, row {row + 1}: damaged: {why}; fetch the file again") from None
 
 
-def _lines(file: IO[bytes], path: str) -> Iterator[Record]:
-    for row, line in enumerate(file):
-        if line.strip():
-            try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield Record(path, row, {}, f"not JSON: {error}")
-            else:
-                yield _record(path, row, fields)
+def _lines(file: BinaryIO, path: str) -> Iterator[Record]:
+    """One a line; rows are numbered as lines are."""
+    row = -1
+    try:
+        for row, line in enumerate(jsonl.lines(file)):
+            if not jsonl.is_blank(line):
+                yield _record(path, row, lambda line=line: jsonl.record(line))
+    except jsonl.NotJson as why:
+        raise DataError(f"{path}, row {row + 1}: {why}") from None
 
 
-def _record(path: str, row: int, fields: Any) -> Record:
-    if isinstance(fields, dict):
-        return Record(path, row, fields)
-    return Record(path, row, {}, f"a {type(fields).__name__}, expected a record of named fields")
+def _record(path: str, row: int, read: Callable[[], dict[str, Any]]) -> Record:
+    try:
+        return Record(path, row, read())
+    except jsonl.NotJson as why:
+        return Record(path, row, {}, str(why))

@@ -23,6 +23,12 @@ class Summary:
     found: Counter[Kind] = field(default_factory=Counter)
     dropped: Counter[Kind] = field(default_factory=Counter)
     """Rows left out, by the first reason."""
+    mended: Counter[Kind] = field(default_factory=Counter)
+    """Rows that were kept without what was wrong with them."""
+    unboxed: int = 0
+    """Demonstrations of written rows that end without a box."""
+    boxed: int = 0
+    """Demonstrations of written rows that were given one."""
     examples: dict[Kind, str] = field(default_factory=dict)
     """The first finding of a kind, with file and row."""
     contaminated: Counter[str] = field(default_factory=Counter)
@@ -37,6 +43,8 @@ class Summary:
         if item.findings and self._costs_its_place(item, drop):
             return False
         self.written += 1
+        self.unboxed += item.unboxed
+        self.boxed += item.boxed
         self.prompt_lengths[item.prompt_length] += 1
         self.with_demonstration += bool(item.demonstration_lengths)
         for length in item.demonstration_lengths:
@@ -48,7 +56,8 @@ class Summary:
             self.examples.setdefault(finding.kind, f"{item.record.file}, row {item.record.row}: {finding.detail}")
         kinds = dict.fromkeys(finding.kind for finding in item.findings)
         self.found.update(kinds.keys())
-        reason = next((kind for kind in kinds if kind in drop), None)
+        self.mended.update({one.kind for one in item.findings if one.is_mended})
+        reason = item.costs(drop)
         if reason is not None:
             self.dropped[reason] += 1
         return reason is not None

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_hpt.data.checkpoints import hf_side
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.rows import Source
+from megatron_hpt.data.tokenizer import read_tokenizer
 from megatron_hpt.errors import DataError
 from megatron_hpt.telemetry.report.record import Record
 from megatron_hpt.telemetry.report.visits import Visit, evenly
@@ -172,13 +173,11 @@ class _Reader:
 
 def _decoder(record: Record) -> tuple[Decode, list[str]]:
     """The run's tokenizer, of its model or, where that is gone, of what the run has written; else the ids themselves."""
-    from transformers import AutoTokenizer
-
     run = record.run
     written = [run.export, *(run.checkpoint(step) for step in reversed(run.checkpoint_steps()))]
     folders = [hf_side(folder) for folder in (record.config.model.path, *written)]
     for folder in folders:
         if any((folder / name).is_file() for name in _TOKENIZER):
-            return AutoTokenizer.from_pretrained(folder).decode, []
+            return read_tokenizer(folder).decode, []
     missing = f"No tokenizer in {folders[0]}, nor in the run's export or checkpoints: texts are shown as token ids."
     return lambda tokens: " ".join(map(str, tokens)), [missing]

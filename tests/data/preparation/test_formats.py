@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_hpt.data.parquet import Problem, problem_file, schema_row
 from megatron_hpt.data.preparation import formats
 from megatron_hpt.data.preparation.boxed import last_box
-from megatron_hpt.data.preparation.fields import Unfit
+from megatron_hpt.data.preparation.fields import Unfit, value
 from megatron_hpt.data.preparation.reading import local_files
 from megatron_hpt.errors import DataError
 
@@ -78,12 +78,51 @@ def test_no_box_is_none(solution: str) -> None:
 
 def test_columns_are_mapped_by_role() -> None:
     form = formats.mapped("own", {"prompt": "q", "answer": "a.final", "demonstration": "s", "system": "sys", "id": "n"})
-    assert form.needed == ("q", "a", "s", "sys", "n")
+    assert form.columns == ("q", "a.final", "a", "s", "sys", "n")
     named = form.read({"q": "1+1", "a": {"final": 2.5}, "s": ["one", "two"], "sys": "Be brief.", "n": 7})
     assert named.problem.prompt == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}]
     assert (named.problem.answer, named.problem.demonstrations, named.identity) == ("2.5", ["one", "two"], "7")
     chat = formats.mapped("own", {"prompt": "q", "answer": "q"}).read({"q": "x"})
     assert chat.problem.demonstration is None
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        ({"a.b": "1"}, "1"),
+        ({"a": {"b": "1"}}, "1"),
+        ({"a.b": "1", "a": {"b": "2"}}, "1"),
+        ({"a": {"b.c": {"d": "1"}}}, "1"),
+        ({"a.b.c": {"d": "1"}, "a": "2"}, "1"),
+        ({"a": None}, None),
+    ],
+)
+def test_a_name_with_dots_is_a_name_first(record: dict, found: str | None) -> None:
+    assert value(record, "a.b" if found is None or "d" not in str(record) else "a.b.c.d") == found
+
+
+@pytest.mark.parametrize(
+    ("written", "truth"),
+    [
+        ("1,200", "1200"),
+        ("-1,234,567.5", "-1234567.5"),
+        ("$1,200", "$1200"),
+        ("1,200 dollars", "1200 dollars"),
+        ("(1,2)", "(1,2)"),
+        ("(1,200)", "(1,200)"),
+        ("[1,234]", "[1,234]"),
+        ("1,2", "1,2"),
+        ("1, 200", "1, 200"),
+        ("1,2,300", "1,2,300"),
+        ("3,4,5", "3,4,5"),
+        ("x,y", "x,y"),
+        ("1,2345", "1,2345"),
+    ],
+)
+def test_only_thousands_separators_leave_gsm8ks_answer(written: str, truth: str) -> None:
+    problem = formats.GSM8K.read({"question": "q", "answer": f"steps\n#### {written}"}).problem
+    assert problem.answer == truth
+    assert problem.demonstration == f"steps\nThe answer is \\boxed{{{truth}}}."
 
 
 @pytest.mark.parametrize(

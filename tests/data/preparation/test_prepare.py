@@ -119,6 +119,13 @@ def test_nothing_is_written_when_no_row_is_left_or_a_file_is_damaged(tool, tmp_p
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
+def test_a_column_whose_name_has_a_dot_can_be_named(tool, tmp_path: Path) -> None:
+    rows = [{"q.text": f"{number}+1", "a": {"b": "no"}, "a.b": str(number + 1), "a.c": 5} for number in range(3)]
+    source, out = write(tmp_path / "a.parquet", rows), tmp_path / "out.parquet"
+    tool("columns", source, out, "prompt=q.text", "answer=a.b")
+    assert [row["reward_model"]["ground_truth"] for row in pq.read_table(out).to_pylist()] == ["1", "2", "3"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -145,6 +152,17 @@ def test_long_rows_are_left_out_when_asked(tool, tmp_path: Path, tiny_model: Pat
     assert findings(out)[0]["detail"] == "44 tokens, not long: 30"
 
 
+def test_a_chat_that_the_template_refuses_is_left_out(tool, tmp_path: Path, tiny_model: Path) -> None:
+    source = write(tmp_path / "a.parquet", [openr1_row(1), openr1_row(2, prompt=[{"role": "user", "content": "2"}])])
+    out = tmp_path / "out.parquet"
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+    options = ("--system-prompt", "keep", "--tokenizer", tiny_model, "--chat-template", template)
+    assert "1 of 2 rows" in tool("openr1", source, out, *options)
+    (found,) = findings(out)
+    assert (found["row"], found["reason"]) == (0, "malformed")
+    assert re.search(r"a\.parquet, row 0, prompt: the chat template .* roles system, user: no system", found["detail"])
+
+
 @pytest.mark.slow
 def test_demonstrations_that_do_not_earn_the_reward_are_found(tool, tmp_path: Path) -> None:
     wrong = {"reward_model": {"style": "rule", "ground_truth": "\\frac{7}{2}"}}
@@ -153,6 +171,62 @@ def test_demonstrations_that_do_not_earn_the_reward_are_found(tool, tmp_path: Pa
     said = tool("openr1", source, out, "--reward", "math", "--workers", 1, "--drop", "wrong-demonstration")
     assert "2 of 3 rows, 1 with demonstrations" in said
     assert findings(out)[0]["detail"] == "is graded 0 against '\\\\frac{7}{2}'"
+
+
+@pytest.mark.slow
+def test_of_several_demonstrations_the_right_ones_are_kept(tool, tmp_path: Path) -> None:
+    several = [["no box", "So \\boxed{2}.", "So \\boxed{3}."], ["\\boxed{3}", "<think>"], ["\\boxed{4}", "It is \\boxed{4}"]]
+    rows = [openr1_row(number, target=None, target_lst=shown) for number, shown in enumerate(several, start=1)]
+    source, out = write(tmp_path / "a.parquet", rows), tmp_path / "out.parquet"
+    options = ("--reward", "math", "--workers", 1)
+    assert "wrong-demonstration: 2 rows, kept; --drop" in tool("openr1", source, out, *options)
+    assert [len(row["target_lst"]) for row in pq.read_table(out).to_pylist()] == [3, 2, 2]
+    said = tool("openr1", source, out, *options, "--drop", "wrong-demonstration")
+    assert "3 of 3 rows, 3 with demonstrations" in said
+    assert "wrong-demonstration: 2 rows, 0 left out, 2 kept with the demonstrations that are right" in said
+    kept = pq.read_table(out).to_pylist()
+    assert [row["target"][0]["content"] for row in kept] == ["So \\boxed{2}.", "\\boxed{3}", "\\boxed{4}"]
+    assert [row["target_lst"] for row in kept] == [None, None, several[2]]
+    assert [(one["row"], one["dropped"], one["detail"]) for one in findings(out)] == [
+        (0, False, "demonstration 1 of 3 is graded 0 against '2'"),
+        (0, False, "demonstration 3 of 3 is graded 0 against '2'"),
+        (1, False, "demonstration 2 of 2 is graded 0 against '3'"),
+    ]
+
+
+def test_what_stands_in_place_of_an_answer_is_left_out_and_counted(tool, tmp_path: Path) -> None:
+    answers = ["2", "proof", "notfound", "N/A", "\\text{None}", "Unknown", "[deleted]", "none", 0, "see solution."]
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join(json.dumps({"q": f"{number}?", "a": answer}) for number, answer in enumerate(answers)))
+    out = tmp_path / "out.parquet"
+    said = tool("columns", source, out, "prompt=q", "answer=a")
+    assert f"no-answer: 6 rows, left out; the first: {source}, row 1: a: 'proof' stands in place of an answer" in said
+    assert [row["reward_model"]["ground_truth"] for row in pq.read_table(out).to_pylist()] == ["2", "Unknown", "none", "0"]
+    assert {(one["row"], one["reason"], one["dropped"]) for one in findings(out)} == {
+        (row, "no-answer", True) for row in (1, 2, 3, 4, 6, 9)
+    }
+
+
+def test_demonstrations_without_a_box_are_told_and_get_one(tool, tmp_path: Path) -> None:
+    shown = ["It is 2.", "\\boxed{2}", "<think>\\boxed{2}</think> It is 2. ", "<think> endless", "\\boxed{1} or \\boxed{", None]
+    source = write(tmp_path / "a.parquet", [{"q": f"{n}?", "a": 2, "s": text} for n, text in enumerate(shown)])
+    out = tmp_path / "out.parquet"
+    columns = ("columns", source, out, "prompt=q", "answer=a", "demonstration=s")
+    assert "note: 4 demonstrations end without \\boxed{…}, which the rewards math and choice read: " in tool(*columns)
+    said = tool(*columns, "--box")
+    assert (
+        "  3 demonstrations without \\boxed{…} were given one with their answer\n  note: 1 demonstrations end without" in said
+    )
+    written = [row["target"] and row["target"][0]["content"] for row in pq.read_table(out).to_pylist()]
+    box = "\n\nThe answer is \\boxed{2}."
+    assert written == [
+        "It is 2." + box,
+        shown[1],
+        "<think>\\boxed{2}</think> It is 2." + box,
+        shown[3],  # whatever is put behind a thought that does not end is thought too
+        shown[4] + box,
+        None,
+    ]
 
 
 def test_gsm8k_and_math_lines_become_problems(tool, tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """Files as they are, and as they should not be: an error or a damaged record, with file and row."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_hpt.data.preparation import hub
+from megatron_hpt.data import locations
+from megatron_hpt.data.preparation import hub, reading
 from megatron_hpt.data.preparation.reading import BATCH, Files, Record, local_files
 from megatron_hpt.errors import DataError
 
@@ -88,10 +91,54 @@ def test_a_broken_line_is_a_damaged_record(tmp_path: Path) -> None:
         "",
         "not JSON",
         "a list, expected a record of named fields",
-        "not JSON",
-        "not JSON",
+        "not UTF-8",
+        "not JSON that can be read",
         "",
     ]
+
+
+NESTED = b"[" * 900 + b"]" * 900
+LONG = b'{"a": "' + b"x" * (5 << 20) + b'"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "damages", "end"),
+    [
+        (b'\xef\xbb\xbf [{"a": 1}, null, 2,\n' + NESTED + b"]", ["", "null,", "a int,", "a list,"], None),
+        (b"[" + LONG + b"," + LONG + b', {"a": 1e5}]', ["", "", ""], None),
+        (b'[{"a": "2024-01-01", "b": NaN}]\n \n', [""], None),
+        (b'[{"a": 1}', [""], "row 1: damaged: the file is cut off"),
+        (b'[{"a": 1}, {"a": "x', [""], "row 1: damaged: the file is cut off"),
+        (b'[{"a": 1} {"a": 2}]', [""], "row 1: damaged: not JSON: no comma"),
+        (b'[{"a": 1}]{"a": 2}', [""], "row 1: damaged: not JSON: something stands behind the array"),
+        (b'[{"a": 1}, {a: 2}' + b" " * 100 + b"]", [""], "row 1: damaged: not JSON: Expecting property name"),
+        (b'[{"a": 1}, {"a": "\xff"}]', [], "row 0: damaged: not UTF-8"),
+        (b'[{"a": 1}, ' + b"[" * 10**6, [""], "row 1: damaged: .* nested too deeply"),
+        (b'[{"a": 1}, {"a": ' + b"9" * 5000 + b"}]", [""], "row 1: damaged: not JSON that can be read: Exceeds"),
+        (b"\x1f\x8b\x08", [], "compressed with gzip; gunzip"),
+        (b"\xff\xfe{", [], "text in UTF-16; iconv"),
+        (b'{"a": 1}\n{"a": 2}{"a": 3}\nnull', ["", "two objects on one line", "null,"], None),
+        (b'{\n  "a": 1\n}', ["not JSON: the object does not end on its line: ", "not JSON", "not JSON"], None),
+    ],
+)
+def test_no_content_of_a_json_file_is_more_than_a_sentence(
+    tmp_path: Path, content: bytes, damages: list[str], end: str | None
+) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    found: list[Record] = []
+    with pytest.raises(DataError, match=end) if end else contextlib.nullcontext():
+        for record in _as_they_come(tmp_path / "a.json"):
+            found.append(record)
+    assert len(found) == len(damages)
+    assert all(record.damage.startswith(damage) for record, damage in zip(found, damages, strict=True))
+
+
+def _as_they_come(path: Path) -> Iterator[Record]:
+    """One by one: a batch that breaks off is lost with the file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "BATCH", 1)
+        for batch in local_files(path).batches():
+            yield from batch.records
 
 
 def test_text_that_is_not_utf8_costs_one_row(tmp_path: Path) -> None:
@@ -108,8 +155,36 @@ def test_a_folder_is_read_by_name_and_not_across_splits(tmp_path: Path) -> None:
         as_parquet(tmp_path / name)
     assert [path.name for path in local_files(tmp_path).paths] == ["train-0.parquet", "train-1.parquet"]
     as_parquet(tmp_path / "test-0.parquet")
-    with pytest.raises(DataError, match=r"has files of several splits \(test, train\); name one"):
+    with pytest.raises(DataError, match=r"several splits \(test: test-0\.parquet, train: train-0\.parquet\); name one"):
         local_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("train/0.jsonl", "test/0.jsonl"),
+        ("main/train/a.jsonl", "main/held_out/a.jsonl"),
+        ("gsm8k-train.jsonl", "gsm8k_test.jsonl"),
+        ("TRAIN.jsonl", "x/validation-00000-of-00001.jsonl"),
+        ("train.jsonl", "heldout.jsonl"),
+    ],
+)
+def test_folders_name_splits_too(tmp_path: Path, one: str, other: str) -> None:
+    """Of what is prepared and of what is trained."""
+    for name in (one, other):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        as_lines(tmp_path / name)
+    for find in (local_files, lambda folder: locations.find(str(folder))):
+        with pytest.raises(DataError, match=r"has files of several splits \(.*; name one"):
+            find(tmp_path)
+    assert len(locations.find(f"{tmp_path}/**/*.jsonl")) == 2  # a pattern says what it means
+
+
+def test_what_only_sounds_like_a_split_is_none(tmp_path: Path) -> None:
+    for name in ("train/latest-contest.jsonl", "train/test_of_time.jsonl", "evaluated.jsonl", "trainer.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        as_lines(tmp_path / name)
+    assert len(local_files(tmp_path).paths) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""Which split of a data set a file is of, by what it and its folders are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from megatron_hpt.errors import DataError
+
+_WORDS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("valid", "validation", "val", "dev", "eval", "evaluation", "heldout", "holdout"),
+}
+_SPLITS = {word: split for split, words in _WORDS.items() for word in words}
+
+
+def split_of(path: str) -> str | None:
+    """The split that a path names, the outermost folder first; None: it names none.
+
+    Args:
+        path: from the folder on that was given, with slashes. ``main/train-0.parquet``, ``gsm8k_test.jsonl``,
+            ``held_out/0.parquet``.
+    """
+    words = re.findall(r"held.?out|hold.?out|[a-z]+", path.lower())
+    return next((split for word in words if (split := _SPLITS.get(re.sub("[^a-z]", "", word)))), None)
+
+
+def check_one_split(source: str, paths: Iterable[str]) -> None:
+    """A folder is read as one set: files of several splits in it would be mixed by oversight.
+
+    Args:
+        paths: of its files, from the folder on.
+
+    Raises:
+        DataError: they are of several splits.
+    """
+    first = {split: path for path in sorted(paths, reverse=True) if (split := split_of(path))}
+    if len(first) > 1:
+        named = ", ".join(f"{split}: {first[split]}" for split in sorted(first))
+        raise DataError(f"{source}: has files of several splits ({named}); name one of its files or folders")
