@@ -45,6 +45,7 @@ from megatron_hpt.data.preparation.telling import told
 from megatron_hpt.errors import DataError, HptError
 from megatron_hpt.examples import arithmetic as sums
 from megatron_hpt.examples import word_problems as words
+from megatron_hpt.values import NotAValue, given_value
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
@@ -201,11 +202,9 @@ def reasoning_gym(
     options: Options,
 ) -> None:
     """Problems that reasoning-gym generates."""
-    import yaml
-
     from megatron_hpt.data.preparation.generated import generate
 
-    given = {name: yaml.safe_load(text) for name, _, text in (one.partition("=") for one in parameters or ())}
+    given = dict(_parameter(one) for one in parameters or ())
     problems = generate(task, rows, seed, given)
     _write(problems.batches(), problems.rows, problems.format(answers is Answers.ENTRY), out, options)
 
@@ -222,6 +221,16 @@ def word_problems(out: Folder, train: int = 2000, held_out: int = 48) -> None:
     """Grade-school word problems with step-by-step solutions, from reasoning-gym's gsm_symbolic."""
     words.write(out, train, held_out)
     print(f"wrote {train} problems to {out}/train.parquet and {held_out} to {out}/heldout.parquet")
+
+
+def _parameter(given: str) -> tuple[str, Any]:
+    name, equals, text = given.partition("=")
+    if not name or not equals:
+        raise DataError(f"given {given!r}; expected NAME=VALUE, e.g. min_animals=2")
+    try:
+        return name, given_value(text)
+    except NotAValue as error:
+        raise DataError(f"{name}: {error}") from None
 
 
 def _prepare(files: Files, form: Format, out: Path, options: Options, split: str = "train") -> None:
