@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from megatron_hpt.errors import HptError, Interrupted, RequeueRequested
+from megatron_hpt import command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 RUNS = Path("runs")
@@ -29,6 +29,7 @@ def train(
     """Train a recipe on this machine, in a new run directory under runs/."""
     from megatron_hpt.launch.train import resume_run, start_run
 
+    command.goes_on_without_output()
     console = Console()
     run = resume_run(recipe, overrides or [], RUNS) if resume else start_run(recipe, overrides or [], RUNS)
     console.print(f"[green]done[/green]  {run.path}  (curves: {run.report})", highlight=False)
@@ -55,6 +56,7 @@ def slurm(
     if dry_run:
         sys.stdout.write(plan_job(recipe, overrides or [], site))
         return
+    command.goes_on_without_output()
     run = run_job(recipe, overrides or [], RUNS, site)
     Console().print(f"[green]done[/green]  {run.path}  (curves: {run.report})", highlight=False)
 
@@ -301,19 +303,7 @@ def _wide_console() -> Console:
 
 def main() -> None:
     """Entry point; an error is one message and exit code 1 (130: interrupted, 75: to be continued, 70: hopeless)."""
-    try:
-        app()
-    except Interrupted as error:
-        Console(stderr=True).print(f"[yellow]{error}[/yellow]", highlight=False)
-        sys.exit(130)
-    except RequeueRequested as error:
-        Console(stderr=True).print(f"[yellow]{error}[/yellow]", highlight=False)
-        sys.exit(error.EXIT_CODE)
-    except HptError as error:
-        console = Console(stderr=True, soft_wrap=True)
-        console.print("error: ", style="red", end="")
-        console.print(str(error), highlight=False, markup=False)  # the text may hold brackets
-        sys.exit(error.EXIT_CODE)
+    command.run(app)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class RunDir:
         Raises:
             ConfigError: another process is training in it.
         """
-        file = (self.path / ".lock").open("w")
+        file = (self.path / ".lock").open("w", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -58,7 +58,7 @@ def _compare(recipe: str, overrides: list[str], algorithms: list[str], seeds: li
         run = _finish(recipe, f"{algorithm}_seed{seed}", [*settings, *overrides, *start], out)
         lines[algorithm, seed] = metrics.read(run.metrics)
         _write({name: [lines[name, s] for s in seeds if (name, s) in lines] for name in algorithms}, out)
-    print((out / "comparison.md").read_text())
+    print((out / "comparison.md").read_text(encoding="utf-8"))
 
 
 def _start(recipe: str, overrides: list[str], steps: int, out: Path) -> list[str]:

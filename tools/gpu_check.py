@@ -59,7 +59,7 @@ def run_one(out: Path, name: str, rehearse: bool, seconds: float) -> list[Measur
     if seconds < 5:
         return [Measurement(name, "all", note=f"the {BUDGET_S} s of a visit were spent")]
     command = [sys.executable, str(Path(__file__).resolve()), ".", "--only", name, *(["--rehearse"] if rehearse else [])]
-    with log.open("w") as sink:
+    with log.open("w", encoding="utf-8") as sink:
         process = subprocess.Popen(command, cwd=out, stdout=sink, stderr=sink, start_new_session=True)
         try:
             code = process.wait(seconds)
@@ -68,7 +68,7 @@ def run_one(out: Path, name: str, rehearse: bool, seconds: float) -> list[Measur
             process.wait()
             return [*read(lines), Measurement(name, "the rest", note=f"the {BUDGET_S} s of a visit were spent")]
     if code:
-        text = log.read_text().strip().splitlines()
+        text = log.read_text(encoding="utf-8").strip().splitlines()
         return [*read(lines), Measurement(name, "the rest", note=f"failed: {text[-1] if text else code}; see {log}")]
     return read(lines)
 
@@ -106,7 +106,7 @@ def main() -> None:
     if arguments.rehearse:
         found = [Measurement(m.check, m.what, m.value, m.unit, note=m.note) for m in found]
     table = f"{about()}\n\n{markdown(found)}\n"
-    (arguments.out / "gpu_check.md").write_text(table)
+    (arguments.out / "gpu_check.md").write_text(table, encoding="utf-8")
     print(table)
 
 

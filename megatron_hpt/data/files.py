@@ -90,7 +90,7 @@ def continued_folder(path: Path, job: dict[str, Any]) -> Iterator[Path]:
 def _locked(file: Path, what: Path) -> Iterator[IO[str]]:
     """The open file, which no other process has locked. Who held the lock before may have removed the file meanwhile."""
     while True:
-        with file.open("a+") as lock:
+        with file.open("a+", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -114,11 +114,11 @@ def _sync_tree(folder: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file at once."""
     with whole(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_private(path: Path, text: str) -> None:
     """Write a text file that only this user may read."""
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)

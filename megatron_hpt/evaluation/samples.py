@@ -124,7 +124,7 @@ def read_record(folder: Path) -> Evaluation:
     """
     path = folder / RECORD
     try:
-        tree: dict[str, Any] = json.loads(path.read_text())
+        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if tree.pop("format") != FORMAT:
             raise DataError(f"{path}: another version's evaluation; this one reads format {FORMAT}")
         sets = {name: SetRecord(**one) for name, one in tree.pop("benchmarks").items()}

@@ -60,7 +60,7 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = o
     _check_same_batches(saved, config)
     preflight.check(config)
     if run.data.is_file():  # older runs have none
-        check_same_files(json.loads(run.data.read_text()), config)
+        check_same_files(json.loads(run.data.read_text(encoding="utf-8")), config)
     launcher = launch(config)(run)
     start = resume_point(run, config)
     if start == config.trainer.steps:

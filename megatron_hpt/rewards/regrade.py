@@ -140,4 +140,4 @@ def write(path: Path, rows: Sequence[dict[str, Any]], graded: dict[str, Sequence
         if path.suffix == ".parquet":
             pq.write_table(pa.Table.from_pylist(wider), temporary)
         else:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in wider))
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in wider), encoding="utf-8")

@@ -54,7 +54,7 @@ def write_report(runs: Sequence[RunDir], target: Path | None = None) -> Path:
     for one, decided, told in zip(records, ledgers, described, strict=True):
         told["answers"] = _answers(one, decided, budget)
     payload = {"runs": described, **curves}
-    settings = [(one.label, one.run.config.read_text()) for one in records]
+    settings = [(one.label, one.run.config.read_text(encoding="utf-8")) for one in records]
     write_whole(target, page(_title(records), f"megatron_hpt, {time.strftime('%Y-%m-%d %H:%M')}", payload, settings))
     return target
 
