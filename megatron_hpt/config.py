@@ -126,7 +126,9 @@ def _kind_of_data(given: Any) -> str:
 
 
 _SourceList = typing.Annotated[list[SourceConfig], Field(min_length=1), Tag("sources")]
-TrainingData = typing.Annotated[_Path | _PathList | _SourceList, Discriminator(_kind_of_data)]
+_NoneOrPath = typing.Annotated[str, Tag("path")]
+"""Empty where nothing is trained, as in an evaluation."""
+TrainingData = typing.Annotated[_NoneOrPath | _PathList | _SourceList, Discriminator(_kind_of_data)]
 
 
 class CurriculumConfig(Section):
@@ -779,11 +781,16 @@ def note_twice(name: str, last: str, before: str) -> None:
     logger.warning("note: %s is given twice; %s counts, being the last, and %s does not", name, last, before)
 
 
-def reward_alone(overrides: list[str]) -> RewardConfig:
-    """The section `reward` of a configuration that has nothing else; raises as `apply_overrides`."""
+def reward_alone(overrides: list[str], **own: Any) -> RewardConfig:
+    """The section `reward` of a configuration that has nothing else; raises as `apply_overrides`.
+
+    Args:
+        own: its settings where nothing overrides them.
+    """
     nothing = Config(
         name="rewards", model=ModelConfig(path="none"), data=DataConfig(train="none"), algorithm=AlgorithmConfig(name="grpo")
     )
+    nothing.reward = RewardConfig(**own)
     return apply_overrides(nothing, overrides).reward
 
 

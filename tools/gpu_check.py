@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_hpt import command
+from megatron_hpt.data.files import check_folder
 from megatron_hpt.gpucheck import actor, hardware, logprobs, transfer
 from megatron_hpt.gpucheck.measurement import Measurement, markdown, read, write
 from megatron_hpt.gpucheck.sizes import Sizes, on_gpu, on_host
@@ -101,6 +103,7 @@ def main() -> None:
         )
     if arguments.only:
         return run_here(arguments.only, on_host() if arguments.rehearse else on_gpu())
+    check_folder(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
     found = run_all(arguments.out, arguments.rehearse)
     if arguments.rehearse:
@@ -111,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
