@@ -28,7 +28,7 @@ FULL_TOKENS, VOCAB = 32_768, 151_936
 
 def memory(key: str) -> int:
     """This process's memory in bytes: VmRSS now, VmHWM its high-water mark."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
@@ -58,7 +58,7 @@ def dense(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 def measure(compute, tokens: int, width: int) -> dict[str, float]:
     """Peak memory above the inputs, and the better of two forward and backward passes."""
     hidden, weight, targets, weights = inputs(tokens, width, torch.float32)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
     before, seconds = memory("VmRSS"), []
     for _ in range(2):
         hidden.grad = weight.grad = None

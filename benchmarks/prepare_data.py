@@ -78,7 +78,7 @@ WAYS: dict[str, Callable[[Path, Path], None]] = {
 
 def measured(way: str, source: Path, out: Path) -> tuple[float, float]:
     """Seconds of processor time, and MB of memory above what was there before."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins here
     before, started = peak_kb(), time.process_time()
     WAYS[way](source, out)
     return time.process_time() - started, (peak_kb() - before) / 1024
@@ -86,7 +86,7 @@ def measured(way: str, source: Path, out: Path) -> tuple[float, float]:
 
 def peak_kb() -> int:
     """Most memory that the process has had."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ class Bytes:
 
 def mib(key: str) -> float:
     """Of this process: VmRSS now, VmHWM at most."""
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", encoding="utf-8") as status:
         return int(dict(line.split(":", 1) for line in status)[key].split()[0]) / 1024
 
 

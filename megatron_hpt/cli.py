@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from megatron_hpt.errors import HptError, Interrupted, RequeueRequested
+from megatron_hpt import command
+from megatron_hpt.options import MOST_ROWS, MOST_SECONDS, MOST_TOKENS, number
+from megatron_hpt.options import samples as samples_option
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 RUNS = Path("runs")
@@ -29,6 +31,7 @@ def train(
     """Train a recipe on this machine, in a new run directory under runs/."""
     from megatron_hpt.launch.train import resume_run, start_run
 
+    command.goes_on_without_output()
     console = Console()
     run = resume_run(recipe, overrides or [], RUNS) if resume else start_run(recipe, overrides or [], RUNS)
     console.print(f"[green]done[/green]  {run.path}  (curves: {run.report})", highlight=False)
@@ -38,7 +41,7 @@ def train(
 def slurm(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
     overrides: Overrides = None,
-    ranks_per_node: Annotated[int, typer.Option(help="trainer ranks of a node: its GPUs")] = 8,
+    ranks_per_node: Annotated[int, number(1, 1024, help="trainer ranks of a node: its GPUs")] = 8,
     health: Annotated[str, typer.Option(help="command that fails on a sick node")] = "true",
     srun: Annotated[str, typer.Option(help="more arguments of every srun, e.g. --container-image=…")] = "",
     python: Annotated[str, typer.Option(help="interpreter on the nodes")] = sys.executable,
@@ -55,6 +58,7 @@ def slurm(
     if dry_run:
         sys.stdout.write(plan_job(recipe, overrides or [], site))
         return
+    command.goes_on_without_output()
     run = run_job(recipe, overrides or [], RUNS, site)
     Console().print(f"[green]done[/green]  {run.path}  (curves: {run.report})", highlight=False)
 
@@ -113,9 +117,7 @@ def plan(
     cluster: Annotated[
         Path | None, typer.Option(help="cluster file (recipes/clusters/); default: enough nodes of 8 H100")
     ] = None,
-    fill: Annotated[
-        float, typer.Option(min=0.01, max=1, help="mean length of prompts and responses, as a share of their limits")
-    ] = 0.5,
+    fill: Annotated[float, number(0.01, 1, help="mean length of prompts and responses, as a share of their limits")] = 0.5,
 ) -> None:
     """Show what a recipe takes before it runs: places, memory, seconds, bytes; refuse what does not fit, with what does."""
     from megatron_hpt.launch.plan import of_recipe
@@ -151,12 +153,12 @@ def evaluate(
     ] = None,
     data: Annotated[Path, typer.Option(help="folder of the named sets: parquet, or JSON as published")] = Path("data"),
     out: Annotated[Path | None, typer.Option(help="folder of the evaluation; default: evaluations/NAME")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="a problem; default: 32 for the small sets, 1 elsewhere")] = None,
+    samples: Annotated[int | None, samples_option("a problem; default: 32 for the small sets, 1 elsewhere")] = None,
     grader: Annotated[str | None, typer.Option(help="a reward or a sum of some; default: each set's own")] = None,
-    temperature: Annotated[float, typer.Option(min=1e-3)] = 0.6,
-    top_p: Annotated[float, typer.Option(min=1e-6, max=1)] = 0.95,
-    max_tokens: Annotated[int, typer.Option(min=1, help="of a response")] = 8192,
-    seed: Annotated[int, typer.Option(min=0, help="of all samples")] = 0,
+    temperature: Annotated[float, number(1e-3, 100)] = 0.6,
+    top_p: Annotated[float, number(1e-6, 1)] = 0.95,
+    max_tokens: Annotated[int, number(1, MOST_TOKENS, help="of a response")] = 8192,
+    seed: Annotated[int, number(0, MOST_ROWS, help="of all samples")] = 0,
     system_prompt: Annotated[str | None, typer.Option(help="put before every problem; simplerl: the paper's")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="of a server's model, where its folder is not on this machine")] = None,
 ) -> None:
@@ -180,15 +182,14 @@ def regrade(
     grader: Annotated[
         str | None, typer.Option(help="a reward or a sum of some, for all sets; default: each set's, as it is now")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="grader processes")] = 1,
-    deadline: Annotated[float, typer.Option(min=0.1, help="seconds for an answer")] = 10.0,
+    workers: Annotated[int, number(1, 4096, help="grader processes")] = 1,
+    deadline: Annotated[float, number(0.1, MOST_SECONDS, help="seconds for an answer")] = 10.0,
 ) -> None:
     """Grade an evaluation's samples again, without an engine, and print its table."""
     from megatron_hpt.config import reward_alone
     from megatron_hpt.launch.evaluate import regrade
 
-    own = [f"reward.workers={workers}", f"reward.deadline_s={deadline}"]
-    regrade(evaluation, grader, reward_alone([*own, *(overrides or [])]))
+    regrade(evaluation, grader, reward_alone(overrides or [], workers=workers, deadline_s=deadline))
     _print_evaluation(evaluation)
 
 
@@ -276,7 +277,7 @@ def doctor(
         bool, typer.Option("--node", help="only the quick health check, on one line: what a batch job asks")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="findings as JSON")] = False,
-    gpus: Annotated[int | None, typer.Option(help="GPUs that there must be; default: as many as there are", min=0)] = None,
+    gpus: Annotated[int | None, number(0, 1024, help="GPUs that there must be; default: as many as there are")] = None,
     folder: Annotated[Path, typer.Option(help="folder of the runs, on a file system that all nodes see")] = RUNS,
 ) -> None:
     """Say what this machine can run, what is missing and what to do; exit code 1 if something is broken."""
@@ -301,19 +302,7 @@ def _wide_console() -> Console:
 
 def main() -> None:
     """Entry point; an error is one message and exit code 1 (130: interrupted, 75: to be continued, 70: hopeless)."""
-    try:
-        app()
-    except Interrupted as error:
-        Console(stderr=True).print(f"[yellow]{error}[/yellow]", highlight=False)
-        sys.exit(130)
-    except RequeueRequested as error:
-        Console(stderr=True).print(f"[yellow]{error}[/yellow]", highlight=False)
-        sys.exit(error.EXIT_CODE)
-    except HptError as error:
-        console = Console(stderr=True, soft_wrap=True)
-        console.print("error: ", style="red", end="")
-        console.print(str(error), highlight=False, markup=False)  # the text may hold brackets
-        sys.exit(error.EXIT_CODE)
+    command.run(app)
 
 
 if __name__ == "__main__":

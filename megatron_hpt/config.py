@@ -1,11 +1,16 @@
 """The typed configuration tree that a recipe fills in. Imports no torch.
 
-A recipe is a Python function ``recipe() -> Config``. Dotted overrides (``trainer.steps=20``) are parsed as YAML
-values and checked against the same types, so nothing reaches a process that has not been validated here.
+A recipe is a Python function ``recipe() -> Config``. Dotted overrides (``trainer.steps=20``) are read as their setting's type
+asks (`given`) and checked against the same types, so nothing reaches a process that has not been validated here.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
+import logging
+import math
 import re
 import types
 import typing
@@ -13,46 +18,90 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     JsonValue,
     Tag,
-    ValidationError,
     model_validator,
 )
 
 from megatron_hpt.errors import ConfigError, did_you_mean
+from megatron_hpt.sections import (
+    MOST_PROCESSES,
+    MOST_SAMPLES,
+    Float,
+    Int,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Processes,
+    Samples,
+    Seconds,
+    Section,
+    Share,
+    Tokens,
+    alternatives,
+    annotation_of,
+    is_section,
+    unknown_key,
+    validated_section,
+)
+from megatron_hpt.values import LONGEST, NotAValue, dump, given_text, given_value, parse, shown
 
-PositiveInt = typing.Annotated[int, Field(gt=0)]
-NonNegativeInt = typing.Annotated[int, Field(ge=0)]
-PositiveFloat = typing.Annotated[float, Field(gt=0)]
-NonNegativeFloat = typing.Annotated[float, Field(ge=0)]
+logger = logging.getLogger(__name__)
 
 
-class Section(BaseModel):
-    """A part of the tree: unknown keys are refused, assignments are validated, each field has one line of help."""
+def _finite(given: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """JSON has no other numbers; a config.json that had would be read by nobody."""
+    try:
+        json.dumps(given, allow_nan=False)
+    except ValueError:
+        raise ValueError("a number that is not finite") from None
+    return given
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+LONGEST_NAME = 200
+"""Bytes of a run's name: file systems take 255 for a folder's, and its time is added."""
+
+
+def _name_of_a_folder(given: str) -> str:
+    if given in ("", ".", "..") or "/" in given or "\0" in given or not given.isprintable():
+        raise ValueError("a run's name is that of a folder: at least one character, no / and nothing invisible")
+    if len(given.encode()) > LONGEST_NAME:
+        raise ValueError(f"a name of {len(given.encode())} bytes; at most {LONGEST_NAME}")
+    return given
+
+
+Threads = typing.Annotated[Int, Field(gt=0, le=1024)]
+"""Of one process."""
+Workers = typing.Annotated[Int, Field(gt=0, le=4096)]
+"""Processes beside each other on one machine."""
+MOST_GIB = 2**20
+Gibibytes = typing.Annotated[Float, Field(gt=0, le=MOST_GIB)]
+Mebibytes = typing.Annotated[Int, Field(gt=0, le=2**30)]
+Temperature = typing.Annotated[Float, Field(gt=0, le=100)]
+"""Above 100 every token of a vocabulary is as likely as any other."""
+Beta = typing.Annotated[Float, Field(ge=0, lt=1)]
+RunName = typing.Annotated[str, AfterValidator(_name_of_a_folder)]
 
 
 class ModelConfig(Section):
-    path: str
+    path: Name
     """Hugging Face folder (config.json, safetensors weights, tokenizer), or a checkpoint: of tools/convert_hf.py or a run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the actor's and the engine's weights and arithmetic (master weights are always float32)."""
-    overrides: dict[str, JsonValue] = {}
+    overrides: typing.Annotated[dict[str, JsonValue], AfterValidator(_finite)] = Field(default={})
     """Keys of config.json with values that replace those of the folder, in the actor, the engines and the export, e.g.
     {rope_theta: 40000}."""
 
 
-Share = typing.Annotated[float, Field(ge=0, le=1)]
-_Path = typing.Annotated[str, Tag("path")]
-_PathList = typing.Annotated[list[str], Field(min_length=1), Tag("paths")]
+_Path = typing.Annotated[Name, Tag("path")]
+_PathList = typing.Annotated[list[Name], Field(min_length=1), Tag("paths")]
 Paths = typing.Annotated[_Path | _PathList, Discriminator(lambda given: "paths" if isinstance(given, list) else "path")]
 """A file, a folder, a pattern such as data/**/*.parquet, or several of these; paths or URLs."""
 
@@ -77,7 +126,9 @@ def _kind_of_data(given: Any) -> str:
 
 
 _SourceList = typing.Annotated[list[SourceConfig], Field(min_length=1), Tag("sources")]
-TrainingData = typing.Annotated[_Path | _PathList | _SourceList, Discriminator(_kind_of_data)]
+_NoneOrPath = typing.Annotated[str, Tag("path")]
+"""Empty where nothing is trained, as in an evaluation."""
+TrainingData = typing.Annotated[_NoneOrPath | _PathList | _SourceList, Discriminator(_kind_of_data)]
 
 
 class CurriculumConfig(Section):
@@ -100,9 +151,9 @@ class DataConfig(Section):
     {path, weight}."""
     chat_template: str | None = None
     """Jinja template that renders a prompt's `messages`, for a base model without one; default: the tokenizer's own."""
-    max_prompt_length: PositiveInt = 1024
+    max_prompt_length: Tokens = 1024
     """Longest prompt in tokens."""
-    max_response_length: PositiveInt = 1024
+    max_response_length: Tokens = 1024
     """Longest rollout or demonstration in tokens, end-of-sequence included."""
     long_prompts: Literal["drop", "refuse"] = "drop"
     """What becomes of a longer prompt: left out and counted, or an error."""
@@ -113,12 +164,12 @@ class DataConfig(Section):
 
 
 def _count_or_share(value: float) -> float:
-    if value < -1 or (isinstance(value, float) and not 0 <= value <= 1):
+    if not (-1 <= value <= MOST_SAMPLES if isinstance(value, int) else 0 <= value <= 1):
         raise ValueError("a whole number is a count of the rollouts (-1: never), a fraction from 0.0 to 1.0 a share of them")
     return value
 
 
-Threshold = typing.Annotated[int | float, AfterValidator(_count_or_share)]
+Threshold = typing.Annotated[Int | Float, AfterValidator(_count_or_share)]
 """A whole number is a count of the n rollouts (-1: never reached), a fraction such as 0.25 a share of them."""
 Schedule = str | list[NonNegativeFloat]
 """``up`` or ``down`` (linear in the share solved), a list of factors at equal distances, or ``module:function``."""
@@ -140,7 +191,7 @@ class GateConfig(Section):
     """Prompts above `threshold` and solved at most this often train their demonstration by off-policy RL."""
     hysteresis: typing.Annotated[Threshold, Field(ge=0)] = 0
     """A prompt last taught by its demonstration leaves it only when solved this much more often than `threshold`."""
-    by_source: dict[str, SourceGateConfig] = {}
+    by_source: dict[str, SourceGateConfig] = Field(default={})
     """Other thresholds for some data sources: name in the data's `data_source` column → thresholds."""
     soft: bool = False
     """Both losses live on one prompt: rollouts with factor f(P), the demonstration with g(P), P the share solved."""
@@ -153,11 +204,11 @@ class GateConfig(Section):
 
 
 class ClipConfig(Section):
-    low: NonNegativeFloat | None = None
+    low: Share | None = None
     """Trust region 1 - low of the ratio; default: what the algorithm was published with (megatron-hpt algorithms NAME)."""
     high: NonNegativeFloat | None = None
     """Trust region 1 + high of the ratio; default as for `low`."""
-    dual: typing.Annotated[float, Field(gt=1)] | None = None
+    dual: typing.Annotated[Float, Field(gt=1)] | None = None
     """PPO's dual clip: bound on the ratio where the advantage is negative; default: none."""
 
 
@@ -243,7 +294,7 @@ class AlgorithmConfig(Section):
     """γ of the shaping p / (p + γ) of demonstrations under off-policy RL (LUFFY)."""
     clip: ClipConfig = ClipConfig()
     """Trust region of the rollout term."""
-    constant_length: PositiveInt | None = None
+    constant_length: Tokens | None = None
     """Divisor of `constant_length` aggregation in tokens; default: data.max_response_length."""
     discount: Share = 1.0
     """Discount of token rewards in returns (REINFORCE++, GAE)."""
@@ -291,17 +342,38 @@ def check_reward(choice: str | dict[str, float]) -> str | dict[str, float]:
     return choice
 
 
-RewardChoice = typing.Annotated[str | dict[str, float], AfterValidator(check_reward)]
+RewardChoice = typing.Annotated[str | dict[str, Float], AfterValidator(check_reward)]
+
+
+_ALL_OR_NOTHING = set(REWARDS) - {"reasoning_gym", "http"}
+"""Rewards that are 0 or 1. reasoning_gym's are between; http's without a threshold, and a user's own, are any number."""
+
+
+def may_be_one(choice: str | dict[str, float], raw_scores: bool) -> bool:
+    """Whether some answer's reward may be exactly 1, which is what a gate counts.
+
+    Args:
+        raw_scores: those of `http` are not made 0 or 1 by a threshold.
+    """
+    if isinstance(choice, str):
+        return True
+    terms = {name: weight for name, weight in choice.items() if weight}
+    whole = {name for name in terms if name in _ALL_OR_NOTHING or (name == "http" and not raw_scores)}
+    if terms.keys() - whole - {"reasoning_gym"}:
+        return True
+    low, high = sorted((0.0, terms.get("reasoning_gym", 0.0)))
+    sums = [math.fsum(some) for n in range(len(whole) + 1) for some in itertools.combinations([terms[w] for w in whole], n)]
+    return any(each + low <= 1 <= each + high if low != high else each == 1 for each in sums)
 
 
 class CodeRewardConfig(Section):
-    time_s: PositiveFloat = 5.0
+    time_s: Seconds = 5.0
     """Seconds that a program may take for each of its tests."""
-    memory_mib: PositiveInt = 512
+    memory_mib: Mebibytes = 512
     """Memory of one of its processes."""
-    processes: PositiveInt = 16
+    processes: Processes = 16
     """Processes and threads it may have."""
-    disk_mib: PositiveInt = 32
+    disk_mib: Mebibytes = 32
     """What it may write, all files together; they are gone when it ends."""
 
 
@@ -316,26 +388,26 @@ class HttpRewardConfig(Section):
     """Which of the model's outputs is the score."""
     activation: bool = False
     """The model's own sigmoid or softmax over its outputs (vllm); without it the score is the output itself."""
-    threshold: float | None = None
+    threshold: Float | None = None
     """Score from which an answer counts as correct (reward 1, else 0), as the gate needs it; default: the score as it is."""
-    batch: PositiveInt = 32
+    batch: Samples = 32
     """Answers in one request."""
-    requests: PositiveInt = 8
+    requests: Samples = 8
     """Requests under way at once."""
 
 
 class RewardConfig(Section):
     name: RewardChoice = "math"
     """A reward (docs/rewards.md), package.module:function or file.py:function, or a sum: {math: 0.9, format: 0.1}."""
-    by_source: dict[str, RewardChoice] = {}
+    by_source: dict[str, RewardChoice] = Field(default={})
     """Other rewards for some data: name in the data's `data_source` column → reward or sum."""
-    workers: PositiveInt = 1
+    workers: Workers = 1
     """Grader subprocesses."""
-    deadline_s: PositiveFloat = 10.0
+    deadline_s: Seconds = 10.0
     """Seconds one answer may take; after that it is ungraded (counted, never a 0)."""
-    memory_gib: PositiveFloat = 4.0
+    memory_gib: Gibibytes = 4.0
     """Address space of one grader subprocess; an answer that needs more is ungraded."""
-    tolerance: NonNegativeFloat = 1e-6
+    tolerance: typing.Annotated[Float, Field(ge=0, lt=1)] = 1e-6
     """Relative error that `numeric` allows."""
     pattern: str = r"(?s).*\\boxed\{.*"
     """Regular expression that the whole response must match for `format`."""
@@ -374,31 +446,39 @@ class RolloutConfig(Section):
     fp8 (blocks of 128, or per tensor) gets weights that are converted on the way. model.overrides are of this folder too."""
     python: str = ""
     """Interpreter of the engine's own environment; default: this one for vllm, .venv-sglang's beside it for sglang."""
-    urls: list[str] = []
+    urls: list[str] = Field(default=[])
     """Servers that run already, e.g. [http://node7:8000]; default: `servers` of them are started on this machine.
     With model.overrides they must have been started from a folder whose config.json has them."""
     host: str = "127.0.0.1"
     """Address that started servers listen on: loopback, or the cluster's interface."""
-    samples_per_prompt: PositiveInt = 8
+    samples_per_prompt: Samples = 8
     """Rollouts a prompt (n)."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature; the trainer applies the same to its log-probabilities."""
-    servers: PositiveInt = 1
+    servers: Processes = 1
     """Engine servers to start."""
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: Processes = 1
     """Tensor parallel ranks of one engine server."""
-    kv_cache_gib: PositiveInt = 1
+    kv_cache_gib: typing.Annotated[Int, Field(gt=0, le=MOST_GIB)] = 1
     """Memory for the KV cache of one server, in GiB (host engines)."""
-    gpu_memory_share: typing.Annotated[float, Field(gt=0, lt=1)] = 0.92
+    gpu_memory_share: typing.Annotated[Float, Field(gt=0, lt=1)] = 0.92
     """Share of a GPU's memory that an engine takes: weights, workspaces, and the rest for its cache (engines on GPUs)."""
     sleep: bool = False
     """Engines on the trainer's GPUs give their memory back while it trains, and take it again for the next rollouts."""
-    max_running: PositiveInt = 256
+    max_running: Samples = 256
     """Sequences that one server decodes at the same time."""
     max_restarts: NonNegativeInt = 3
     """Engine servers that may be started again in one run after they died; then the run ends."""
     cancel_decided: bool = True
     """Rollouts of a prompt are cancelled once they cannot change that the gate sends it to its demonstration."""
+
+    @model_validator(mode="after")
+    def _there_is_such_a_machine(self) -> RolloutConfig:
+        if (ranks := self.servers * self.tensor_parallel) > MOST_PROCESSES:
+            raise ValueError(
+                f"servers {self.servers} × tensor_parallel {self.tensor_parallel} are {ranks} ranks; at most {MOST_PROCESSES}"
+            )
+        return self
 
 
 class TransferConfig(Section):
@@ -429,27 +509,36 @@ class TransferConfig(Section):
 
 
 class ParallelConfig(Section):
-    tensor: PositiveInt = 1
+    tensor: Processes = 1
     """Tensor parallel ranks."""
-    pipeline: PositiveInt = 1
+    pipeline: Processes = 1
     """Pipeline parallel ranks."""
-    virtual_pipeline: PositiveInt = 1
+    virtual_pipeline: Processes = 1
     """Pieces of the model on every pipeline rank (interleaved schedule: a smaller bubble, more messages)."""
-    context: PositiveInt = 1
+    context: Processes = 1
     """Context parallel ranks: every row is cut over them."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals are cut over the tensor parallel ranks too."""
-    expert: PositiveInt = 1
+    expert: Processes = 1
     """Expert parallel ranks of a mixture of experts; taken from the data and context parallel ranks."""
-    expert_tensor: PositiveInt | None = None
+    expert_tensor: Processes | None = None
     """Tensor parallel ranks inside an expert; default: as `tensor`."""
-    data: PositiveInt = 1
+    data: Processes = 1
     """Data parallel ranks (the optimizer state is sharded over them)."""
 
     @property
     def ranks(self) -> int:
         """Trainer processes in all."""
         return self.tensor * self.pipeline * self.context * self.data
+
+    @model_validator(mode="after")
+    def _there_is_such_a_machine(self) -> ParallelConfig:
+        if self.ranks > MOST_PROCESSES:
+            raise ValueError(
+                f"tensor {self.tensor} × pipeline {self.pipeline} × context {self.context} × data {self.data} are "
+                f"{self.ranks} ranks; at most {MOST_PROCESSES}"
+            )
+        return self
 
     @property
     def row_multiple(self) -> int:
@@ -463,7 +552,7 @@ class ParallelConfig(Section):
 
 
 class ActorConfig(Section):
-    micro_batch_tokens: PositiveInt = 8192
+    micro_batch_tokens: Tokens = 8192
     """Tokens packed into one micro-batch, over all its context parallel ranks (a longer row gets one of its own)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, those of the core attention, or every layer's."""
@@ -476,7 +565,7 @@ class ActorConfig(Section):
     offload: Literal["none", "optimizer", "all"] = "none"
     """What rests in host memory while nothing needs it: main weights and moments between optimizer steps; all: weights and
     gradients too while the trainer waits for rollouts, for engines on the same GPUs."""
-    threads: PositiveInt = 1
+    threads: Threads = 1
     """Torch threads of one rank on the host."""
 
     @model_validator(mode="after")
@@ -489,15 +578,15 @@ class ActorConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: PositiveFloat = 1e-6
-    """Peak learning rate."""
+    lr: PositiveShare = 1e-6
+    """Peak learning rate, at most 1."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up to `lr`."""
-    decay_to: typing.Annotated[float, Field(ge=0, le=1)] = 1.0
+    decay_to: Share = 1.0
     """Share of `lr` reached linearly at the last step; 1: constant."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Adam's decay rates."""
-    eps: PositiveFloat = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Adam's decay rates, at least 0 and below 1."""
+    eps: PositiveShare = 1e-8
     """Adam's epsilon."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
@@ -510,19 +599,19 @@ class OptimizerConfig(Section):
 
 
 class EvaluationConfig(Section):
-    sets: dict[str, Paths] = {}
+    sets: dict[str, Paths] = Field(default={})
     """Held-out sets that are reported, and cannot choose a checkpoint: name → files, as data.train names them."""
-    validation: dict[str, Paths] = {}
+    validation: dict[str, Paths] = Field(default={})
     """Held-out sets that may choose one, and are evaluated like the others: name → files."""
     select: str | None = None
     """The set in `validation` whose avg@k chooses the best checkpoint (RUN/best.json), which then stays; default: none."""
     every: NonNegativeInt = 0
     """Evaluate before every k-th step too (0: only before the first and after the last)."""
-    samples: PositiveInt = 8
+    samples: Samples = 8
     """Answers a prompt (k of avg@k)."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature of the evaluation."""
-    top_p: typing.Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: PositiveShare = 1.0
     """Nucleus of the evaluation."""
     keep_samples: PositiveInt = 3
     """Newest evaluations whose samples stay in RUN/evaluations; those of the best checkpoint stay too."""
@@ -556,7 +645,7 @@ class EvaluationConfig(Section):
 class TrainerConfig(Section):
     steps: PositiveInt = 100
     """Optimizer steps; one batch each."""
-    prompts_per_step: PositiveInt = 128
+    prompts_per_step: typing.Annotated[Int, Field(gt=0, le=2**20)] = 128
     """Prompts a step."""
     seed: NonNegativeInt = 0
     """Seed of the data order and of every sampling request."""
@@ -571,19 +660,19 @@ class TrainerConfig(Section):
 
 
 class DeadlinesConfig(Section):
-    startup_s: PositiveFloat = 600.0
+    startup_s: Seconds = 600.0
     """An engine or the trainer to be ready."""
-    rollout_s: PositiveFloat = 3600.0
+    rollout_s: Seconds = 3600.0
     """One generation request, and the coordinator's whole batch."""
-    step_s: PositiveFloat = 3600.0
+    step_s: Seconds = 3600.0
     """One training step including the weight transfer."""
-    notice_s: PositiveFloat = 600.0
+    notice_s: Seconds = 600.0
     """From SIGTERM or SIGUSR1 (Slurm's notice) to a saved checkpoint; after that the run ends without a new one."""
-    transfer_s: PositiveFloat = 300.0
+    transfer_s: Seconds = 300.0
     """One call of the engine's weight-transfer API."""
-    health_s: PositiveFloat = 10.0
+    health_s: Seconds = 10.0
     """An engine's answer to how it is. Then it is late: it keeps its requests, new ones go to others if there are any."""
-    silent_s: PositiveFloat = 300.0
+    silent_s: Seconds = 300.0
     """An engine without any sign of life, neither an answer nor a token: it is given up, ended and started again."""
 
     @model_validator(mode="after")
@@ -593,8 +682,14 @@ class DeadlinesConfig(Section):
         return self
 
 
+COUNTS_SOLVED = ("hpt", "hpt_reference", "off_on", "mix_on", "dapo")
+"""Algorithms of the table whose gate counts the answers that have a reward of 1."""
+MOST_ROWS = 2**20
+"""Rollouts of one step."""
+
+
 class Config(Section):
-    name: str
+    name: RunName
     """Name of the run; its folder is runs/<name>-<time>."""
     model: ModelConfig
     data: DataConfig
@@ -609,6 +704,24 @@ class Config(Section):
     trainer: TrainerConfig = TrainerConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if (rows := self.trainer.prompts_per_step * self.rollout.samples_per_prompt) > MOST_ROWS:
+            raise ValueError(
+                f"trainer.prompts_per_step {self.trainer.prompts_per_step} × rollout.samples_per_prompt "
+                f"{self.rollout.samples_per_prompt} are {rows} rollouts a step; at most {MOST_ROWS}"
+            )
+        if self.algorithm.name in COUNTS_SOLVED or self.data.curriculum.is_on:
+            choices = {"reward.name": self.reward.name}
+            choices |= {f"reward.by_source.{name}": choice for name, choice in self.reward.by_source.items()}
+            for key, choice in choices.items():
+                if not may_be_one(choice, self.reward.http.threshold is None):
+                    raise ValueError(
+                        f"{key}: given {choice}; no answer can reach exactly 1 with it, and {self.algorithm.name} counts the "
+                        "answers whose reward is 1: choose weights of which some, e.g. all, add up to 1"
+                    )
+        return self
+
     @property
     def engine_model(self) -> str:
         """Folder that engines are started with."""
@@ -620,9 +733,6 @@ class Config(Section):
         return self.data.max_prompt_length + self.data.max_response_length
 
 
-S = typing.TypeVar("S", bound=Section)
-
-
 def validated(tree: dict[str, Any], origin: str) -> Config:
     """Build a Config from plain data; every problem is one line with key, given value and what is allowed.
 
@@ -632,128 +742,112 @@ def validated(tree: dict[str, Any], origin: str) -> Config:
     return validated_section(Config, tree, origin)
 
 
-def validated_section(kind: type[S], tree: dict[str, Any], origin: str) -> S:
-    """As `validated`, for a section alone.
-
-    Raises:
-        ConfigError: naming `origin` (a file or "overrides") and each key.
-    """
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        raise ConfigError(f"{origin}: the configuration is not valid\n  " + "\n  ".join(lines)) from None
-
-
-_LONGEST_GIVEN = 200
-"""A whole section is not repeated: what is wrong with it says which of its keys is meant."""
-
-
-def _explain(problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
-    key = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        return unknown_key(path)
-    if problem["type"] == "missing":
-        return f"{key}: missing; it has no default"
-    given = repr(problem["input"])
-    said = f"given {given}; {problem['msg'].lower()}" if len(given) <= _LONGEST_GIVEN else problem["msg"]
-    return f"{key}: {said}" if key else said
-
-
-def unknown_key(path: list[str]) -> str:
-    """One line for a key that does not exist: where it stops being known, the neighbours, the nearest name."""
-    section: Any = Config
-    for depth, part in enumerate(path):
-        if path[:depth] in _FREE_MAPPINGS:
-            section = typing.get_args(section)[1]
-            continue
-        if section is SourceConfig and (part.isdigit() or part == "sources"):
-            continue  # pydantic's way to an element of data.train
-        fields = getattr(section, "model_fields", {})
-        if part not in fields:
-            where = ".".join(path[:depth]) or "the configuration"
-            hint = did_you_mean(part, fields, lambda known, section=path[:depth]: ".".join([*section, known]))
-            allowed = ", ".join(fields) if fields else "nothing (it is a plain value)"
-            return f"{'.'.join(path)}: unknown key; {where} has: {allowed}{hint}"
-        section = _section_type(fields[part].annotation)
-    return f"{'.'.join(path)}: unknown key"
-
-
-def _section_type(annotation: Any) -> Any:
-    """The Section inside an annotation such as ``Section | None`` or ``str | list[Section]``; else the annotation itself."""
-    return next(_sections_in(annotation), annotation)
-
-
-def _sections_in(annotation: Any) -> Iterator[Any]:
-    if hasattr(annotation, "model_fields"):
-        yield annotation
-    elif typing.get_origin(annotation) in (types.UnionType, typing.Union, typing.Annotated, list):
-        for inner in typing.get_args(annotation):
-            yield from _sections_in(inner)
-
-
 def apply_overrides(config: Config, overrides: list[str]) -> Config:
     """Return `config` with dotted ``key=value`` overrides applied and everything validated again.
 
-    Values are YAML: ``3``, ``1e-3``, ``true``, ``null``, ``[0.9, 0.95]``, ``{heldout: a.parquet}``.
+    A setting that is a text (a path, a pattern, a template) is what stands behind the ``=``, to the last character, or what
+    quotes around all of it hold. Others are YAML: ``3``, ``1e-3``, ``true``, ``null``, ``[0.9, 0.95]``, ``{a: b.parquet}``;
+    what YAML would drop (a comment) is refused. A mapping for a section changes the keys that it has. Of a key that is given
+    twice the last counts, as where a script's own settings come before its user's; a note says so.
 
     Raises:
         ConfigError: an override without "=", an unknown key, a value of the wrong type.
     """
     tree = config.model_dump(mode="json")
+    values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r}: expected section.key=value, e.g. trainer.steps=20")
-        _set(tree, key.split("."), _parse(key, text))
-    return validated(tree, "overrides " + " ".join(overrides) if overrides else config.name)
+        path = key.split(".")
+        for changed, value in _settings(path, _given(path, text)):
+            name = ".".join(changed)
+            for before in [one for one in values if one == name or one.startswith(f"{name}.")]:
+                note_twice(before, f"{name}={shown(value)}", shown(values.pop(before)))
+            values[name] = value
+            _set(tree, changed, value)
+    return validated(tree, _overridden(overrides) if overrides else config.name)
 
 
-def reward_alone(overrides: list[str]) -> RewardConfig:
-    """The section `reward` of a configuration that has nothing else; raises as `apply_overrides`."""
-    nothing = Config(name="rewards", model=ModelConfig(path="none"), data=DataConfig(train="none"))
+def _overridden(overrides: list[str]) -> str:
+    """What a message about overrides begins with."""
+    text = " ".join(overrides)
+    return f"overrides {text if len(text) <= LONGEST else text[:LONGEST] + ' …'}"
+
+
+@functools.cache
+def note_twice(name: str, last: str, before: str) -> None:
+    """Said once a process: a command may read its settings several times."""
+    logger.warning("note: %s is given twice; %s counts, being the last, and %s does not", name, last, before)
+
+
+def reward_alone(overrides: list[str], **own: Any) -> RewardConfig:
+    """The section `reward` of a configuration that has nothing else; raises as `apply_overrides`.
+
+    Args:
+        own: its settings where nothing overrides them.
+    """
+    nothing = Config(
+        name="rewards", model=ModelConfig(path="none"), data=DataConfig(train="none"), algorithm=AlgorithmConfig(name="grpo")
+    )
+    nothing.reward = RewardConfig(**own)
     return apply_overrides(nothing, overrides).reward
 
 
-def _parse(key: str, text: str) -> Any:
+def _given(path: list[str], text: str) -> Any:
+    """What is given for a setting, read as its type asks.
+
+    Raises:
+        ConfigError: no such setting, or a text that YAML would cut or turn into something else.
+    """
+    if (annotation := annotation_of(Config, path)) is None:
+        raise ConfigError(unknown_key(Config, path))
+    kinds = list(alternatives(annotation))
+    collections = any(typing.get_origin(kind) in (dict, list, tuple) for kind in kinds)
+    if str in kinds and types.NoneType in kinds and text.strip() in ("", "~", "null"):
+        return None
+    if str in kinds and not (collections and text.lstrip().startswith(("[", "{"))):
+        return given_text(text)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        return given_value(text)
+    except NotAValue as error:
+        raise ConfigError(f"{'.'.join(path)}: {error}") from None
 
 
-_NAMED_SECTIONS = (["algorithm", "gate", "by_source"],)
-"""Mappings from the user's own names to sections."""
-_FREE_MAPPINGS = (
-    *_NAMED_SECTIONS,
-    ["evaluation", "sets"],
-    ["evaluation", "validation"],
-    ["model", "overrides"],
-    ["reward", "by_source"],
-    ["reward", "name"],
-)
-"""Their keys are not this tree's."""
+def _settings(path: list[str], value: Any) -> Iterator[tuple[list[str], Any]]:
+    """A mapping that is given for a section as the settings that are in it; everything else as it is."""
+    annotation = annotation_of(Config, path)
+    if annotation is None:
+        raise ConfigError(unknown_key(Config, path))
+    if isinstance(value, dict) and is_section(annotation):
+        for key, inner in value.items():
+            yield from _settings([*path, key], inner)
+    else:
+        yield path, value
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     node: Any = tree
-    for depth, part in enumerate(path[:-1]):
-        if isinstance(node, dict) and path[:depth] in _NAMED_SECTIONS:
-            node.setdefault(part, {})
-        if not isinstance(node, dict) or part not in node:
-            raise ConfigError(unknown_key(path))
-        node = node[part]
-    own_names = path[:-1] in _FREE_MAPPINGS or path[:-2] in _NAMED_SECTIONS  # checked when all of it is validated
-    if not isinstance(node, dict) or (path[-1] not in node and not own_names):
-        raise ConfigError(unknown_key(path))
+    for depth, part in enumerate(path[:-1], 1):
+        if isinstance(node, dict) and part not in node and is_section(annotation_of(Config, path[:depth])):
+            node[part] = {}  # of a mapping from the user's own names to sections
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        above = ".".join(path[:-1])
+        raise ConfigError(f"{'.'.join(path)}: {above} is no mapping of names so far; give all of it, {above}={{{path[-1]}: …}}")
     node[path[-1]] = value
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says, unchecked.
+
+    Raises:
+        ConfigError: it cannot be read, or is not YAML; names the file.
+    """
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (NotAValue, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not a YAML file that can be read: {error}") from None
 
 
 def load_yaml(path: Path) -> Config:
@@ -762,10 +856,7 @@ def load_yaml(path: Path) -> Config:
     Raises:
         ConfigError: not YAML, or not a valid configuration; names the file.
     """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     return validated(tree, str(path))
@@ -773,4 +864,4 @@ def load_yaml(path: Path) -> Config:
 
 def dump_yaml(config: Config) -> str:
     """The whole tree with every default written out, in a form that `load_yaml` reads back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump(config.model_dump(mode="json"))

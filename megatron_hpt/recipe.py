@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import ValidationError, validate_call
 
-from megatron_hpt.config import Config, apply_overrides, load_yaml
+from megatron_hpt.config import Config, apply_overrides, load_yaml, note_twice
 from megatron_hpt.errors import ConfigError, HptError, did_you_mean
 
 
@@ -85,6 +85,8 @@ def _arguments(function: Callable[..., Config], given: Sequence[str], path: Path
     for text in given:
         key, equals, value = text.partition("=")
         if equals and key in own:
+            if key in arguments:
+                note_twice(key, f"{key}={value}", arguments[key])
             arguments[key] = value
         elif own and "." not in key and key not in Config.model_fields:
             hint = did_you_mean(key, [*own, *Config.model_fields])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import itertools
+import json
 import re
 import time
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from typing import IO
 
 from megatron_hpt.config import Config, dump_yaml, load_yaml
 from megatron_hpt.data.checkpoints import hf_side
-from megatron_hpt.data.files import write_whole
+from megatron_hpt.data.files import check_folder, write_whole
 from megatron_hpt.errors import ConfigError
 
 
@@ -25,6 +28,11 @@ class RunDir:
     def config(self) -> Path:
         """The resolved configuration; it can be trained again from here."""
         return self.path / "config.yaml"
+
+    @property
+    def started(self) -> Path:
+        """When the run began, and its number among the runs beside it."""
+        return self.path / "started.json"
 
     @property
     def data(self) -> Path:
@@ -106,7 +114,7 @@ class RunDir:
         Raises:
             ConfigError: another process is training in it.
         """
-        file = (self.path / ".lock").open("w")
+        file = (self.path / ".lock").open("w", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -125,20 +133,43 @@ def _steps(folder: Path) -> list[int]:
 
 
 def create(config: Config, root: Path) -> RunDir:
-    """Make a new run directory ``<root>/<name>-<time>`` with the configuration in it."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for attempt in range(1000):
-        path = root / f"{config.name}-{stamp}{f'-{attempt}' if attempt else ''}"
-        try:
-            path.mkdir(parents=True)
-            break
-        except FileExistsError:
-            continue
-    run = RunDir(path)
+    """Make a new run directory ``<root>/<name>-<time>`` with the configuration in it; the time is UTC.
+
+    Raises:
+        DataError: nothing can be written in `root`.
+    """
+    check_folder(root)
+    root.mkdir(parents=True, exist_ok=True)
+    number, now = 1 + max((_number(path) for path in root.iterdir()), default=0), time.gmtime()
+    run = RunDir(_new_folder(root, f"{config.name}-{time.strftime('%Y%m%d-%H%M%S', now)}"))
     for folder in (run.batches, run.checkpoints, run.logs):
         folder.mkdir()
+    write_whole(run.started, json.dumps({"number": number, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", now)}) + "\n")
     write_whole(run.config, dump_yaml(config))
     return run
+
+
+def _new_folder(root: Path, name: str) -> Path:
+    for attempt in itertools.count():
+        path = root / (f"{name}-{attempt}" if attempt else name)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("it counts on")
+
+
+def _number(path: Path) -> int:
+    """Of a run among those beside it, in the order of their starts, in which no clock has a part; 0: of an older version's."""
+    try:
+        return int(json.loads(RunDir(path).started.read_text(encoding="utf-8"))["number"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
+def _order(path: Path) -> tuple[int, str, int]:
+    """Of starts; of two that were made at the same moment, or by an older version, their names say it."""
+    stamp, _, attempt = re.fullmatch(r".*?-(\d{8}-\d{6})(-(\d+))?", path.name).groups()
+    return _number(path), stamp, int(attempt or 0)
 
 
 def newest(name: str, root: Path) -> RunDir:
@@ -148,10 +179,10 @@ def newest(name: str, root: Path) -> RunDir:
         ConfigError: there is none.
     """
     own = re.compile(re.escape(name) + r"-\d{8}-\d{6}(-\d+)?")  # not those of a longer name
-    found = sorted(path.parent for path in root.glob("*/config.yaml") if own.fullmatch(path.parent.name))
+    found = [path.parent for path in root.glob("*/config.yaml") if own.fullmatch(path.parent.name)]
     if not found:
         raise ConfigError(f"--resume: no run of {name!r} under {root}/; start one without --resume, or name a run directory")
-    return RunDir(found[-1])
+    return RunDir(max(found, key=_order))
 
 
 def open_run(path: Path) -> RunDir:

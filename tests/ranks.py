@@ -28,7 +28,7 @@ def run_ranks(script: Path, *arguments: object, ranks: int, timeout: float = 300
     """
     server = _server()
     # Ranks end at once, without removing what they have made: their temporary files have a folder of their own.
-    with tempfile.NamedTemporaryFile("r", suffix=".log") as log, tempfile.TemporaryDirectory() as own:
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", suffix=".log") as log, tempfile.TemporaryDirectory() as own:
         job = {
             "script": str(script),
             "arguments": [str(argument) for argument in arguments],
@@ -57,7 +57,6 @@ def _server() -> subprocess.Popen:
 
 def _serve() -> None:
     """A job a line; the answer is null, or what went wrong."""
-    import megatron_hpt.actor.trainer  # what takes long, also for scripts that need less
     import megatron_hpt.weights.megatron_files  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")

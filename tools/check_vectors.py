@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from megatron_hpt.errors import DataError, HptError
+from megatron_hpt import command
+from megatron_hpt.errors import DataError
 from megatron_hpt.vectors.check import Outcome, check_file
 from megatron_hpt.vectors.graders import check_graders
 
@@ -17,13 +18,9 @@ def main(
     losses: Annotated[Path | None, typer.Argument(help="vectors of losses, advantages and gates")] = None,
     grader: Annotated[Path | None, typer.Option(help="vectors of graders")] = None,
 ) -> None:
-    try:
-        if not losses and not grader:
-            raise DataError("given no file; expected LOSS.json, --grader GRADER.json, or both")
-        outcomes = (check_file(losses) if losses else []) + ([check_graders(grader)] if grader else [])
-    except HptError as error:
-        print(f"error: {error}")
-        raise typer.Exit(2) from None
+    if not losses and not grader:
+        raise DataError("given no file; expected LOSS.json, --grader GRADER.json, or both")
+    outcomes = (check_file(losses) if losses else []) + ([check_graders(grader)] if grader else [])
     for outcome in outcomes:
         report(outcome)
     missed = sum(bool(outcome.misses) for outcome in outcomes)
@@ -43,4 +40,4 @@ def report(outcome: Outcome) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(lambda: typer.run(main), error_code=2)

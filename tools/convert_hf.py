@@ -12,7 +12,6 @@ needs memory for a few tensors and one file, not for the model; when interrupted
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,10 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from megatron_hpt.errors import HptError, ModelError
+from megatron_hpt import command
+from megatron_hpt.data.files import check_new_folder
+from megatron_hpt.errors import ModelError
+from megatron_hpt.options import processes
 
 # Large tensors come and go: with large pages the kernel has far less to do for each. torch reads this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -44,10 +46,10 @@ PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def to_megatron(
     hf: Path,
     checkpoint: Path,
-    tp: Annotated[int, typer.Option(help="tensor parallel ranks whose shards are written", min=1)] = 1,
-    pp: Annotated[int, typer.Option(help="pipeline stages", min=1)] = 1,
-    ep: Annotated[int, typer.Option(help="expert parallel ranks", min=1)] = 1,
-    vpp: Annotated[int, typer.Option(help="pieces of a stage in an interleaved pipeline", min=1)] = 1,
+    tp: Annotated[int, processes("tensor parallel ranks whose shards are written")] = 1,
+    pp: Annotated[int, processes("pipeline stages")] = 1,
+    ep: Annotated[int, processes("expert parallel ranks")] = 1,
+    vpp: Annotated[int, processes("pieces of a stage in an interleaved pipeline")] = 1,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as in HF")] = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -63,7 +65,8 @@ def to_megatron(
         raise ModelError(f"--dtype: given {dtype}; allowed: {', '.join(PRECISIONS)}")
     layout = ParallelConfig(tensor=tp, pipeline=pp, virtual_pipeline=vpp, expert=ep, data=ep, sequence=tp > 1)
     check_layout(
-        Config(name="conversion", model=ModelConfig(path=str(hf)), data=DataConfig(train=""), parallel=layout), model_shape(hf)
+        Config(name="conversion", model=ModelConfig(path=str(hf)), data=DataConfig(train="none"), parallel=layout),
+        model_shape(hf),
     )
     _convert(ToMegatron(hf, layout, getattr(torch, PRECISIONS[dtype]) if dtype else None), checkpoint, dry_run)
 
@@ -136,6 +139,7 @@ class Conversion(Protocol):
 
 
 def _convert(conversion: Conversion, target: Path, dry_run: bool) -> None:
+    check_new_folder(target)
     size = conversion.size()
     what = f"{size.files} file{'s' * (size.files > 1)}, {decimal(size.nbytes)}"
     if dry_run:
@@ -157,8 +161,4 @@ def _progress(verb: str, nbytes: int) -> Iterator:
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except (HptError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(app)

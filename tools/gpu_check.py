@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_hpt import command
+from megatron_hpt.data.files import check_folder
 from megatron_hpt.gpucheck import actor, hardware, logprobs, transfer
 from megatron_hpt.gpucheck.measurement import Measurement, markdown, read, write
 from megatron_hpt.gpucheck.sizes import Sizes, on_gpu, on_host
@@ -59,7 +61,7 @@ def run_one(out: Path, name: str, rehearse: bool, seconds: float) -> list[Measur
     if seconds < 5:
         return [Measurement(name, "all", note=f"the {BUDGET_S} s of a visit were spent")]
     command = [sys.executable, str(Path(__file__).resolve()), ".", "--only", name, *(["--rehearse"] if rehearse else [])]
-    with log.open("w") as sink:
+    with log.open("w", encoding="utf-8") as sink:
         process = subprocess.Popen(command, cwd=out, stdout=sink, stderr=sink, start_new_session=True)
         try:
             code = process.wait(seconds)
@@ -68,7 +70,7 @@ def run_one(out: Path, name: str, rehearse: bool, seconds: float) -> list[Measur
             process.wait()
             return [*read(lines), Measurement(name, "the rest", note=f"the {BUDGET_S} s of a visit were spent")]
     if code:
-        text = log.read_text().strip().splitlines()
+        text = log.read_text(encoding="utf-8").strip().splitlines()
         return [*read(lines), Measurement(name, "the rest", note=f"failed: {text[-1] if text else code}; see {log}")]
     return read(lines)
 
@@ -101,14 +103,15 @@ def main() -> None:
         )
     if arguments.only:
         return run_here(arguments.only, on_host() if arguments.rehearse else on_gpu())
+    check_folder(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
     found = run_all(arguments.out, arguments.rehearse)
     if arguments.rehearse:
         found = [Measurement(m.check, m.what, m.value, m.unit, note=m.note) for m in found]
     table = f"{about()}\n\n{markdown(found)}\n"
-    (arguments.out / "gpu_check.md").write_text(table)
+    (arguments.out / "gpu_check.md").write_text(table, encoding="utf-8")
     print(table)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

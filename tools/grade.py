@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from megatron_hpt import command
 from megatron_hpt.config import RewardConfig, reward_alone
-from megatron_hpt.errors import HptError
 from megatron_hpt.evaluation.grading import settings_of
+from megatron_hpt.options import MOST_ROWS, MOST_SECONDS, number
 from megatron_hpt.rewards import regrade
 from megatron_hpt.rewards.grades import Answer, Grade
 
@@ -32,25 +33,28 @@ def main(
     source: Annotated[str, typer.Option(help="column of the data sources, if any")] = "data_source",
     prompt: Annotated[str, typer.Option(help="column of the prompts, if any")] = "prompt",
     out: Annotated[Path | None, typer.Option(help="the rows with their grades: .parquet or .jsonl")] = None,
-    show: Annotated[int, typer.Option(help="disagreements to print")] = 10,
-    workers: Annotated[int, typer.Option(help="grader processes")] = 2,
-    deadline_s: Annotated[float, typer.Option(help="seconds an answer may take")] = 10.0,
+    show: Annotated[int, number(0, MOST_ROWS, help="disagreements to print")] = 10,
+    workers: Annotated[int, number(1, 4096, help="grader processes")] = 2,
+    deadline_s: Annotated[float, number(0.01, MOST_SECONDS, help="seconds an answer may take")] = 10.0,
     setting: Annotated[list[str] | None, typer.Option("--set", help="another setting, e.g. reward.code.time_s=2")] = None,
 ) -> None:
     console = Console(soft_wrap=True)
-    try:
-        if out:
-            regrade.check_out(out)
-        rows = regrade.read_rows(file)
-        answers = regrade.answers_of(rows, regrade.Columns(response, truth, source, prompt), file)
-        shared = reward_alone([f"reward.workers={workers}", f"reward.deadline_s={deadline_s}", *(setting or [])])
-        names = list(dict.fromkeys([grader, *([against] if against else [])]))
-        graded = {name: grade(console, name, answers, settings_of(name, shared)) for name in names}
-        if out:
-            regrade.write(out, rows, graded)
-    except HptError as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
-        raise typer.Exit(2) from None
+    if out:
+        regrade.check_out(out)
+    rows = regrade.read_rows(file)
+    if out:
+        regrade.check_rows(out, rows)
+    doubts = list(regrade.doubtful(rows))
+    for doubt in doubts[:show]:
+        console.print(f"note: {doubt}", markup=False, highlight=False)
+    if doubts[show:]:
+        console.print(f"note: and so {len(doubts) - show} more", highlight=False)
+    answers = regrade.answers_of(rows, regrade.Columns(response, truth, source, prompt), file)
+    shared = reward_alone(setting or [], workers=workers, deadline_s=deadline_s)
+    settings = {name: settings_of(name, shared) for name in dict.fromkeys([grader, against or grader])}
+    graded = {name: grade(console, name, answers, each) for name, each in settings.items()}
+    if out:
+        regrade.write(out, rows, graded)
     if against and against != grader:
         report_disagreements(console, answers, graded[grader], graded[against], (grader, against), show)
 
@@ -94,4 +98,4 @@ def escaped(text: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(lambda: typer.run(main), error_code=2)

@@ -33,7 +33,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from megatron_hpt import command
 from megatron_hpt.config import Config, DataConfig, ModelConfig, RewardConfig
+from megatron_hpt.data.files import check_file
 from megatron_hpt.data.preparation import formats
 from megatron_hpt.data.preparation.checks import Grade, Lengths
 from megatron_hpt.data.preparation.findings import UNUSABLE, Kind
@@ -44,9 +46,11 @@ from megatron_hpt.data.preparation.pipeline import Plan, Preparation, rejects_pa
 from megatron_hpt.data.preparation.reading import Batch, Files
 from megatron_hpt.data.preparation.sets import held_out, sets_in
 from megatron_hpt.data.preparation.telling import told
-from megatron_hpt.errors import DataError, HptError
+from megatron_hpt.errors import DataError
 from megatron_hpt.examples import arithmetic as sums
 from megatron_hpt.examples import word_problems as words
+from megatron_hpt.options import MOST_ROWS, MOST_TOKENS, number
+from megatron_hpt.values import NotAValue, given_value
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
@@ -69,12 +73,12 @@ class Options:
     instruction: Annotated[str, typer.Option(help="a line after every question")] = ""
     tokenizer: Annotated[Path | None, typer.Option(help="model folder: lengths are in its tokens")] = None
     chat_template: Annotated[str | None, typer.Option(help="in place of the tokenizer's, as data.chat_template")] = None
-    max_prompt: Annotated[int | None, typer.Option(help="more tokens are a long-prompt", min=1)] = None
-    max_response: Annotated[int | None, typer.Option(help="more tokens are a long-demonstration", min=1)] = None
+    max_prompt: Annotated[int | None, number(1, MOST_TOKENS, help="more tokens are a long-prompt")] = None
+    max_response: Annotated[int | None, number(1, MOST_TOKENS, help="more tokens are a long-demonstration")] = None
     against: Annotated[list[Path] | None, typer.Option(help="file or folder of test sets to compare with")] = None
-    words: Annotated[int, typer.Option(help="in a row, in common with a test problem: contaminated", min=1)] = WORDS
+    words: Annotated[int, number(1, MOST_ROWS, help="in a row, in common with a test problem: contaminated")] = WORDS
     reward: Annotated[str | None, typer.Option(help="grade demonstrations against their answers, e.g. math")] = None
-    workers: Annotated[int, typer.Option(help="grader processes", min=1)] = 2
+    workers: Annotated[int, number(1, 4096, help="grader processes")] = 2
     box: Annotated[bool, typer.Option("--box", help="end demonstrations without \\boxed{…} with their answer in a box")] = False
     drop: Annotated[list[Drop] | None, typer.Option(help="leave out rows with this finding; may be repeated")] = None
 
@@ -103,7 +107,7 @@ class Options:
             return None
         from megatron_hpt.data.tokenizer import load_tokenizer
 
-        data = DataConfig(train="", chat_template=self.chat_template)
+        data = DataConfig(train="none", chat_template=self.chat_template)
         tokenizer = load_tokenizer(Config(name="preparation", model=ModelConfig(path=str(self.tokenizer)), data=data))
         return Lengths(tokenizer, self.max_prompt, self.max_response)
 
@@ -141,7 +145,7 @@ def openr1(
     options: Options,
 ) -> None:
     """Elliott/Openr1-Math-46k-8192, and other parquet in veRL's schema."""
-    _prepare(find(source), formats.openr1(system_prompt is SystemPrompt.KEEP), out, options)
+    _prepare(source, formats.openr1(system_prompt is SystemPrompt.KEEP), out, options)
 
 
 @app.command()
@@ -162,14 +166,14 @@ def benchmarks(
 @with_options
 def gsm8k(source: Source, out: Out, *, options: Options) -> None:
     """GSM8K's question and answer: the steps become demonstrations whose last line boxes what stands after ####."""
-    _prepare(find(source), formats.GSM8K, out, options)
+    _prepare(source, formats.GSM8K, out, options)
 
 
 @app.command()
 @with_options
 def math(source: Source, out: Out, *, options: Options) -> None:
     """MATH's problem and solution: the answer is what the solution boxes."""
-    _prepare(find(source), formats.MATH, out, options)
+    _prepare(source, formats.MATH, out, options)
 
 
 @app.command()
@@ -186,7 +190,7 @@ def columns(
     roles = dict(one.partition("=")[::2] for one in mapping)
     if unnamed := [role for role, column in roles.items() if not column]:
         raise DataError(f"given {unnamed[0]!r}; expected ROLE=COLUMN, e.g. prompt=question")
-    _prepare(find(source), formats.mapped(data_source or out.stem, roles), out, options)
+    _prepare(source, formats.mapped(data_source or out.stem, roles), out, options)
 
 
 @app.command()
@@ -195,8 +199,8 @@ def reasoning_gym(
     task: Annotated[str, typer.Argument(help="e.g. leg_counting")],
     out: Out,
     parameters: Annotated[list[str] | None, typer.Argument(help="of the task, in YAML, e.g. min_animals=2")] = None,
-    rows: Annotated[int, typer.Option(min=1)] = 10_000,
-    seed: int = 0,
+    rows: Annotated[int, number(1, MOST_ROWS)] = 10_000,
+    seed: Annotated[int, number(0, MOST_ROWS)] = 0,
     answers: Annotated[
         Answers, typer.Option(help="entry: judged by the task's own scoring; text: by any reward")
     ] = Answers.ENTRY,
@@ -204,30 +208,45 @@ def reasoning_gym(
     options: Options,
 ) -> None:
     """Problems that reasoning-gym generates."""
-    import yaml
-
     from megatron_hpt.data.preparation.generated import generate
 
-    given = {name: yaml.safe_load(text) for name, _, text in (one.partition("=") for one in parameters or ())}
+    check_file(out)
+    given = dict(_parameter(one) for one in parameters or ())
     problems = generate(task, rows, seed, given)
     _write(problems.batches(), problems.rows, problems.format(answers is Answers.ENTRY), out, options)
 
 
 @app.command()
-def arithmetic(out: Folder, held_out: int = 64, seed: int = 0) -> None:
+def arithmetic(
+    out: Folder, held_out: Annotated[int, number(1, 700)] = 64, seed: Annotated[int, number(0, MOST_ROWS)] = 0
+) -> None:
     """Sums of three numbers from 1 to 9, every step written out (the quickstart's task)."""
     sums.write(out, held_out, seed)
     print(f"wrote {out}/train.parquet and {out}/heldout.parquet")
 
 
 @app.command()
-def word_problems(out: Folder, train: int = 2000, held_out: int = 48) -> None:
+def word_problems(
+    out: Folder, train: Annotated[int, number(1, 900_000)] = 2000, held_out: Annotated[int, number(1, 900_000)] = 48
+) -> None:
     """Grade-school word problems with step-by-step solutions, from reasoning-gym's gsm_symbolic."""
     words.write(out, train, held_out)
     print(f"wrote {train} problems to {out}/train.parquet and {held_out} to {out}/heldout.parquet")
 
 
-def _prepare(files: Files, form: Format, out: Path, options: Options, split: str = "train") -> None:
+def _parameter(given: str) -> tuple[str, Any]:
+    name, equals, text = given.partition("=")
+    if not name or not equals:
+        raise DataError(f"given {given!r}; expected NAME=VALUE, e.g. min_animals=2")
+    try:
+        return name, given_value(text)
+    except NotAValue as error:
+        raise DataError(f"{name}: {error}") from None
+
+
+def _prepare(source: str | Files, form: Format, out: Path, options: Options, split: str = "train") -> None:
+    check_file(out)
+    files = find(source) if isinstance(source, str) else source
     files.require(form.needed)
     _write(files.batches(form.columns), files.nbytes, form, out, options, split, files.paths)
 
@@ -291,8 +310,4 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except (HptError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(app)

@@ -10,7 +10,6 @@
 Servers that were started with a token want it in HPT_TOKEN.
 """
 
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +21,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from megatron_hpt.errors import ConfigError, HptError
+from megatron_hpt import command
+from megatron_hpt.errors import HptError
+from megatron_hpt.options import MOST_ROWS, MOST_SECONDS, number
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out = Console(highlight=False, width=None if Console().is_terminal else 140)
 Urls = Annotated[list[str], typer.Argument(help="engines, e.g. http://127.0.0.1:8000")]
-Deadline = Annotated[float, typer.Option("--deadline", help="seconds that an engine may take for one step")]
+Deadline = Annotated[float, number(0.1, MOST_SECONDS, "--deadline", help="seconds that an engine may take for one step")]
 
 
 @app.command()
@@ -35,11 +36,11 @@ def plan(
     source: Annotated[str, typer.Argument(help="a recipe, or a model folder (config.json is enough)")],
     actor: Annotated[str, typer.Option(help="actor layout of a model folder, e.g. tensor=8,pipeline=4,data=2")] = "",
     engine: Annotated[str, typer.Option(help="layout of each engine: tensor, pipeline, expert")] = "",
-    engines: Annotated[int, typer.Option(help="number of engines")] = 0,
+    engines: Annotated[int, number(0, 2**17, help="number of engines")] = 0,
     transport: Annotated[str, typer.Option(help="shared_memory, files, gloo, cuda_ipc or nccl")] = "nccl",
     dtype: Annotated[str, typer.Option(help="bfloat16, float32, or float8_e4m3fn (one byte an element)")] = "bfloat16",
-    send: Annotated[float, typer.Option(help="10^9 bytes/s that one actor rank sends")] = 50.0,
-    receive: Annotated[float, typer.Option(help="10^9 bytes/s that one engine rank receives")] = 50.0,
+    send: Annotated[float, number(1e-3, 1e6, help="10^9 bytes/s that one actor rank sends")] = 50.0,
+    receive: Annotated[float, number(1e-3, 1e6, help="10^9 bytes/s that one engine rank receives")] = 50.0,
 ) -> None:
     """Print who sends how much to whom, the lower bound, and the predicted seconds. Nothing is started."""
     from megatron_hpt.weights import planning
@@ -54,7 +55,7 @@ def plan(
 def push(
     checkpoint: Annotated[Path, typer.Argument(help="Hugging Face folder, or a version written by transport=files")],
     to: Annotated[list[str], typer.Option("--to", help="an engine; may be repeated")],
-    version: Annotated[int, typer.Option(help="version that the engines will report")] = 0,
+    version: Annotated[int, number(0, MOST_ROWS, help="version that the engines will report")] = 0,
     deadline: Deadline = 120.0,
 ) -> None:
     """Bring a checkpoint into running engines, whole or not at all; the engines compare what they hold with it."""
@@ -111,8 +112,8 @@ def verify(
 
 @app.command()
 def bench(
-    megabytes: Annotated[int, typer.Option(help="10^6 bytes of float32 to move")] = 512,
-    tensors: Annotated[int, typer.Option(help="number of tensors")] = 200,
+    megabytes: Annotated[int, number(1, 10**6, help="10^6 bytes of float32 to move")] = 512,
+    tensors: Annotated[int, number(1, 10**5, help="number of tensors")] = 200,
     folder: Annotated[Path | None, typer.Option(help="where files are written; default: the temporary folder")] = None,
 ) -> None:
     """Move weights between this process's sending and receiving ends, beside copying memory once."""
@@ -131,8 +132,8 @@ def bench(
 @app.command()
 def watch(
     urls: Urls,
-    every: Annotated[float, typer.Option(help="seconds between looks")] = 2.0,
-    times: Annotated[int, typer.Option(help="looks; 0: until Ctrl-C")] = 0,
+    every: Annotated[float, number(0.1, 86_400, help="seconds between looks")] = 2.0,
+    times: Annotated[int, number(0, MOST_ROWS, help="looks; 0: until Ctrl-C")] = 0,
 ) -> None:
     """Show the versions that a fleet serves."""
     looks = 0
@@ -162,10 +163,4 @@ def _look(url: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ConfigError, HptError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(app)

@@ -45,7 +45,7 @@ def record(folder: Path, meta: dict[str, Any]) -> None:
     """
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     whole = {**meta, "format": FORMAT, "versions": versions(), "files": sizes}
-    (folder / META).write_text(json.dumps(whole, indent=1))
+    (folder / META).write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         CheckpointError: not a checkpoint of this project, or in another version's format.
     """
     try:
-        meta = dict(json.loads((folder / META).read_text()))
+        meta = dict(json.loads((folder / META).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: not a checkpoint of this project: {error}") from None
     if meta.get("format") != FORMAT:
@@ -69,7 +69,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None: every file is there with the size it was written with."""
     try:
-        files = dict(json.loads((folder / META).read_text())["files"])
+        files = dict(json.loads((folder / META).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{META} cannot be read ({error!r})"
     for name, size in files.items():
@@ -111,7 +111,7 @@ def read_best(run: Path) -> Best | None:
         CheckpointError: the file is not one of them.
     """
     try:
-        tree = json.loads((run / BEST).read_text())
+        tree = json.loads((run / BEST).read_text(encoding="utf-8"))
         return Best(**{key: value for key, value in tree.items() if key != "checkpoint"})
     except FileNotFoundError:
         return None

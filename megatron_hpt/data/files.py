@@ -7,10 +7,56 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from megatron_hpt.errors import DataError
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that could not be written, before the work that fills it.
+
+    Raises:
+        DataError: says why, and what to give.
+    """
+    if os.path.isdir(path):
+        raise DataError(f"{path}: is a folder; give the name of a file to write")
+    _check_place(path, path.absolute().parent)
+
+
+def check_folder(path: Path) -> None:
+    """As `check_file`, for a folder that is there or will be made."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise DataError(f"{path}: is a file; give a folder")
+    _check_place(path, path.absolute())
+
+
+def check_new_folder(path: Path) -> None:
+    """As `check_file`, for a folder that `whole_folder` makes."""
+    check_folder(path)
+    if os.path.isdir(path) and any(path.iterdir()):
+        raise DataError(f"{path}: is there and not empty; give the name of a new folder")
+
+
+_OWN_NAME = 20
+"""Bytes that a temporary name of ours is longer than that of its file."""
+
+
+def _check_place(path: Path, folder: Path) -> None:
+    """Something can be made in a folder, or in the nearest one above it that is there; no name that is made is too long."""
+    try:
+        there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+        longest = os.statvfs(there).f_namemax - _OWN_NAME
+        made = path.absolute().relative_to(there).parts
+        if long := next((len(os.fsencode(name)) for name in made if len(os.fsencode(name)) > longest), None):
+            raise DataError(f"{path}: a name of {long} bytes; at most {longest}: choose a shorter one")
+        with tempfile.NamedTemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {there}: {error.strerror}; choose another place") from None
 
 
 @contextmanager
@@ -90,7 +136,7 @@ def continued_folder(path: Path, job: dict[str, Any]) -> Iterator[Path]:
 def _locked(file: Path, what: Path) -> Iterator[IO[str]]:
     """The open file, which no other process has locked. Who held the lock before may have removed the file meanwhile."""
     while True:
-        with file.open("a+") as lock:
+        with file.open("a+", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -114,11 +160,11 @@ def _sync_tree(folder: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file at once."""
     with whole(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_private(path: Path, text: str) -> None:
     """Write a text file that only this user may read."""
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)

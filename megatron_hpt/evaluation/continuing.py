@@ -19,7 +19,7 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process works in it.
     """
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

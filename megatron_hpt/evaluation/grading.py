@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
 
-import yaml
-
 from megatron_hpt.config import RewardConfig, validated_section
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.samples import SampleRow
@@ -20,6 +18,7 @@ from megatron_hpt.rewards.boxes import last_boxed, visible
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.registry import check, check_name
+from megatron_hpt.values import NotAValue, given_value
 
 _LABELLED = {"name", "by_source"}
 
@@ -40,11 +39,9 @@ def settings_of(grader: str, base: RewardConfig) -> RewardConfig:
         ConfigError: no reward of that name, or one that lacks a setting.
     """
     try:
-        given = yaml.safe_load(grader) if grader.startswith("{") else grader
-    except yaml.YAMLError:
-        raise ConfigError(
-            f"grader {grader}: not YAML; expected a reward, or a sum such as {{math: 0.9, format: 0.1}}"
-        ) from None
+        given = given_value(grader) if grader.startswith("{") else grader
+    except NotAValue as error:
+        raise ConfigError(f"grader {error}; expected a reward, or a sum such as {{math: 0.9, format: 0.1}}") from None
     if isinstance(given, str):
         check_name(given)
     names = given if isinstance(given, dict) and given.keys() == _LABELLED else {"name": given, "by_source": {}}

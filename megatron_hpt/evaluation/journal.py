@@ -7,10 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_hpt.evaluation.samples import SampleRow
-
-Key = tuple[str, int]
-"""Problem and sample."""
+from megatron_hpt.evaluation.samples import Key, SampleRow
 
 
 class Journal:

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 
 from megatron_hpt.errors import DataError
 from megatron_hpt.evaluation.paper import column_of
-from megatron_hpt.evaluation.samples import RECORD, Evaluation, SetRecord, read_record, samples_file
+from megatron_hpt.evaluation.samples import RECORD, Evaluation, SetRecord, check_complete, read_record, samples_file
 from megatron_hpt.run import RunDir
 
-_COLUMNS = ("problem_id", "level", "ground_truth", "answer", "tokens", "truncated", "score")
+_COLUMNS = ("problem_id", "sample", "level", "ground_truth", "answer", "tokens", "truncated", "score")
 """Not the texts, which are nearly all of a file."""
 
 
@@ -128,7 +128,7 @@ def _evaluation(path: Path, label: str | None) -> Entry:
         file = samples_file(path, name)
         if not file.is_file():
             raise DataError(f"{path}: not finished, {name} has no samples yet; the command that wrote it continues it")
-        outcomes[column] = Outcome(name, record.benchmarks[name], read_problems(file))
+        outcomes[column] = Outcome(name, record.benchmarks[name], read_problems(file, record.benchmarks[name]))
     return Entry(label or _label(path, record.step), outcomes, record=record)
 
 
@@ -148,11 +148,11 @@ def _columns(names: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def read_problems(file: Path) -> tuple[Problem, ...]:
+def read_problems(file: Path, record: SetRecord) -> tuple[Problem, ...]:
     """The samples of one benchmark by problem, in the order of the file, without their texts.
 
     Raises:
-        DataError: not a file of samples.
+        DataError: not a file of samples, or not those that the evaluation's record tells of.
     """
     try:
         rows = pq.read_table(file, columns=list(_COLUMNS)).to_pylist()
@@ -160,6 +160,7 @@ def read_problems(file: Path) -> tuple[Problem, ...]:
         raise DataError(f"{file}: not a readable file of samples: {error}") from None
     if missing := [name for name in _COLUMNS if rows and name not in rows[0]]:
         raise DataError(f"{file}: not a file of samples: it has no column {', '.join(missing)}")
+    check_complete(file, ((row["problem_id"], row["sample"]) for row in rows), record)
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         grouped.setdefault(row["problem_id"], []).append(row)

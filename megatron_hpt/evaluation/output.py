@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from megatron_hpt.data.files import whole
+from megatron_hpt.data.files import check_file, whole
 from megatron_hpt.errors import ConfigError, DataError
 from megatron_hpt.evaluation import curves, runs
 from megatron_hpt.evaluation.comparison import Comparison
@@ -33,14 +33,16 @@ def show(comparison: Comparison, console: Console) -> None:
 
 
 def check(paths: list[Path]) -> None:
-    """Refuse files of unknown kinds before anything is read.
+    """Refuse files of unknown kinds, and those that could not be written, before anything is read.
 
     Raises:
         ConfigError: names those that there are.
+        DataError: names what is in the way.
     """
     for path in paths:
         if path.suffix not in WRITERS:
             raise ConfigError(f"--output {path}: the ending says what is written; known: {', '.join(WRITERS)}")
+        check_file(path)
 
 
 def write(comparison: Comparison, path: Path) -> None:

@@ -9,7 +9,8 @@ EVALUATION/samples/<benchmark>.parquet    one row a sample (SCHEMA), problems in
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ import pyarrow.parquet as pq
 from megatron_hpt.data.files import whole, write_whole
 from megatron_hpt.errors import DataError
 
+Key = tuple[str, int]
+"""Of a sample: its problem and its number."""
 FORMAT = 1
 RECORD = "evaluation.json"
 SCHEMA = pa.schema(
@@ -124,7 +127,7 @@ def read_record(folder: Path) -> Evaluation:
     """
     path = folder / RECORD
     try:
-        tree: dict[str, Any] = json.loads(path.read_text())
+        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if tree.pop("format") != FORMAT:
             raise DataError(f"{path}: another version's evaluation; this one reads format {FORMAT}")
         sets = {name: SetRecord(**one) for name, one in tree.pop("benchmarks").items()}
@@ -162,6 +165,38 @@ def count_samples(path: Path) -> int:
     """How many samples a file has. Raises as `read_samples`."""
     with _readable(path):
         return pq.read_metadata(path).num_rows
+
+
+def check_complete(path: Path, there: Iterable[Key], record: SetRecord) -> None:
+    """A benchmark's samples are those that its evaluation says: each problem has samples 0 … k-1, each once.
+
+    Args:
+        there: problem and number of every sample in the file.
+
+    Raises:
+        DataError: names what is missing and what is doubled.
+    """
+    counts = Counter(there)
+    problems = dict.fromkeys(problem for problem, _ in counts)
+    wrong = [*(f"{_told(key)} is there {number} times" for key, number in counts.items() if number > 1)]
+    wrong += [f"{_told((name, k))} is missing" for name in problems for k in range(record.samples) if (name, k) not in counts]
+    wrong += [f"{_told(key)} is not one of its {record.samples} samples" for key in counts if not 0 <= key[1] < record.samples]
+    if len(problems) != record.problems:
+        wrong.append(f"it has {len(problems)} problems, and {record.problems} were asked")
+    if wrong:
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise DataError(
+            f"{path}: not the samples that {RECORD} tells of: {'; '.join(wrong[:_SHOWN])}{more}; restore the file, or evaluate "
+            "into a new folder"
+        )
+
+
+_SHOWN = 5
+"""Of what is wrong with a file."""
+
+
+def _told(key: Key) -> str:
+    return f"problem {key[0]!r}, sample {key[1]}"
 
 
 @contextmanager

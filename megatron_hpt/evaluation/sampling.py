@@ -7,9 +7,8 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hpt.evaluation.journal import Key
 from megatron_hpt.evaluation.problems import Problem
-from megatron_hpt.evaluation.samples import Protocol, SampleRow
+from megatron_hpt.evaluation.samples import Key, Protocol, SampleRow
 from megatron_hpt.rollout.engine import Sample, Sampler, SamplingRequest
 from megatron_hpt.rollout.sampling import seed_of
 

@@ -47,7 +47,7 @@ def write(folder: Path, gguf_file: Path) -> None:
 
     config, tensors = read_gguf(gguf_file)
     with whole_folder(folder) as temporary:
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(temporary)
 

@@ -117,6 +117,8 @@ def _child(kind: str, variant: Variant, sizes: Sizes, environment: dict[str, str
             env={**os.environ, **(environment or {})},
             capture_output=True,
             text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         if done.returncode:
             raise RuntimeError(f"{variant.name} failed: {done.stderr.strip().splitlines()[-1]}")

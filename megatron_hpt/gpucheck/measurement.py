@@ -59,12 +59,12 @@ class Measurement:
 
 def write(measurements: Iterable[Measurement], path: Path) -> None:
     """One JSON object a line."""
-    path.write_text("".join(json.dumps(asdict(m)) + "\n" for m in measurements))
+    path.write_text("".join(json.dumps(asdict(m)) + "\n" for m in measurements), encoding="utf-8")
 
 
 def read(path: Path) -> list[Measurement]:
     """What `write` wrote; none where there is no file."""
-    return [Measurement(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    return [Measurement(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def markdown(measurements: Iterable[Measurement]) -> str:

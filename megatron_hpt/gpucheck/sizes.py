@@ -103,7 +103,7 @@ def write_model(folder: Path, config: dict[str, Any]) -> Path:
 
         generator = torch.Generator().manual_seed(0)
         with whole_folder(folder) as temporary:
-            (temporary / "config.json").write_text(json.dumps(config))
+            (temporary / "config.json").write_text(json.dumps(config), encoding="utf-8")
             tensors = hf_tensor_shapes(model_shape(temporary))
             save_file({name: _random(shape, generator) for name, shape in tensors.items()}, temporary / "model.safetensors")
     return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hpt.config import Config, RolloutConfig, apply_overrides
+from megatron_hpt.data.files import check_folder
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.benchmarks import Chosen, choose
@@ -63,6 +64,8 @@ def prepare(model: str, benchmarks: Sequence[str], options: Options) -> Job:
         ConfigError, ModelError, DataError: naming what was given and what is allowed.
         EngineError: a server that does not answer, or is none.
     """
+    if options.out:
+        check_folder(options.out)
     chosen = choose(benchmarks, options.data, options.samples, options.grader)
     subject = resolve(model)
     servers = tuple(look(url) for url in subject.urls)

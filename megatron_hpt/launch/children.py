@@ -87,7 +87,7 @@ def tail(log: Path, lines: int = 15) -> str:
     """The last lines of a log, indented."""
     if not log.is_file():
         return "    (no log)"
-    text = log.read_text(errors="replace").rstrip().split("\n")
+    text = log.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
     return "\n".join(f"    {line}" for line in text[-lines:])
 
 
@@ -174,7 +174,7 @@ def shared_memory(pid: int) -> set[Path]:
     (sem_open of glibc), and the map shows the first.
     """
     with contextlib.suppress(OSError):
-        maps = Path(f"/proc/{pid}/maps").read_text()
+        maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
         mapped = {int(number) for number in re.findall(r"(\d+) +/dev/shm/", maps)}
         return {Path(entry.path) for entry in os.scandir("/dev/shm") if entry.inode() in mapped} if mapped else set()
     return set()

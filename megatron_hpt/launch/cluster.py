@@ -2,49 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-import yaml
-from pydantic import ValidationError
+from pydantic import Field
 
-from megatron_hpt.config import PositiveFloat, PositiveInt, Section
-from megatron_hpt.errors import ConfigError, did_you_mean
+from megatron_hpt.config import read_yaml
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.sections import Float, Int, Name, Processes, Section, validated_section
 
 S = TypeVar("S", bound=Section)
 Precision = Literal["float32", "bfloat16", "fp8"]
+Speed = Annotated[Float, Field(ge=1e-3, le=1e6)]
+"""10^9 bytes/s, or 10^12 FLOP/s."""
+Gibibytes = Annotated[Float, Field(gt=0, le=2**20)]
+GpusOfNode = Annotated[Int, Field(gt=0, le=1024)]
 
 
 class GpuConfig(Section):
-    name: str
+    name: Name
     """What it is called."""
-    memory_gib: PositiveFloat
+    memory_gib: Gibibytes
     """What a process can use of its memory, in GiB (an H100 of 80 GB shows 79.1)."""
-    memory_gbs: PositiveFloat
+    memory_gbs: Speed
     """Bandwidth of its memory, 10^9 bytes/s."""
-    tflops: dict[Precision, PositiveFloat]
+    tflops: dict[Precision, Speed]
     """Peak of dense matrix products, 10^12 FLOP/s, by precision; one that is missing cannot be computed in."""
-    link_gbs: PositiveFloat
+    link_gbs: Speed
     """To the other GPUs of the node (NVLink, else PCIe), one direction, 10^9 bytes/s."""
-    host_gbs: PositiveFloat
+    host_gbs: Speed
     """To the host's memory (PCIe), one direction, 10^9 bytes/s."""
 
 
 class ClusterConfig(Section):
-    name: str
+    called: ClassVar[str] = "a cluster"
+    name: Name
     """Shown in plans."""
-    nodes: PositiveInt
+    nodes: Processes
     """Nodes that a run may take."""
-    gpus_per_node: PositiveInt = 8
+    gpus_per_node: GpusOfNode = 8
     """GPUs of a node; on a cluster without any, the ranks that a node runs."""
     gpu: GpuConfig
     """Every GPU."""
-    host_memory_gib: PositiveFloat
+    host_memory_gib: Gibibytes
     """Memory of a node's host, in GiB."""
-    network_gbs: PositiveFloat
+    network_gbs: Speed
     """From one GPU to another node, one direction, 10^9 bytes/s (a port of 400 Gb/s: 50)."""
-    storage_gbs: PositiveFloat
+    storage_gbs: Speed
     """What the whole run writes to the shared file system, 10^9 bytes/s."""
 
     @property
@@ -59,7 +63,14 @@ def load_cluster(path: Path) -> ClusterConfig:
     Raises:
         ConfigError: no such file, not YAML, or not a cluster; one line for each problem.
     """
-    return checked(ClusterConfig, read_tree(path), path)
+    tree = read_tree(path)
+    if isinstance(tree, dict) and "kind" in tree:
+        raise ConfigError(
+            f"{path}: not a cluster to plan for: it says where recipes are sent (kind: {tree['kind']}), which is for "
+            "`megatron-hpt launch --cluster`; a plan needs the hardware, as recipes/clusters/h100x8.yaml describes it "
+            f"({', '.join(ClusterConfig.model_fields)})"
+        )
+    return checked(ClusterConfig, tree, path)
 
 
 def read_tree(path: Path) -> Any:
@@ -70,10 +81,7 @@ def read_tree(path: Path) -> Any:
     """
     if not path.is_file():
         raise ConfigError(f"--cluster: {path}: no such file; recipes/clusters/ has examples")
-    try:
-        return yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    return read_yaml(path)
 
 
 def checked(kind: type[S], tree: Any, path: Path) -> S:
@@ -82,30 +90,4 @@ def checked(kind: type[S], tree: Any, path: Path) -> S:
     Raises:
         ConfigError: not one; one line for each problem.
     """
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(kind, problem) for problem in error.errors()]
-        raise ConfigError("\n  ".join([f"{path}: not a cluster", *lines])) from None
-
-
-def _explain(kind: type[Section], problem: Any) -> str:
-    *section, last = map(str, problem["loc"] or ("the file",))
-    key = ".".join([*section, last])
-    if problem["type"] == "extra_forbidden":
-        known = _fields(kind, section)
-        return f"{key}: unknown key; allowed: {', '.join(known)}{did_you_mean(last, known)}"
-    if problem["type"] == "value_error":  # of the whole, in words of our own
-        return str(problem["ctx"]["error"])
-    what = "missing" if problem["type"] == "missing" else f"given {problem['input']!r}; {problem['msg'].lower()}"
-    return f"{key}: {what}"
-
-
-def _fields(kind: type[Section], section: Sequence[str]) -> dict[str, Any]:
-    """The keys of a section of a section."""
-    for name in section:
-        annotation = kind.model_fields[name].annotation
-        kind = next(
-            each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, Section)
-        )
-    return kind.model_fields
+    return validated_section(kind, tree, str(path), "not a cluster")

@@ -122,7 +122,7 @@ def engine(name: str, packages: tuple[str, ...], hooks: str) -> Check:
         if shutil.which(interpreter) is None:
             return missing(f"no environment at {interpreter}", f"{install}, or set rollout.python")
         command = [interpreter, "-c", _PROBE, hooks, "torch", *packages]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_S, encoding="utf-8", errors="replace")
         if done.returncode:
             return broken(f"{interpreter} does not run: {last_line(done.stderr)}", install)
         probed = json.loads(done.stdout)
@@ -176,7 +176,7 @@ def transformer_engine(_: Asked) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         return missing("not installed", "on GPUs: pip install --no-build-isolation 'transformer-engine[pytorch]'; docs/gpu.md")
     command = [sys.executable, "-c", "import torch, transformer_engine.pytorch"]  # it finds cuBLAS among torch's libraries
-    done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_S)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_S, encoding="utf-8", errors="replace")
     if done.returncode:
         return broken(f"{version} cannot be imported: {last_line(done.stderr)}", "install the version built for this torch")
     return ok(version)

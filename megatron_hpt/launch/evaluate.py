@@ -21,7 +21,7 @@ from megatron_hpt.evaluation.continuing import claimed, continued
 from megatron_hpt.evaluation.grading import Graders, checked_grader
 from megatron_hpt.evaluation.measures import Measures, measured
 from megatron_hpt.evaluation.outcomes import read_problems
-from megatron_hpt.evaluation.samples import read_record, read_samples, samples_file, write_record, write_samples
+from megatron_hpt.evaluation.samples import check_complete, read_record, read_samples, samples_file, write_record, write_samples
 from megatron_hpt.launch.asked import Job, Options, prepare
 from megatron_hpt.launch.launchers import gpus_here
 from megatron_hpt.launch.models import write_overridden
@@ -63,8 +63,9 @@ def summaries(folder: Path) -> dict[str, Measures]:
     Raises:
         DataError: not an evaluation, or none of its benchmarks is complete.
     """
-    files = {name: samples_file(folder, name) for name in read_record(folder).benchmarks}
-    found = {name: measured(read_problems(file)) for name, file in files.items() if file.is_file()}
+    sets = read_record(folder).benchmarks
+    files = {name: samples_file(folder, name) for name in sets}
+    found = {name: measured(read_problems(file, sets[name])) for name, file in files.items() if file.is_file()}
     if not found:
         raise DataError(f"{folder}: no benchmark is complete yet; the command that began the evaluation continues it")
     return found
@@ -78,17 +79,18 @@ def regrade(folder: Path, grader: str | None, reward: RewardConfig) -> None:
         reward: how many grader processes there are and how long an answer may take.
 
     Raises:
-        DataError: not an evaluation.
+        DataError: not an evaluation, or one whose samples are not those that were written; nothing is changed.
         ConfigError: no such reward.
     """
     record = read_record(folder)
     graders = {name: checked_grader(grader or one.grader, reward) for name, one in record.benchmarks.items()}
     changed = {name: replace(one, grader=graders[name]) for name, one in record.benchmarks.items()}
     with claimed(folder), Graders(reward) as graders:
-        for name, one in changed.items():
-            file = samples_file(folder, name)
-            if file.is_file():
-                write_samples(file, asyncio.run(graders.grade(read_samples(file), one.grader)))
+        there = {name: file for name in record.benchmarks if (file := samples_file(folder, name)).is_file()}
+        for name, file in there.items():  # all of them before one is changed
+            check_complete(file, ((row.problem_id, row.sample) for row in read_samples(file)), record.benchmarks[name])
+        for name, file in there.items():
+            write_samples(file, asyncio.run(graders.grade(read_samples(file), changed[name].grader)))
         write_record(folder, replace(record, benchmarks=changed))
 
 

@@ -112,10 +112,10 @@ def kernel_log(_: Asked) -> Finding:
     """No error of a GPU in the last hour that outlives its process."""
     if shutil.which("dmesg") is None:
         return missing("no dmesg", "")
-    done = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=ANSWER_S)
+    done = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=ANSWER_S, encoding="utf-8", errors="replace")
     if done.returncode:
         return missing("only root may read the kernel's log here", "")
-    up = float(Path("/proc/uptime").read_text().split()[0])
+    up = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
     matches = [match for line in done.stdout.splitlines() if (match := _XID.search(line)) and up - float(match[1]) < RECENT_S]
     fatal = {(match[2], int(match[3])) for match in matches if int(match[3]) in FATAL_XIDS}
     if fatal:
@@ -187,7 +187,7 @@ def open_files(_: Asked) -> Finding:
 def computation(asked: Asked) -> Finding:
     """A product of whole numbers is exact on every device; in a process of its own, for a sick GPU may never answer."""
     command = [sys.executable, "-m", "megatron_hpt.launch.health", str(asked.gpus or 0)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPUTE_S)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPUTE_S, encoding="utf-8", errors="replace")
     if done.returncode:
         return broken(last_line(done.stderr), "leave the node out; run `python -m megatron_hpt.launch.health` to see all of it")
     return ok(done.stdout.strip())
@@ -229,7 +229,7 @@ def _output(command: Sequence[str]) -> str:
     Raises:
         RuntimeError: it failed; with its last line.
     """
-    done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, encoding="utf-8", errors="replace")
     if done.returncode:
         raise RuntimeError(f"{command[0]}: {last_line(done.stdout + done.stderr)}")
     return done.stdout.strip()

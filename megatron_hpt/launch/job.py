@@ -162,7 +162,9 @@ def check_nodes(job: Job, command: str, logs: Path) -> list[str]:
     except subprocess.TimeoutExpired:  # a node that does not even start it
         say(job, f"the health check did not end within {HEALTH_S + 60} s")
     texts = {node: logs / f"{node}.log" for node in job.nodes}
-    return [node for node, log in texts.items() if log.is_file() and log.read_text().rstrip().endswith(_HEALTHY)]
+    return [
+        node for node, log in texts.items() if log.is_file() and log.read_text(encoding="utf-8").rstrip().endswith(_HEALTHY)
+    ]
 
 
 def _submit_without(sick: Sequence[str], name: str, job: Job, folder: Path, overrides: list[str]) -> str:
@@ -210,7 +212,9 @@ def _ask(*command: str, environment: Mapping[str, str] | None = None) -> str:
         HptError: it fails, with what it says, or is not there.
     """
     try:
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace"
+        )
     except FileNotFoundError:
         raise HptError(f"{command[0]}: not found; the batch script must run where Slurm's commands are") from None
     if result.returncode != 0:

@@ -125,7 +125,7 @@ def free_port(host: str) -> int:
     Raises:
         HptError: none found.
     """
-    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
     for port in random.SystemRandom().sample(range(LOWEST_PORT, max(first_outgoing, LOWEST_PORT + 1000)), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))

@@ -30,4 +30,4 @@ def write_overridden(source: Path, target: Path, overrides: Mapping[str, Any]) -
         for path in source.resolve().iterdir():
             if path.name != "config.json":
                 (temporary / path.name).symlink_to(path)
-        (temporary / "config.json").write_text(json.dumps(contents, indent=2) + "\n")
+        (temporary / "config.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

@@ -248,6 +248,8 @@ def _check_reference_model(config: Config, shape: ModelShape) -> None:
 
 def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
     """Every row can be read and used; the first ones that are taken are tokenised too."""
+    if not config.data.train:
+        raise ConfigError("data.train: names no file; give a parquet or JSONL file, a folder, or a pattern")
     tokenizer = load_tokenizer(config)
     if len(tokenizer) > shape.vocab:
         raise ModelError(

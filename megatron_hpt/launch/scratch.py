@@ -24,7 +24,7 @@ class Scratch:
     def __init__(self) -> None:
         sweep()
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))  # a short name: paths of sockets end at 107 characters
-        self._lock = (self.path / _LOCK).open("w")
+        self._lock = (self.path / _LOCK).open("w", encoding="utf-8")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         keep_compiled(self.path, Path(tempfile.gettempdir()) / _compiled())
 
@@ -56,6 +56,6 @@ def _compiled() -> str:
 def sweep() -> None:
     """Remove this user's folders whose supervisors are gone."""
     for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
-        with contextlib.suppress(OSError), lock.open("r+") as file:  # another user's, or held
+        with contextlib.suppress(OSError), lock.open("r+", encoding="utf-8") as file:  # another user's, or held
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)

@@ -10,14 +10,15 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_hpt.config import Config, PositiveInt, Section
+from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError, did_you_mean
-from megatron_hpt.launch.cluster import checked, read_tree
+from megatron_hpt.launch.cluster import GpusOfNode, checked, read_tree
 from megatron_hpt.launch.topology import least_nodes
+from megatron_hpt.sections import Int, Name, Section
 
 CLUSTERS = Path("recipes/clusters")
 """Where a cluster is looked up by name."""
@@ -29,11 +30,11 @@ ONE_LOG = ('[[ ${SLURM_RESTART_COUNT:-0} == 0 ]] || exec >>"$(echo ../log-*_"$SL
 
 
 class SshConfig(Section):
-    host: str
+    host: Name
     """Login node."""
-    user: str
+    user: Name
     """There."""
-    job_dir: str
+    job_dir: Name
     """Folder there, on the file system that all nodes see, for scripts and output."""
     identity: str | None = None
     """Private key on this machine; default: what ssh would take."""
@@ -42,7 +43,9 @@ class SshConfig(Section):
 class SiteConfig(Section):
     """What every kind of cluster has."""
 
-    checkout: str
+    called: ClassVar[str] = "a cluster to send recipes to"
+
+    checkout: Name
     """Folder of this repository there, seen by all nodes; relative paths of a recipe start in it, and it in this folder."""
     program: str = ".venv/bin/megatron-hpt"
     """From the checkout."""
@@ -58,21 +61,21 @@ class LocalSite(SiteConfig):
 
 class SlurmSite(SiteConfig):
     kind: Literal["slurm"]
-    account: str
+    account: Name
     """That is charged."""
     partition: str | None = None
     """Default: Slurm's."""
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+:\d\d:\d\d$")] = "24:00:00"
     """Limit of one job: [days-]hours:minutes:seconds."""
-    ranks_per_node: PositiveInt = 8
+    ranks_per_node: GpusOfNode = 8
     """Trainer ranks of a node: its GPUs."""
     has_gpus: bool = True
     """Ask for as many GPUs a node as ranks."""
     whole_nodes: bool = True
     """Nodes are not shared, and all of their memory is the job's."""
-    spare_nodes: Annotated[int, Field(ge=0)] = 0
+    spare_nodes: Annotated[Int, Field(ge=0, le=2**17)] = 0
     """Nodes beyond those that the layout takes, for sick ones."""
-    notice_s: Annotated[int, Field(ge=2 * MARGIN_S)] = 900
+    notice_s: Annotated[Int, Field(ge=2 * MARGIN_S, le=366 * 86_400)] = 900
     """Seconds between the notice and the time limit: two checkpoints and a step."""
     health: str = "true"
     """Command that fails on a sick node."""

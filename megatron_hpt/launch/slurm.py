@@ -205,7 +205,9 @@ class SlurmLauncher:
     def _steps(self) -> list[str]:
         """The job's steps, without the one that this process may be in: a supervisor that NeMo-Run started."""
         listed = ["squeue", "--noheader", "--steps", f"--jobs={self._job.number}", "--format=%i"]
-        steps = subprocess.run(listed, capture_output=True, text=True, check=False).stdout.split()
+        steps = subprocess.run(
+            listed, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace"
+        ).stdout.split()
         return other_steps(steps, os.environ)
 
     def stop(self, children: Sequence[Child]) -> None:

@@ -33,7 +33,7 @@ class Subject:
         """Settings to start from: those of its run, or defaults."""
         if self.run is not None:
             return load_yaml(self.run.config)
-        return Config(name="evaluation", model=ModelConfig(path=str(self.path or "")), data=DataConfig(train=""))
+        return Config(name="evaluation", model=ModelConfig(path=str(self.path or "none")), data=DataConfig(train=""))
 
     def weights(self) -> str:
         """Digest of the names, sizes and times of a folder's files."""

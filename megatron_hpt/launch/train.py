@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
 from megatron_hpt.data.checkpoints import damage
-from megatron_hpt.data.files import write_whole
+from megatron_hpt.data.files import check_folder, write_whole
 from megatron_hpt.data.source import check_same_files, files
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import models, preflight
@@ -29,6 +30,7 @@ Launch = Callable[[Config], Callable[[RunDir], Launcher]]
 def start_run(source: str, overrides: list[str], root: Path, launch: Launch = on_this_machine) -> RunDir:
     """Train from the first step in a new run directory."""
     recipe = recipes.load(source, overrides)
+    check_folder(root)
     if recipe.prepare is not None:
         recipe.prepare(recipe.config)
     preflight.check(recipe.config)
@@ -60,7 +62,7 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = o
     _check_same_batches(saved, config)
     preflight.check(config)
     if run.data.is_file():  # older runs have none
-        check_same_files(json.loads(run.data.read_text()), config)
+        check_same_files(json.loads(run.data.read_text(encoding="utf-8")), config)
     launcher = launch(config)(run)
     start = resume_point(run, config)
     if start == config.trainer.steps:
@@ -109,13 +111,27 @@ def _check_same_batches(saved: Config, config: Config) -> None:
 def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher) -> None:
     from megatron_hpt.launch.supervisor import Supervisor  # imports torch
 
-    with run.lock():
+    with run.lock(), _logged(run):
         shutil.rmtree(run.export, ignore_errors=True)
         models.write(config, run)
         try:
             Supervisor(config, run, start, launcher).run()
         finally:
             _report(run)
+
+
+@contextmanager
+def _logged(run: RunDir) -> Iterator[None]:
+    """What this process warns of is in a log too, made with the first line: its streams may be gone."""
+    handler = logging.FileHandler(run.log("supervisor"), encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("megatron_hpt").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("megatron_hpt").removeHandler(handler)
+        handler.close()
 
 
 def _report(run: RunDir) -> None:

@@ -55,7 +55,7 @@ class Tries:
             checkpoint: newest one; 0: none.
         """
         if self._begun.is_file():
-            before = _try(json.loads(self._begun.read_text()))
+            before = _try(json.loads(self._begun.read_text(encoding="utf-8")))
             if before.job == job and before.attempt < attempt:
                 self._add(replace(before, checkpoint=checkpoint))
         write_whole(self._begun, json.dumps(asdict(Try(job, attempt, tuple(nodes), LOST, checkpoint))))
@@ -73,7 +73,7 @@ class Tries:
 
     def all(self) -> list[Try]:
         """Oldest first."""
-        return [_try(each) for each in json.loads(self.file.read_text())] if self.file.is_file() else []
+        return [_try(each) for each in json.loads(self.file.read_text(encoding="utf-8"))] if self.file.is_file() else []
 
     def _add(self, failed: Try) -> None:
         write_whole(self.file, json.dumps([asdict(each) for each in (*self.all(), failed)], indent=1))

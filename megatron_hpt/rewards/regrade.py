@@ -14,11 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_hpt.config import RewardConfig
-from megatron_hpt.data.files import whole
+from megatron_hpt.data.files import check_file, whole
 from megatron_hpt.errors import DataError
 from megatron_hpt.rewards.grades import Answer, Grade
 from megatron_hpt.rewards.pool import GraderPool
+from megatron_hpt.sections import MOST_SAMPLES
 
+_SHOWN = 5
+"""Missing samples of one problem that are named."""
 BUNCH = 512
 """Answers between two reports of progress."""
 
@@ -84,6 +87,21 @@ def _text(row: Any, path: str) -> str | None:
     return str(row) if isinstance(row, (str, int, float)) else None
 
 
+def doubtful(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What of an evaluation's samples (columns problem_id and sample) is in the file twice, or is missing: a mean over it is of
+    something else than was sampled. Of other files nothing is known."""
+    if not all({"problem_id", "sample"} <= row.keys() and isinstance(row["sample"], int) for row in rows):
+        return
+    counts = Counter((str(row["problem_id"]), row["sample"]) for row in rows)
+    samples = min(MOST_SAMPLES, 1 + max(sample for _, sample in counts))
+    for (problem, sample), number in counts.items():
+        if number > 1:
+            yield f"problem {problem!r}, sample {sample} is there {number} times"
+    for problem in dict.fromkeys(problem for problem, _ in counts):
+        if missing := [k for k in range(samples) if (problem, k) not in counts]:
+            yield f"problem {problem!r} lacks sample{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:_SHOWN]))}"
+
+
 def grade_in_bunches(answers: Sequence[Answer], settings: RewardConfig, done: Callable[[int], None]) -> list[Grade]:
     """Grades in order.
 
@@ -120,13 +138,31 @@ def summary(grades: Sequence[Grade]) -> dict[str, Any]:
 
 
 def check_out(path: Path) -> None:
-    """Refuse what `write` does not write, before anything is graded.
+    """Refuse what `write` could not write, before anything is graded.
 
     Raises:
-        DataError: another ending.
+        DataError: another ending, or a place where nothing can be written.
     """
     if path.suffix not in (".parquet", ".jsonl"):
         raise DataError(f"{path}: not a kind of file that is written; allowed: .parquet, .jsonl")
+    check_file(path)
+
+
+def check_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse rows that a kind of file cannot hold, before they are graded.
+
+    Raises:
+        DataError: what it cannot hold.
+    """
+    try:
+        if path.suffix == ".parquet":
+            pa.Table.from_pylist(list(rows))
+        else:
+            json.dumps(rows)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: parquet wants one type a column ({error}); choose .jsonl") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: JSON does not hold all of what the rows hold ({error}); choose .parquet") from None
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]], graded: dict[str, Sequence[Grade]]) -> None:
@@ -140,4 +176,4 @@ def write(path: Path, rows: Sequence[dict[str, Any]], graded: dict[str, Sequence
         if path.suffix == ".parquet":
             pq.write_table(pa.Table.from_pylist(wider), temporary)
         else:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in wider))
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in wider), encoding="utf-8")

@@ -17,7 +17,7 @@ class MetricsLog:
     """Appends a step's metrics to both; a resumed run's points replace those of the same steps."""
 
     def __init__(self, run: RunDir, start: int) -> None:
-        self._file = run.metrics.open("a")
+        self._file = run.metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run.tensorboard), purge_step=start)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file; a last line that is still being written is left out."""
     if not path.is_file():
         return []
-    *lines, _ = path.read_text().split("\n")
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]
 
 

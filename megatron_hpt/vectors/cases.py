@@ -62,7 +62,7 @@ def read(path: Path) -> list[Case]:
         DataError: not a file of this format; names what is missing.
     """
     try:
-        cases = json.loads(path.read_text())["cases"]
+        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
         found = [
             Case(
                 name=case["name"],

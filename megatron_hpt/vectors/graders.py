@@ -26,7 +26,7 @@ def check_graders(path: Path) -> Outcome:
     """
     outcome = Outcome(f"grader: math_reference (version {VERSION})")
     try:
-        cases = json.loads(path.read_text())["cases"]
+        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
         graded = [(c["name"], c["response"], c["ground_truth"], c["score"][VERSION]) for c in cases]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a file of grader vectors: {type(error).__name__}: {error}") from None

@@ -32,7 +32,7 @@ def describe(folder: Path, version: int) -> tuple[Contents, Manifest]:
         ModelError, TransferError: not a checkpoint, or a damaged one.
     """
     if (folder / "manifest.json").is_file():
-        data = json.loads((folder / "manifest.json").read_text())
+        data = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         return Contents.from_json(data["contents"]), Manifest.from_json(data["manifest"])
     shape = model_shape(folder)
     HfTensors(folder).check(shape)

@@ -213,7 +213,7 @@ class ToHf:
             _work(partial(self._write_shard, folder, advance), self._shards)
             if self._weight_map is not None:
                 total = {"metadata": {"total_size": sum(self._nbytes.values())}, "weight_map": self._weight_map}
-                (folder / INDEX).write_text(json.dumps(total, indent=2) + "\n")
+                (folder / INDEX).write_text(json.dumps(total, indent=2) + "\n", encoding="utf-8")
             copy_side_files(self._side, folder)
             _record_dtype(folder, self._reader.dtypes)
 

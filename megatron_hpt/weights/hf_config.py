@@ -196,7 +196,7 @@ def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     if not file.is_file():
         raise ModelError(f"model.path: {folder} has no config.json; it is not a Hugging Face model folder")
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{file}: not JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:

@@ -45,7 +45,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
             files = [folder / name for name in names]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{folder / INDEX}: not an index of safetensors files: {error!r}") from None
@@ -122,12 +122,14 @@ def write_config(folder: Path, changes: dict[str, Any]) -> None:
     """Change keys of a folder's config.json; without changes the file stays as it is."""
     if changes:
         file = folder / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}, indent=2) + "\n")
+        file.write_text(
+            json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changes}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def dtype_change(folder: Path, dtype: str) -> dict[str, str]:
     """What must change in a config.json that speaks of the weights' precision (transformers 5 renamed the key)."""
-    there = json.loads((folder / "config.json").read_text())
+    there = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {key: dtype for key in ("dtype", "torch_dtype") if there.get(key) not in (None, dtype)}
 
 

@@ -90,7 +90,7 @@ class ChunkWriter:
         self._storage.finish(self._metadata, results)
         shutil.rmtree(self._folder / _PROGRESS)
         torch.save({}, self._folder / "common.pt")
-        (self._folder / "metadata.json").write_text(json.dumps(_BACKENDS))
+        (self._folder / "metadata.json").write_text(json.dumps(_BACKENDS), encoding="utf-8")
 
     def _note(self, number: int) -> Path:
         return self._folder / _PROGRESS / str(number)

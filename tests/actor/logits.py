@@ -61,7 +61,7 @@ def logits_of(chunks: list[model.PolicyModel], batch: MicroBatch, vocab: int) ->
 
 
 def main() -> None:
-    layout = ParallelConfig(**json.loads(Path(sys.argv[1]).read_text()))
+    layout = ParallelConfig(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     where = platform.detect(threads=1)
     ranks = parallel.initialize(layout, where, seed=0, deadline_s=300)
     for folder in map(Path, sys.argv[2:]):

@@ -20,7 +20,7 @@ def start(tmp_path: Path, code: str, name: str = "part", **environment: str) -> 
 
 def wait_for(path: Path, text: str) -> None:
     deadline = time.monotonic() + 30
-    while not (path.is_file() and text in path.read_text()):
+    while not (path.is_file() and text in path.read_text(encoding="utf-8")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -129,7 +129,7 @@ def test_gpus_that_are_expected_and_not_there(fake: Fake) -> None:
     ("age", "xid", "state"), [(10, 79, "broken"), (7200, 79, "ok"), (10, 31, "ok")], ids=["now", "long ago", "of a program"]
 )
 def test_the_kernels_messages(fake: Fake, age: float, xid: int, state: str) -> None:
-    stamp = float(Path("/proc/uptime").read_text().split()[0]) - age
+    stamp = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - age
     fake("dmesg", f"echo '[{stamp:12.6f}] NVRM: Xid (PCI:0000:3b:00): {xid}, pid=7194, GPU has fallen off the bus.'")
     finding = examine(health.kernel_log, Asked(Path()))
     assert finding.state == state

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,3 +142,31 @@ def test_grading_again_changes_scores_alone(tiny_model: Path, options: Options) 
     assert read_samples(samples_file(folder, "heldout")) == before
     with pytest.raises(HptError, match="given 'nothing'"):
         regrade(folder, "nothing", RewardConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: [*rows[:5], *rows[6:]], "problem '.*', sample 1 is missing; restore the file"),
+        (lambda rows: [*rows, rows[3]], "problem '.*', sample 3 is there 2 times; restore"),
+        (lambda rows: rows[4:], "it has 15 problems, and 16 were asked; restore"),
+        (
+            lambda rows: [replace(rows[0], sample=7), *rows[1:]],
+            "sample 0 is missing; problem '.*', sample 7 is not one of its 4",
+        ),
+        (lambda rows: rows[::4], r"is missing; .*and 43 more; restore"),
+    ],
+)
+def test_samples_that_are_not_those_that_were_written_are_neither_graded_nor_shown(
+    tiny_model: Path, options: Options, change: Callable, message: str
+) -> None:
+    folder = sampled(tiny_model, options)
+    evaluate(str(tiny_model), ["heldout@4"], options, Console(file=io.StringIO()))
+    file = samples_file(folder, "heldout")
+    write_samples(file, change(read_samples(file)))
+    before = file.read_bytes()
+    with pytest.raises(HptError, match=message):
+        regrade(folder, "choice", RewardConfig())
+    assert file.read_bytes() == before
+    with pytest.raises(HptError, match=message):
+        summaries(folder)

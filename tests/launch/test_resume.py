@@ -1,13 +1,17 @@
 """Where a run continues, and what may not change when it does."""
 
 import json
+import os
+import shutil
+import time
 from pathlib import Path
+from time import gmtime
 
 import pytest
 
-from megatron_hpt.config import AlgorithmConfig, Config, DataConfig, MixtureConfig, ModelConfig, TrainerConfig
+from megatron_hpt.config import AlgorithmConfig, Config, DataConfig, MixtureConfig, ModelConfig, TrainerConfig, dump_yaml
 from megatron_hpt.data.checkpoints import record, superseded
-from megatron_hpt.errors import ConfigError
+from megatron_hpt.errors import ConfigError, DataError
 from megatron_hpt.launch.train import _check_same_batches, resume_point, resume_run
 from megatron_hpt.run import RunDir, create, newest
 
@@ -106,6 +110,52 @@ def test_newest_takes_no_run_of_a_longer_name(tmp_path: Path) -> None:
     run, config = make(tmp_path, [], 0)
     create(config.model_copy(update={"name": "x-large"}), tmp_path)
     assert newest("x", tmp_path).path == run.path
+
+
+def test_the_newest_run_is_the_last_that_was_started_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another time zone, summer time, a clock that was put back, many starts in one second."""
+    _, config = make(tmp_path, [], 0)
+    moment = 1_790_000_000
+    runs = []
+    for hours in (0, -1, 14, -12, *[3] * 12):
+        monkeypatch.setattr("megatron_hpt.run.time.gmtime", lambda at=moment + 3600 * hours: gmtime(at))
+        runs.append(create(config, tmp_path).path)
+        assert newest(config.name, tmp_path).path == runs[-1]
+    shutil.rmtree(runs[-1])
+    os.utime(runs[3] / "config.yaml")
+    assert newest(config.name, tmp_path).path == runs[-2]
+
+
+def test_a_runs_name_has_its_start_in_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "XXX-14")
+    time.tzset()
+    try:
+        before = time.strftime("%Y%m%d-%H%M", gmtime())
+        run, _ = make(tmp_path, [], 0)
+        assert before <= run.path.name.removeprefix("x-") <= time.strftime("%Y%m%d-%H%M%S", gmtime())
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_runs_of_older_versions_are_in_the_order_of_their_names(tmp_path: Path) -> None:
+    _, config = make(tmp_path / "new", [], 0)
+    for name in ("x-20250101-000000", "x-20250101-000000-2", "x-20250101-000000-10", "x-20240101-000000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(dump_yaml(config))
+    assert newest("x", tmp_path).path.name == "x-20250101-000000-10"
+    assert newest("x", tmp_path).path != create(config, tmp_path).path == newest("x", tmp_path).path
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_runs_that_is_no_folder_is_said(tmp_path: Path, kind: str) -> None:
+    _, config = make(tmp_path / "new", [], 0)
+    runs = tmp_path / "runs"
+    runs.touch() if kind == "file" else runs.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"runs: (is a file; give a folder|cannot be written)"):
+        create(config, runs)
 
 
 def test_the_recipes_arguments_name_the_run_and_are_no_overrides_of_it(tmp_path: Path) -> None:

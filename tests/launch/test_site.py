@@ -47,10 +47,10 @@ def test_shipped_sites_are_found_by_name(name: str, kind: type) -> None:
         ),
         ([1], "kind: given None"),
         ({"kind": "slurm", "checkout": "/there"}, "account: missing"),
-        ({**SLURM, "partion": "p"}, "partion: unknown key; allowed: .*; did you mean 'partition'?"),
+        ({**SLURM, "partion": "p"}, "partion: unknown key; a cluster to send recipes to has: .*; did you mean partition?"),
         (
             {**SLURM, "ssh": {"host": "h", "usr": "u"}},
-            "ssh.usr: unknown key; allowed: host, user, job_dir, identity; did you mean",
+            "ssh.usr: unknown key; ssh has: host, user, job_dir, identity; did you mean ssh.user?",
         ),
         ({**SLURM, "time": "1 day"}, "time: given '1 day'"),
         ({**SLURM, "time": "0:29:59"}, "time: given 0:29:59; it must be at least twice notice_s, 900 s"),

@@ -95,7 +95,7 @@ def test_outside_a_job_there_is_a_sentence() -> None:
 
 
 def test_tries_and_jobs_have_ports_of_their_own_below_the_outgoing_ones() -> None:
-    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
     ports = [
         job("a", number=number, attempt=attempt).port(index) for number in (7, 8) for attempt in (0, 1) for index in (0, 5)
     ]

@@ -95,7 +95,7 @@ def test_a_wrong_cluster_file_is_explained(tmp_path: Path) -> None:
     file.write_text(text.replace("link_gbs", "link_gb").replace("nodes: 1", "nodes: 0", 1).replace("storage_gbs: 2", ""))
     with pytest.raises(ConfigError) as caught:
         load_cluster(file)
-    for line in (r"gpu.link_gb: unknown key", "did you mean 'link_gbs'", "nodes: given 0; ", "storage_gbs: missing"):
+    for line in (r"gpu.link_gb: unknown key", "did you mean gpu.link_gbs?", "nodes: given 0; ", "storage_gbs: missing"):
         assert line in str(caught.value)
 
 

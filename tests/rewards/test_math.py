@@ -379,7 +379,7 @@ def test_no_case_of_the_file_is_graded_wrong() -> None:
 @needs_shared
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.json")), ids=lambda path: path.stem)
 def test_the_benchmarks_own_answers_are_right(path: Path) -> None:
-    answers = [problem["answer"] for problem in json.loads(path.read_text())]
+    answers = [problem["answer"] for problem in json.loads(path.read_text(encoding="utf-8"))]
     assert [answer for answer in answers if math.grade(f"\\boxed{{{answer}}}", answer) != 1.0] == []
 
 

@@ -110,9 +110,11 @@ def test_the_pool_can_be_made_in_a_thread_that_ends(settings: RewardConfig) -> N
 def test_a_nursery_that_was_killed_is_replaced(settings: RewardConfig) -> None:
     with GraderPool(settings) as pool:
         (first,) = asyncio.run(pool.grade([("pid", "")]))
-        parent = int(Path(f"/proc/{int(first.score)}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        parent = int(Path(f"/proc/{int(first.score)}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
         os.kill(parent, 9)
-        while Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":  # else it may fork once more
+        while (
+            Path(f"/proc/{parent}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+        ):  # else it may fork once more
             time.sleep(0.01)
         grades = asyncio.run(pool.grade([("7", "7")] * 3))
         assert [grade.score for grade in grades[1:]] == [1.0, 1.0]  # the grader died with it: the first may be lost

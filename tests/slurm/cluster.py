@@ -288,7 +288,7 @@ class Cluster:
             "plugstack.conf": "",  # shuts out that of /etc
             "hosts": "\n".join(["127.0.0.1 localhost", f"{self._address} {values['host']}", *hosts, ""]),
             # Names come from the file alone: torch looks addresses up, and DNS would time out.
-            "nsswitch.conf": re.sub(r"(?m)^hosts:.*", "hosts: files", Path("/etc/nsswitch.conf").read_text()),
+            "nsswitch.conf": re.sub(r"(?m)^hosts:.*", "hosts: files", Path("/etc/nsswitch.conf").read_text(encoding="utf-8")),
         }
         for name, text in files.items():
             (self.folder / name).write_text(text)

@@ -40,7 +40,7 @@ def main() -> None:
     die_with_parent()
     path, layouts, out, kind, *urls = sys.argv[1:]
     where, outcome, version = platform.detect(threads=1), {}, 0
-    for name, layout in json.loads(Path(layouts).read_text()).items():
+    for name, layout in json.loads(Path(layouts).read_text(encoding="utf-8")).items():
         os.environ["MASTER_PORT"] = str(layout.pop("port"))  # a store for each process group
         transfer = layout.pop("transfer", {})
         config = engine_config(kind, Path(path))
@@ -64,7 +64,7 @@ def main() -> None:
         sender.close()
         parallel.shutdown()
     if int(os.environ["RANK"]) == 0:
-        Path(out).write_text(json.dumps(outcome))
+        Path(out).write_text(json.dumps(outcome), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def trainer(server: Server):
     again.sender.publish(Versions.next())
     again.close()
     trainer.close()
-    assert "memfd:megatron_hpt" not in Path("/proc/self/maps").read_text(), "memory of a sender that was closed"
+    assert "memfd:megatron_hpt" not in Path("/proc/self/maps").read_text(encoding="utf-8"), "memory of a sender that was closed"
 
 
 def raises_in_time(kind: type[Exception], match: str, action, deadline_s: float = 2 * DEADLINE_S + 3) -> None:

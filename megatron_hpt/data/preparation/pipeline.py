@@ -61,7 +61,7 @@ class Preparation:
         Raises:
             DataError: of reading; no row is left.
         """
-        with whole(rejects_path(out)) as rejects, rejects.open("w") as said, problem_file(out) as append:
+        with whole(rejects_path(out)) as rejects, rejects.open("w", encoding="utf-8") as said, problem_file(out) as append:
 
             def settle(items: Sequence[Item]) -> None:
                 append([self._row(item) for item in items if self._summary.take(item, self._drop)])

@@ -45,7 +45,7 @@ things by its ordinary means: standard input is empty for it, and the built-in f
 def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     order = json.load(sys.stdin)
-    with open("/tmp/program.py", "w") as file:
+    with open("/tmp/program.py", "w", encoding="utf-8") as file:
         file.write(order["program"])
     for number, test in enumerate(order["tests"]):
         problem = _problem(test, order["time_s"])

@@ -68,7 +68,7 @@ def _map_ids(child: int) -> None:
     else:
         maps = {"setgroups": "deny", "uid_map": f"{_NOBODY} {user} 1\n", "gid_map": f"{_NOBODY} {group} 1\n"}
     for name, content in maps.items():
-        with open(f"/proc/{child}/{name}", "w") as file:
+        with open(f"/proc/{child}/{name}", "w", encoding="utf-8") as file:
             file.write(content)
 
 
@@ -96,7 +96,7 @@ def _make_tree(root: str, place: dict[str, Any]) -> None:
     for name, mode in (("proc", 0o755), ("tmp", 0o1777), ("harness", 0o755)):
         os.makedirs(f"{root}/{name}", exist_ok=True)
         os.chmod(f"{root}/{name}", mode)
-    with open(place["harness"]) as source, open(f"{root}/harness/harness.py", "w") as copy:
+    with open(place["harness"], encoding="utf-8") as source, open(f"{root}/harness/harness.py", "w", encoding="utf-8") as copy:
         copy.write(source.read())
     os.chdir(root)
     _check(_LIBC.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
@@ -124,7 +124,9 @@ def _become_harness(place: dict[str, Any]) -> NoReturn:
     """Process 1 of the jail."""
     with contextlib.suppress(OSError):  # a container's masked /proc forbids a new one; Python does without
         _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)  # where the machine's own is still in sight
-        with open("/proc/sys/user/max_user_namespaces", "w") as file:  # of the jail: in another it would be root again
+        with open(
+            "/proc/sys/user/max_user_namespaces", "w", encoding="utf-8"
+        ) as file:  # of the jail: in another it would be root again
             file.write("0")
     _check(_LIBC.umount2(b".", _MNT_DETACH), "umount2")  # the machine's tree, which pivot_root has put on top
     os.chdir("/tmp")

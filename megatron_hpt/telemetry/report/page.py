@@ -50,7 +50,7 @@ def page(title: str, subtitle: str, payload: Mapping[str, Any], settings: Sequen
 
 
 def _part(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text()
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _script(text: str) -> str:

@@ -11,14 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_hpt.config import Config, load_yaml
+from megatron_hpt.config import Config, load_yaml, read_yaml
 from megatron_hpt.errors import DataError
 from megatron_hpt.objective.algorithms import of_run
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import duration
+from megatron_hpt.values import dump
 
 Lines = Sequence[dict[str, Any]]
 MOST_POINTS = 500
@@ -184,7 +183,7 @@ def _notes(record: Record) -> Iterator[str]:
 
 def differences(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
     """Settings in which the runs differ, with each run's value."""
-    flat = [dict(_leaves(yaml.safe_load(record.run.config.read_text()), "")) for record in records]
+    flat = [dict(_leaves(read_yaml(record.run.config), "")) for record in records]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = [(key, [settings.get(key, "—") for settings in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -195,4 +194,4 @@ def _leaves(tree: Any, key: str) -> Iterator[tuple[str, str]]:
         for name, value in tree.items():
             yield from _leaves(value, f"{key}.{name}" if key else name)
     else:
-        yield key, yaml.safe_dump(tree, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+        yield key, dump(tree, one_line=True)

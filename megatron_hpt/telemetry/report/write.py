@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hpt.data.files import whole, write_whole
+from megatron_hpt.data.files import check_file, whole, write_whole
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.run import RunDir
@@ -38,11 +38,12 @@ def write_report(runs: Sequence[RunDir], target: Path | None = None) -> Path:
 
     Raises:
         ConfigError: the target is no ``.html``.
-        DataError: a run has no finished step yet.
+        DataError: a run has no finished step yet, or the target cannot be written.
     """
     target = target or (runs[0].report if len(runs) == 1 else Path(runs[0].report.name))
     if target.suffix != ".html":
         raise ConfigError(f"--out: given {target}; the page's name ends in .html (the picture beside it has .png)")
+    check_file(target)
     records = [record.read(run, label) for run, label in zip(runs, record.labels(runs), strict=True)]
     training = panels.training(records)
     with whole(target.with_suffix(".png")) as temporary:
@@ -54,7 +55,7 @@ def write_report(runs: Sequence[RunDir], target: Path | None = None) -> Path:
     for one, decided, told in zip(records, ledgers, described, strict=True):
         told["answers"] = _answers(one, decided, budget)
     payload = {"runs": described, **curves}
-    settings = [(one.label, one.run.config.read_text()) for one in records]
+    settings = [(one.label, one.run.config.read_text(encoding="utf-8")) for one in records]
     write_whole(target, page(_title(records), f"megatron_hpt, {time.strftime('%Y-%m-%d %H:%M')}", payload, settings))
     return target
 

@@ -27,12 +27,12 @@ def as_parquet(path: Path) -> Path:
 
 
 def as_array(path: Path) -> Path:
-    path.write_text(json.dumps(ROWS))
+    path.write_text(json.dumps(ROWS), encoding="utf-8")
     return path
 
 
 def as_lines(path: Path) -> Path:
-    path.write_text("\n".join(map(json.dumps, ROWS)))
+    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
     return path
 
 
