@@ -572,7 +572,7 @@ class TrainerConfig(Section):
 
 class DeadlinesConfig(Section):
     startup_s: PositiveFloat = 600.0
-    """An engine or the trainer to be ready."""
+    """An engine, the trainer or the coordinator to be ready; the trainer's counts from when engines on its own GPUs are."""
     rollout_s: PositiveFloat = 3600.0
     """One generation request, and the coordinator's whole batch."""
     step_s: PositiveFloat = 3600.0

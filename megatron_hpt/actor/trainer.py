@@ -19,7 +19,7 @@ from megatron_hpt.actor.offload import Offload
 from megatron_hpt.actor.precision import check_fp8, this_machine, token_multiple
 from megatron_hpt.actor.train_step import Actor, train_step
 from megatron_hpt.actor.waiting import Waiting
-from megatron_hpt.blackboard import Blackboard
+from megatron_hpt.blackboard import Blackboard, ready
 from megatron_hpt.config import Config, load_yaml
 from megatron_hpt.data.checkpoints import read_best, remove, superseded
 from megatron_hpt.data.files import whole, write_whole
@@ -154,7 +154,7 @@ class Trainer:
 
     def _make_sender(self) -> WeightSender:
         config, shape = self._config, run_shape(self._config)
-        self._tell("status/trainer", "ready")
+        self._tell(ready("trainer"), True)
         return WeightSender(
             model.views(self._actor.chunks, shape, self._actor.ranks),
             shape,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_hpt.config import Config
+from megatron_hpt.environment import say_what_is_withheld
 from megatron_hpt.errors import DeadlineError, EngineError
 from megatron_hpt.launch.children import Child, Failure, stop_all
 from megatron_hpt.launch.deaf import GRACE_S, Deaf
@@ -47,6 +48,7 @@ class Servers:
 
     def __enter__(self) -> Servers:
         self._folder.mkdir(parents=True, exist_ok=True)
+        say_what_is_withheld()
         os.environ[TOKEN_VARIABLE] = token() or secrets.token_urlsafe(24)  # what the engines inherit and their clients send
         try:
             for index in range(self._config.rollout.servers):

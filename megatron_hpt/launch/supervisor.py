@@ -14,6 +14,7 @@ from megatron_hpt.errors import DeadlineError, HptError, Interrupted, RequeueReq
 from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of, stop_all
 from megatron_hpt.launch.deaf import GRACE_S, Deaf
 from megatron_hpt.launch.launchers import Launcher
+from megatron_hpt.launch.starting import Starting
 from megatron_hpt.process import TOKEN_VARIABLE, token
 from megatron_hpt.rollout.running import is_healthy
 from megatron_hpt.run import RunDir
@@ -37,8 +38,7 @@ class Supervisor:
         self._board = Blackboard.host(launcher.host)
         self._children: list[Child] = []
         self._engines: dict[str, Child] = {}
-        self._started = time.monotonic()
-        self._announced = False
+        self._starting = Starting(config, self._board, run.logs, start)
         self._restarted = 0
         self._returning: dict[str, float] = {}
         """URL of an engine that was started again and does not answer yet → when."""
@@ -62,7 +62,7 @@ class Supervisor:
             RunFailed: a process died; all others have been ended.
             Interrupted: SIGINT, or a second notice; likewise.
             RequeueRequested: SIGTERM or SIGUSR1; the trainer has saved what it had trained, or ran out of time for it.
-            DeadlineError: an engine was not ready in time, the first time or again; likewise.
+            DeadlineError: a part was not ready in time, or an engine again; likewise.
         """
         handlers = {signal.SIGINT: _interrupt, signal.SIGTERM: self._take_notice, signal.SIGUSR1: self._take_notice}
         previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -86,6 +86,11 @@ class Supervisor:
         self._children.append(self._launcher.trainer(arguments))
         self._children.append(self._launcher.coordinator(arguments))
 
+    @property
+    def _named_engines(self) -> dict[str, str]:
+        """URL → name."""
+        return {url: url for url in self._config.rollout.urls} or {url: child.name for url, child in self._engines.items()}
+
     def _start_engines(self) -> None:
         for index in range(self._config.rollout.servers):
             url, child = self._launcher.engine(index)
@@ -100,11 +105,9 @@ class Supervisor:
             self._start_granted()
             self._end_unresponsive(progress)
             self._check_children(progress)
-            if not self._announced:
-                self._announce_engines(progress)
-            else:
+            if self._starting.announced:
                 self._announce_returned(progress)
-                self._show(progress)
+            self._show(progress)
             time.sleep(POLL_S)
         self._show(progress)
 
@@ -123,7 +126,7 @@ class Supervisor:
         if self._board.get(NOTICE) is None:
             self._board.put(NOTICE, True)
         stopped = self._board.get("stopped")
-        if not self._announced:
+        if not self._starting.over:
             raise RequeueRequested(f"ended by {self._notice} before training; continue with --resume")
         if stopped is not None and len(metrics.read(self._run.metrics)) >= stopped:
             raise RequeueRequested(f"ended by {self._notice} after step {stopped}, which is saved; continue with --resume")
@@ -151,7 +154,8 @@ class Supervisor:
             time.sleep(SETTLE_S)
             failures = self._failures()
         dead = [url for url, child in self._engines.items() if child.exit_code is not None and url not in self._wanting]
-        allowed = self._config.rollout.max_restarts if self._announced else 0  # one that never answered will not either
+        # One that never answered will not either.
+        allowed = self._config.rollout.max_restarts if self._starting.announced else 0
         if len(dead) < len(failures) or self._restarted + len(dead) > allowed:
             already = f"\nengines had been started again {self._restarted} times" if self._restarted else ""
             raise RunFailed("\n".join(str(failure) for failure in failures) + already)
@@ -188,7 +192,7 @@ class Supervisor:
     def _end_unresponsive(self, progress: Progress) -> None:
         """End engines that listen no more, or that the coordinator has given up, so that they can be started again."""
         away = {*self._returning, *self._wanting}
-        serving = [url for url in self._engines if url not in away] if self._announced else []
+        serving = [url for url in self._engines if url not in away] if self._starting.announced else []
         ended = [(url, "listens no more") for url in self._deaf.among(serving)]
         if (silent := self._board.get(f"silent/{self._silences}")) is not None:
             self._silences += 1
@@ -203,21 +207,6 @@ class Supervisor:
         ended = [child for child in self._children if child.exit_code is not None and child not in waiting]
         # An engine may not end at all while the run goes on, however well.
         return [failure_of(c, self._run.logs) for c in ended if c.exit_code != 0 or c in self._engines.values()]
-
-    def _announce_engines(self, progress: Progress) -> None:
-        """Tell trainer and coordinator where the engines are, once all of them answer."""
-        urls = {url: url for url in self._config.rollout.urls} or {url: child.name for url, child in self._engines.items()}
-        waiting = [name for url, name in urls.items() if not is_healthy(url)]
-        waited = time.monotonic() - self._started
-        if not waiting:
-            self._board.put("engines", list(urls))
-            self._announced = True
-        elif waited > self._config.deadlines.startup_s:
-            raise DeadlineError(
-                f"{', '.join(waiting)} not ready within {waited:.0f} s (deadlines.startup_s); see {self._run.logs}"
-            )
-        ready = self._board.get("status/trainer", "loading")
-        progress.status(f"starting: {', '.join(waiting) or 'engines ready'}; trainer {ready} ({waited:.0f} s)")
 
     def _announce_returned(self, progress: Progress) -> None:
         """Ask the trainer to give its weights to engines that answer again.
@@ -247,7 +236,7 @@ class Supervisor:
                 progress.step(line)
                 self._shown = line["step"] + 1
         if self._shown == self._start:
-            progress.status("first evaluation and rollouts")
+            progress.status(self._starting.look(self._named_engines) or "first evaluation and rollouts")
         elif status := self._board.get("status/coordinator"):
             progress.status(status)
 

@@ -13,6 +13,7 @@ from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
 from megatron_hpt.data.checkpoints import damage
 from megatron_hpt.data.files import write_whole
 from megatron_hpt.data.source import check_same_files, files
+from megatron_hpt.environment import say_what_is_withheld
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import models, preflight
 from megatron_hpt.launch.launchers import Launcher, on_this_machine
@@ -109,6 +110,7 @@ def _check_same_batches(saved: Config, config: Config) -> None:
 def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher) -> None:
     from megatron_hpt.launch.supervisor import Supervisor  # imports torch
 
+    say_what_is_withheld()
     with run.lock():
         shutil.rmtree(run.export, ignore_errors=True)
         models.write(config, run)

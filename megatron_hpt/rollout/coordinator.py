@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_hpt.blackboard import Blackboard
+from megatron_hpt.blackboard import Blackboard, ready
 from megatron_hpt.config import Config, load_yaml
 from megatron_hpt.data.history import History
 from megatron_hpt.data.ledger import Ledger
@@ -73,6 +73,7 @@ class Coordinator:
 
     async def run(self) -> None:
         """Make every batch, and one line of metrics for each step."""
+        self._board.put(ready("coordinator"), True)
         urls = self._board.wait("engines", self._config.deadlines.startup_s, "an engine")
         self._engines = self._engine_pool(urls)
         try:

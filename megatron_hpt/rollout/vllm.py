@@ -6,11 +6,11 @@ Written against vLLM 0.32 (``/inference/v1/generate``, vllm/entrypoints/scale_ou
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Hashable
 from typing import Any
 
 from megatron_hpt.config import Config
+from megatron_hpt.environment import inherited_here
 from megatron_hpt.rollout.cores import cores_of_ranks, threads_of_one_rank
 from megatron_hpt.rollout.engine import Sample, SamplingRequest, Weights
 from megatron_hpt.rollout.http import HttpEngine
@@ -55,9 +55,9 @@ def _host_arguments(config: Config) -> list[str]:
 
 
 def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
-    """Environment of the server, on top of this process's."""
+    """Environment of the server, on top of what it inherits."""
     return {
-        **os.environ,
+        **inherited_here(),
         **({} if on_gpus else _host_environment(config)),
         "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; TokenGuard stands before all of them
         "VLLM_PLUGINS": "megatron_hpt",
