@@ -382,7 +382,7 @@ class RolloutConfig(Section):
     samples_per_prompt: PositiveInt = 8
     """Rollouts a prompt (n)."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature; the trainer applies the same to its log-probabilities."""
+    """Sampling temperature; the trainer applies the same to its log-probabilities. vllm samples as asked from 0.01 to 2."""
     servers: PositiveInt = 1
     """Engine servers to start."""
     tensor_parallel: PositiveInt = 1
@@ -394,7 +394,7 @@ class RolloutConfig(Section):
     sleep: bool = False
     """Engines on the trainer's GPUs give their memory back while it trains, and take it again for the next rollouts."""
     max_running: PositiveInt = 256
-    """Sequences that one server decodes at the same time."""
+    """Sequences that one server decodes at the same time; vllm: at least `samples_per_prompt`."""
     max_restarts: NonNegativeInt = 3
     """Engine servers that may be started again in one run after they died; then the run ends."""
     cancel_decided: bool = True

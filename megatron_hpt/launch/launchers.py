@@ -13,7 +13,7 @@ from typing import Protocol
 
 from megatron_hpt.config import Config
 from megatron_hpt.environment import inherited_here
-from megatron_hpt.errors import HptError
+from megatron_hpt.errors import ConfigError, HptError
 from megatron_hpt.launch.children import Child, stop_all
 from megatron_hpt.launch.scratch import Scratch
 from megatron_hpt.launch.topology import Device, Slots, Topology, place_nodes, visible
@@ -134,11 +134,25 @@ def free_port(host: str) -> int:
     The engine binds it only seconds later; a port of that range may by then belong to somebody's request.
 
     Raises:
+        ConfigError: this machine has no such address.
         HptError: none found.
     """
+    _require_own(host)
     first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for port in random.SystemRandom().sample(range(LOWEST_PORT, max(first_outgoing, LOWEST_PORT + 1000)), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
             return port
     raise HptError(f"no free port for an engine on {host} (rollout.host); 100 were tried")
+
+
+def _require_own(host: str) -> None:
+    """A server can listen there."""
+    try:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        raise ConfigError(
+            f"rollout.host: given {host!r}; engines cannot listen there ({error.strerror}): 127.0.0.1, or an address of this "
+            "machine"
+        ) from None

@@ -17,7 +17,7 @@ from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import EngineError
 from megatron_hpt.rollout import sglang_host, sglang_site
 from megatron_hpt.rollout.cores import cores_of_ranks
-from megatron_hpt.rollout.engine import Sample, SamplingRequest, Weights
+from megatron_hpt.rollout.engine import SEEDS, Sample, SamplingRequest, Weights
 from megatron_hpt.rollout.gpu_share import SGLANG_STATIC
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 
@@ -50,7 +50,7 @@ def server_command(
         "--sleep-on-idle",  # else an idle server keeps a core of the trainer's busy
         # Seeds of requests are heeded in this mode only.
         "--enable-deterministic-inference",
-        *("--random-seed", str(config.trainer.seed), "--grammar-backend", "none", "--log-level", "warning"),
+        *("--random-seed", str(config.trainer.seed % SEEDS), "--grammar-backend", "none", "--log-level", "warning"),
         # vLLM runs eagerly too, and a graph's memory would not sleep.
         *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
         *("--sampling-backend", "pytorch"),  # the only one of the deterministic mode
