@@ -243,7 +243,7 @@ def main() -> None:
     run = RunDir(arguments.run)
     log_to(run.log(f"trainer_rank{os.environ['RANK']}"))
     checkpoint.start_results_process()
-    with ends_in_words():
+    with ends_in_words(run.path):
         Trainer(run, Blackboard.join(arguments.store), arguments.from_step).run()
     parallel.shutdown()
     logger.info("done")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import tempfile
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_hpt.blackboard import NOTICE, Blackboard
@@ -18,6 +21,7 @@ from megatron_hpt.launch.starting import Starting
 from megatron_hpt.process import TOKEN_VARIABLE, token
 from megatron_hpt.rollout.running import is_healthy
 from megatron_hpt.run import RunDir
+from megatron_hpt.space import NoSpaceError, describe, full
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import Progress
 
@@ -60,6 +64,7 @@ class Supervisor:
 
         Raises:
             RunFailed: a process died; all others have been ended.
+            NoSpaceError: likewise, because a disk is full.
             Interrupted: SIGINT, or a second notice; likewise.
             RequeueRequested: SIGTERM or SIGUSR1; the trainer has saved what it had trained, or ran out of time for it.
             DeadlineError: a part was not ready in time, or an engine again; likewise.
@@ -144,6 +149,7 @@ class Supervisor:
 
         Raises:
             RunFailed: anything else died.
+            NoSpaceError: likewise, because a disk is full.
         """
         failures, deadline = self._failures(), time.monotonic() + 4 * SETTLE_S
         if not failures:
@@ -157,10 +163,23 @@ class Supervisor:
         # One that never answered will not either.
         allowed = self._config.rollout.max_restarts if self._starting.announced else 0
         if len(dead) < len(failures) or self._restarted + len(dead) > allowed:
+            self._blame_space(failures)
             already = f"\nengines had been started again {self._restarted} times" if self._restarted else ""
             raise RunFailed("\n".join(str(failure) for failure in failures) + already)
         for url in dead:
             self._restart(url, progress)
+
+    def _blame_space(self, failures: Sequence[Failure]) -> None:
+        """Where parts died for want of space, that is what is said first: their logs may have had no room for it.
+
+        Raises:
+            NoSpaceError: they did.
+        """
+        told = any(failure.exit_code == NoSpaceError.EXIT_CODE for failure in failures)
+        places = (self._run.path, Path(tempfile.gettempdir()))
+        reason = next(filter(None, map(full, places)), describe(self._run.path) if told else None)
+        if reason is not None:
+            raise NoSpaceError("\n".join([reason, *map(str, failures)]))
 
     def _restart(self, url: str, progress: Progress) -> None:
         """Start an engine again: at once, or where it shares the trainer's GPUs, when the trainer does not need them."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_hpt import recipe as recipes
@@ -19,6 +21,7 @@ from megatron_hpt.launch import models, preflight
 from megatron_hpt.launch.launchers import Launcher, on_this_machine
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.run import RunDir, create, newest, open_run
+from megatron_hpt.space import in_words, is_no_space
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.report.write import write_report
 
@@ -31,15 +34,30 @@ def start_run(source: str, overrides: list[str], root: Path, launch: Launch = on
     """Train from the first step in a new run directory."""
     recipe = recipes.load(source, overrides)
     if recipe.prepare is not None:
-        recipe.prepare(recipe.config)
+        with in_words(root), _alone(root):
+            recipe.prepare(recipe.config)
     preflight.check(recipe.config)
     start = launch(recipe.config)
     for key in without_effect(recipe.config):
         logger.warning("note: %s has no effect on %s", key, recipe.config.algorithm.name)
-    run = create(recipe.config, root)
-    write_whole(run.data, json.dumps(files(recipe.config), indent=1))
+    with in_words(root):
+        run = create(recipe.config, root)
+        write_whole(run.data, json.dumps(files(recipe.config), indent=1))
     _supervise(recipe.config, run, 0, start(run))
     return run
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """While inputs are prepared: who comes second waits, and finds them there."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".preparing").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("note: another process prepares inputs here; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = on_this_machine) -> RunDir:
@@ -111,7 +129,7 @@ def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher) -> N
     from megatron_hpt.launch.supervisor import Supervisor  # imports torch
 
     say_what_is_withheld()
-    with run.lock():
+    with run.lock(), in_words(run.path):
         shutil.rmtree(run.export, ignore_errors=True)
         models.write(config, run)
         try:
@@ -125,5 +143,8 @@ def _report(run: RunDir) -> None:
     try:
         if metrics.read(run.metrics):
             write_report([run])
-    except Exception:
-        logger.exception("the report of %s could not be drawn", run.path)
+    except Exception as error:
+        if is_no_space(error):
+            logger.warning("note: no space for the report of %s", run.path)
+        else:
+            logger.exception("the report of %s could not be drawn", run.path)

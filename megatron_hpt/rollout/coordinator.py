@@ -213,7 +213,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     run = RunDir(arguments.run)
     log_to(run.log("coordinator"))
-    with ends_in_words(), graders(load_yaml(run.config)) as pool:
+    with ends_in_words(run.path), graders(load_yaml(run.config)) as pool:
         board = Blackboard.join(arguments.store)
         asyncio.run(Coordinator(run, board, arguments.from_step, pool).run())
     logger.info("done")

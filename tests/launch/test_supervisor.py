@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from megatron_hpt.launch.starting import Starting
 from megatron_hpt.launch.supervisor import Supervisor
 from megatron_hpt.run import RunDir, create
 
+ROOT = Path(__file__).parents[2]
 WAITS = "import time; time.sleep(600)"
 ANSWERS = """
 import http.server, sys
@@ -31,7 +33,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 IS_READY = """
 import sys, time
 from megatron_hpt.blackboard import Blackboard, ready
-Blackboard.join(sys.argv[2]).put(ready("coordinator"), True)
+Blackboard.join(sys.argv[3]).put(ready("coordinator"), True)
 time.sleep(600)
 """
 
@@ -58,13 +60,43 @@ class Parts:
         return self._start("trainer", WAITS)
 
     def coordinator(self, arguments: Sequence[str]) -> Child:
-        return self._start("coordinator", IS_READY, *arguments[1:])
+        return self._start("coordinator", IS_READY, *arguments)
 
     def engine(self, index: int) -> tuple[str, Child]:
         return f"http://127.0.0.1:{self._port}", self._start(f"engine {index}", ANSWERS, str(self._port))
 
     def stop(self, children: Sequence[Child]) -> None:
         stop_all(children, grace_s=1.0)
+
+
+FILLS = """
+import os, sys
+from pathlib import Path
+from megatron_hpt.process import ends_in_words, log_to
+run = Path(sys.argv[1])
+log_to(run / "logs" / "coordinator.log")
+with ends_in_words(run):
+    with (run / "batches" / "step_000000.arrow").open("wb", buffering=0) as file:
+        while True:
+            os.write(file.fileno(), bytes(65536))
+"""
+GIVES_BACK = """if True:
+            try:
+                while True: os.write(file.fileno(), bytes(65536))
+            finally: os.ftruncate(file.fileno(), 0)
+        while False"""
+FULL_DISK = """
+import sys
+from pathlib import Path
+from megatron_hpt.errors import HptError
+from megatron_hpt.launch.launchers import free_port
+from tests.launch import test_supervisor as parts
+parts.IS_READY = parts.FILLS
+try:
+    parts.supervisor(Path(sys.argv[1]), free_port("127.0.0.1"), 60.0).run()
+except HptError as error:
+    print(type(error).__name__, error.EXIT_CODE, error)
+"""
 
 
 def config(startup_s: float, **sections: object) -> Config:
@@ -114,3 +146,19 @@ def test_a_trainer_on_the_engines_gpus_has_its_time_from_when_they_answer(tmp_pa
     assert starting.over
     board.put("published/0", {})
     assert starting.look({}) is None
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["what was written stays", "what was written is gone"])
+def test_a_full_disk_is_named_with_its_sizes(tmp_path: Path, kept: bool) -> None:
+    """Even when the logs had no room for it, or when there is room again because a half-written file was removed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    code = FULL_DISK if kept else FULL_DISK.replace("parts.FILLS", f"parts.FILLS.replace('while True', {GIVES_BACK!r})")
+    mounted = ["sh", "-c", 'mount -t tmpfs -o size=4m hpt "$1" && exec "$2" -c "$3" "$1"', "-", str(disk), sys.executable, code]
+    done = subprocess.run(["unshare", "--mount", *mounted], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    if "Operation not permitted" in done.stderr:
+        pytest.skip("may not mount a small disk (unshare --mount)")
+    said = done.stdout.partition("NoSpaceError 74 ")[2]
+    assert said.startswith("no space left on the file system of "), done.stdout + done.stderr
+    assert "of 4 MiB are free" in said
+    assert "coordinator died (exit code 74)" in said
