@@ -153,7 +153,7 @@ def _remove(paths: set[Path]) -> None:
     """Remove files that nobody has mapped; helpers that left the group, as SGLang's do, end a moment later."""
     deadline = time.monotonic() + TRACKERS_S
     while paths:
-        mapped = set().union(*map(shared_memory, _processes()))
+        mapped = set().union(*map(shared_memory, processes()))
         for path in paths - mapped:
             path.unlink(missing_ok=True)
         paths &= mapped
@@ -171,14 +171,15 @@ def _left(children: Sequence[Child], seconds: float) -> list[Child]:
     return alive
 
 
-def _processes() -> list[int]:
+def processes() -> list[int]:
+    """All of this machine."""
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def members(group: int) -> list[int]:
     """Processes of a group."""
     found = []
-    for pid in _processes():
+    for pid in processes():
         with contextlib.suppress(ProcessLookupError):
             if os.getpgid(pid) == group:
                 found.append(pid)
