@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import re
 import time
 from dataclasses import dataclass
@@ -60,6 +61,21 @@ class RunDir:
     def export(self) -> Path:
         """The final model as a Hugging Face folder."""
         return self.path / "export"
+
+    @property
+    def exported(self) -> Path:
+        """Which step the export is of."""
+        return self.path / "exported.json"
+
+    def exported_step(self, config: Config) -> int | None:
+        """Optimizer steps in the export; None: there is none. One of an older version says nothing, and is of the last step."""
+        if not self.export.is_dir():
+            return None
+        return json.loads(self.exported.read_text())["step"] if self.exported.is_file() else config.trainer.steps
+
+    def note_export(self, step: int) -> None:
+        """The export is of `step`."""
+        write_whole(self.exported, json.dumps({"step": step}))
 
     @property
     def logs(self) -> Path:

@@ -21,7 +21,7 @@ from megatron_hpt.actor.train_step import Actor, train_step
 from megatron_hpt.actor.waiting import Waiting
 from megatron_hpt.blackboard import Blackboard, ready
 from megatron_hpt.config import Config, load_yaml
-from megatron_hpt.data.checkpoints import read_best, remove, superseded
+from megatron_hpt.data.checkpoints import damage, read_best, remove, superseded
 from megatron_hpt.data.files import whole, write_whole
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.packing import attention_parity
@@ -126,6 +126,8 @@ class Trainer:
             export.export_hf(
                 self._folder, self._run.export, model.contributed_views(self._actor.chunks, shape, self._actor.ranks)
             )
+            if self._actor.ranks.is_lead:
+                self._run.note_export(config.trainer.steps)
         self._remove_superseded()  # the last evaluation may have chosen another checkpoint
         self._sender.close()
 
@@ -211,7 +213,8 @@ class Trainer:
         if self._actor.ranks.is_lead:
             trainer = self._config.trainer
             kept = (trainer.keep_checkpoints, trainer.keep_every, read_best(self._run.path))
-            for step in superseded(self._run.checkpoint_steps(), *kept):
+            whole_ones = [step for step in self._run.checkpoint_steps() if damage(self._run.checkpoint(step)) is None]
+            for step in superseded(whole_ones, *kept):
                 remove(self._run.checkpoint(step))
 
     def _keep_if_skipped(self, step: int, metrics: dict[str, Any]) -> None:

@@ -56,6 +56,8 @@ class Supervisor:
         self._returned = 0
         self._shown = start
         self._read = 0
+        self._before = self._metrics_file
+        """Lines of a resumed run's steps to come are of the run before while this is the file that they are in."""
         self._noticed: float | None = None
         self._notice = ""
 
@@ -133,7 +135,7 @@ class Supervisor:
         stopped = self._board.get("stopped")
         if not self._starting.over:
             raise RequeueRequested(f"ended by {self._notice} before training; continue with --resume")
-        if stopped is not None and len(metrics.read(self._run.metrics)) >= stopped:
+        if stopped is not None and len(self._lines()) >= stopped:
             raise RequeueRequested(f"ended by {self._notice} after step {stopped}, which is saved; continue with --resume")
         if time.monotonic() - self._noticed > self._config.deadlines.notice_s:
             raise RequeueRequested(
@@ -246,9 +248,18 @@ class Supervisor:
                     f"{name} not ready again within {waited:.0f} s (deadlines.startup_s); see {self._engines[url].log}"
                 )
 
+    @property
+    def _metrics_file(self) -> int | None:
+        return self._run.metrics.stat().st_ino if self._run.metrics.is_file() else None
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """Lines of metrics that count."""
+        lines = metrics.read(self._run.metrics)
+        return [line for line in lines if line["step"] < self._start] if self._metrics_file == self._before else lines
+
     def _show(self, progress: Progress) -> None:
         size = self._run.metrics.stat().st_size if self._run.metrics.is_file() else 0
-        lines = metrics.read(self._run.metrics) if size != self._read else []
+        lines = self._lines() if size != self._read else []
         self._read = size
         for line in lines:
             if line["step"] >= self._shown:

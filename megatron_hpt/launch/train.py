@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +76,7 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = o
     saved = load_yaml(run.config)
     config = apply_overrides(saved, overrides)
     _check_same_batches(saved, config)
+    _check_steps(run, config.trainer.steps)
     preflight.check(config)
     if run.data.is_file():  # older runs have none
         check_same_files(json.loads(run.data.read_text()), config)
@@ -84,10 +84,22 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = o
     start = resume_point(run, config)
     if start == config.trainer.steps:
         raise ConfigError(f"{run.path} is complete ({start} steps); to train it further: --resume trainer.steps={2 * start}")
-    write_whole(run.config, dump_yaml(config))
-    metrics.truncate(run.metrics, start)
-    _supervise(config, run, start, launcher)
+    _supervise(config, run, start, launcher, saved)
     return run
+
+
+def _check_steps(run: RunDir, steps: int) -> None:
+    """A run goes on; it does not go back.
+
+    Raises:
+        ConfigError: it has trained more steps than it is to have.
+    """
+    trained = max(len(metrics.read(run.metrics)), *run.checkpoint_steps(), 0)
+    if steps < trained:
+        raise ConfigError(
+            f"--resume: trainer.steps: given {steps}; {run.path} has trained {trained} steps, and none is taken back: "
+            f"more than {trained}, or start a new run from its checkpoint (model.path={run.checkpoints}/step_…)"
+        )
 
 
 def resume_point(run: RunDir, config: Config) -> int:
@@ -97,7 +109,8 @@ def resume_point(run: RunDir, config: Config) -> int:
     evaluation; a run that ended in between goes back one checkpoint, and its ledger replays the batches.
     """
     steps, lines = config.trainer.steps, len(metrics.read(run.metrics))
-    finished = lines >= steps and (run.export.is_dir() or not config.trainer.export)
+    exported = run.exported_step(config)
+    finished = lines >= steps and ((exported or 0) >= steps or not config.trainer.export)
     usable = [s for s in run.checkpoint_steps() if s <= lines and (s < steps or (s == steps and finished))]
     for step in reversed(usable):
         reason = damage(run.checkpoint(step))
@@ -125,12 +138,19 @@ def _check_same_batches(saved: Config, config: Config) -> None:
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change within a run; start a new one without --resume")
 
 
-def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher) -> None:
+def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher, saved: Config | None = None) -> None:
+    """
+    Args:
+        saved: configuration of the run before, if it is resumed; nothing of it goes before its successor is there.
+    """
     from megatron_hpt.launch.supervisor import Supervisor  # imports torch
 
     say_what_is_withheld()
     with run.lock(), in_words(run.path):
-        shutil.rmtree(run.export, ignore_errors=True)
+        if saved is not None:
+            if run.export.is_dir():
+                run.note_export(run.exported_step(saved) or 0)
+            write_whole(run.config, dump_yaml(config))
         models.write(config, run)
         try:
             Supervisor(config, run, start, launcher).run()
