@@ -194,7 +194,8 @@ class MismatchConfig(Section):
     high: PositiveFloat = 2.0
     """Largest ratio that mis and icepop keep, and tis's bound."""
     stop_above: PositiveFloat | None = None
-    """Kill-switch: a step whose mismatch/k3_kl is above this is not taken (see optimizer.stop_after_skipped)."""
+    """Kill-switch: a step whose mismatch/k3_kl is above this is not taken (see optimizer.stop_after_skipped). Default: the run
+    stops if its first batch's is larger than rounding explains (docs/metrics.md)."""
 
     @model_validator(mode="after")
     def _ordered(self) -> MismatchConfig:

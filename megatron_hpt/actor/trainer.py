@@ -92,6 +92,7 @@ class Trainer:
                 state = checkpoint.load(run.checkpoint(start), self._actor.chunks, self._actor.optimizer, self._actor.platform)
             self._actor.entropy_coefficient = state.get("entropy_coefficient", self._actor.entropy_coefficient)
             self._actor.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self._has_measured = False
         self._sender = self._make_sender()
         deadline = self._config.deadlines.rollout_s
         self._waiting = Waiting(board, self._actor.ranks.is_lead, self._sender, deadline)
@@ -112,6 +113,7 @@ class Trainer:
             started = time.monotonic()
             metrics: dict[str, Any] = train_step(self._actor, self._ledger.read(step).rows, step)
             metrics["time/train_s"] = time.monotonic() - started
+            self._check_first(step, metrics["mismatch/k3_kl"])
             self._keep_if_skipped(step, metrics)
             self._saver.finish(wait=False)
             self._maybe_save(step + 1)
@@ -216,6 +218,15 @@ class Trainer:
             whole_ones = [step for step in self._run.checkpoint_steps() if damage(self._run.checkpoint(step)) is None]
             for step in superseded(whole_ones, *kept):
                 remove(self._run.checkpoint(step))
+
+    def _check_first(self, step: int, k3: float | None) -> None:
+        """Of the first batch with rollouts; nothing has been saved since the start."""
+        if k3 is None or self._has_measured:
+            return
+        self._has_measured = True
+        config = self._config
+        is_fp8 = config.actor.fp8 != "none" or engines.transfer_options(config).fp8 is not None
+        guard.check_first(config, run_shape(config).experts > 0, is_fp8, step, k3)
 
     def _keep_if_skipped(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep the batch of a step that was not taken, and stop when there are too many in a row."""
