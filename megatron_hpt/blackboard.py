@@ -18,6 +18,11 @@ NOTICE = "notice"
 _POLL_S = 0.05
 
 
+def ready(part: str) -> str:
+    """Key by which a part of the run says that it has started."""
+    return f"ready/{part}"
+
+
 class Blackboard:
     """JSON values by key. The supervisor hosts it, so it outlives every part of the run."""
 

@@ -245,7 +245,8 @@ class MismatchConfig(Section):
     high: PositiveFloat = 2.0
     """Largest ratio that mis and icepop keep, and tis's bound."""
     stop_above: PositiveFloat | None = None
-    """Kill-switch: a step whose mismatch/k3_kl is above this is not taken (see optimizer.stop_after_skipped)."""
+    """Kill-switch: a step whose mismatch/k3_kl is above this is not taken (see optimizer.stop_after_skipped). Default: the run
+    stops if its first batch's is larger than rounding explains (docs/metrics.md)."""
 
     @model_validator(mode="after")
     def _ordered(self) -> MismatchConfig:
@@ -454,7 +455,7 @@ class RolloutConfig(Section):
     samples_per_prompt: Samples = 8
     """Rollouts a prompt (n)."""
     temperature: Temperature = 1.0
-    """Sampling temperature; the trainer applies the same to its log-probabilities."""
+    """Sampling temperature; the trainer applies the same to its log-probabilities. vllm samples as asked from 0.01 to 2."""
     servers: Processes = 1
     """Engine servers to start."""
     tensor_parallel: Processes = 1
@@ -466,7 +467,7 @@ class RolloutConfig(Section):
     sleep: bool = False
     """Engines on the trainer's GPUs give their memory back while it trains, and take it again for the next rollouts."""
     max_running: Samples = 256
-    """Sequences that one server decodes at the same time."""
+    """Sequences that one server decodes at the same time; vllm: at least `samples_per_prompt`."""
     max_restarts: NonNegativeInt = 3
     """Engine servers that may be started again in one run after they died; then the run ends."""
     cancel_decided: bool = True
@@ -661,7 +662,7 @@ class TrainerConfig(Section):
 
 class DeadlinesConfig(Section):
     startup_s: Seconds = 600.0
-    """An engine or the trainer to be ready."""
+    """An engine, the trainer or the coordinator to be ready; the trainer's counts from when engines on its own GPUs are."""
     rollout_s: Seconds = 3600.0
     """One generation request, and the coordinator's whole batch."""
     step_s: Seconds = 3600.0

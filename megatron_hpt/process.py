@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_hpt.errors import HptError
+from megatron_hpt.space import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,15 @@ def log_to(path: Path) -> None:
 
 
 @contextmanager
-def ends_in_words() -> Iterator[None]:
-    """End the process with an error of ours in words; a traceback is for all others."""
+def ends_in_words(folder: Path) -> Iterator[None]:
+    """End the process with an error of ours in words; a traceback is for all others.
+
+    Args:
+        folder: where it writes.
+    """
     try:
-        yield
+        with in_words(folder):
+            yield
     except HptError as error:
         logger.error("%s", error)
         sys.exit(error.EXIT_CODE)

@@ -70,6 +70,23 @@ class RunDir:
         return self.path / "export"
 
     @property
+    def exported(self) -> Path:
+        """Which step the export is of."""
+        return self.path / "exported.json"
+
+    def exported_step(self, config: Config) -> int | None:
+        """Optimizer steps in the export; None: there is none. One of an older version says nothing, and is of the last step."""
+        if not self.export.is_dir():
+            return None
+        return (
+            json.loads(self.exported.read_text(encoding="utf-8"))["step"] if self.exported.is_file() else config.trainer.steps
+        )
+
+    def note_export(self, step: int) -> None:
+        """The export is of `step`."""
+        write_whole(self.exported, json.dumps({"step": step}))
+
+    @property
     def logs(self) -> Path:
         """One log file a process."""
         return self.path / "logs"

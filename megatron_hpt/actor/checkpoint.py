@@ -33,6 +33,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_hpt.actor import optimizer_state
 from megatron_hpt.actor.platform import Platform
 from megatron_hpt.data.checkpoints import SIDE_FILES, read_meta, record
+from megatron_hpt.data.files import swap_in
 from megatron_hpt.errors import CheckpointError
 from megatron_hpt.process import die_with_parent
 from megatron_hpt.weights.hf_files import copy_side_files
@@ -167,8 +168,7 @@ def _appear(temporary: Path, final: Path, model: Path, meta: dict[str, Any]) -> 
     if dist.get_rank() == 0:
         copy_side_files(model, temporary / SIDE_FILES)
         record(temporary, meta)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        swap_in(temporary, final)
     dist.barrier()
 
 

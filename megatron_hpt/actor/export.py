@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_hpt.data.files import whole_folder
+from megatron_hpt.data.files import swap_in, whole_folder
 from megatron_hpt.weights.hf_files import copy_side_files, dtype_change, write_config
 from megatron_hpt.weights.mapping import ShardView
 
@@ -38,12 +38,14 @@ def export_hf(source: str | Path, target: Path, views: Sequence[ShardView]) -> N
     """
     tensors = _gather(views)
     if dist.get_rank() == 0:
-        with whole_folder(target) as temporary:
+        new = target.with_name(f".{target.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        with whole_folder(new) as temporary:
             copy_side_files(Path(source), temporary)
             save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
             dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
             write_config(temporary, dtype_change(temporary, dtype))
-            shutil.rmtree(target, ignore_errors=True)  # an export of the run before it was resumed
+        swap_in(new, target)  # there may be an export of the run before it was resumed
     dist.barrier()
 
 

@@ -10,9 +10,18 @@ from megatron_hpt.objective.tokens import Denominators
 
 if TYPE_CHECKING:
     from megatron_hpt.actor.train_step import Actor
+    from megatron_hpt.config import Config
 
 EMPTY = "nothing to train"
 """Reason of a step without a single trained token; it does no harm, and neither counts towards stopping nor ends a row."""
+
+
+ROUNDING = {"float32": 0.01, "bfloat16": 0.1}
+"""`model.dtype` → the largest mismatch/k3_kl that rounding explains at temperature 1: usual: 1e-4, 1e-3 to 1e-2."""
+COARSE = 0.3
+"""The same where rounding decides more than digits: which experts a token goes through, or FP8."""
+MOST = 1.0
+"""No dtype explains more, at any temperature: the engine's tokens are half as likely to the trainer, or less."""
 
 
 def update(actor: Actor, denominators: Denominators, k3: float | None) -> dict[str, float | str | None]:
@@ -49,6 +58,33 @@ def _reason(actor: Actor, denominators: Denominators, norm: float, k3: float | N
     if limit is not None and norm > limit:
         return f"the gradient norm {norm:.4g} is above optimizer.skip_above={limit:g}"
     return None
+
+
+def first_bound(config: Config, is_routed: bool, is_fp8: bool) -> float:
+    """The largest k3 that the first batch may have.
+
+    k3 is half the variance of a log-probability's error where that is small, and a temperature below 1 multiplies the error.
+    float32's is far below its bound at any temperature.
+    """
+    base = COARSE if is_fp8 or (is_routed and config.model.dtype != "float32") else ROUNDING[config.model.dtype]
+    heat = 1.0 if config.model.dtype == "float32" else min(1.0, config.rollout.temperature)
+    return min(MOST, base / heat**2)
+
+
+def check_first(config: Config, is_routed: bool, is_fp8: bool, step: int, k3: float) -> None:
+    """Stop a run whose engine samples from another distribution than the trainer computes; asked once, of the first batch.
+
+    Raises:
+        HptError: the mismatch is larger than rounding explains, and the recipe has no bound of its own.
+    """
+    bound = first_bound(config, is_routed, is_fp8)
+    if config.algorithm.mismatch.stop_above is None and not k3 <= bound:
+        raise HptError(
+            f"step {step}: mismatch/k3_kl {k3:.3g} of the first batch is above {bound:.3g}, more than rounding in "
+            f"{config.model.dtype} explains: the engine does not sample from what the trainer computes. Another model, other "
+            "overrides or weights (rollout.urls, rollout.model), or another temperature? Where it is meant to be so, "
+            "algorithm.mismatch.stop_above sets the bound"
+        )
 
 
 def check(actor: Actor, step: int, reason: str | None) -> None:

@@ -19,9 +19,9 @@ from megatron_hpt.actor.offload import Offload
 from megatron_hpt.actor.precision import check_fp8, this_machine, token_multiple
 from megatron_hpt.actor.train_step import Actor, train_step
 from megatron_hpt.actor.waiting import Waiting
-from megatron_hpt.blackboard import Blackboard
+from megatron_hpt.blackboard import Blackboard, ready
 from megatron_hpt.config import Config, load_yaml
-from megatron_hpt.data.checkpoints import read_best, remove, superseded
+from megatron_hpt.data.checkpoints import damage, read_best, remove, superseded
 from megatron_hpt.data.files import whole, write_whole
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.packing import attention_parity
@@ -92,6 +92,7 @@ class Trainer:
                 state = checkpoint.load(run.checkpoint(start), self._actor.chunks, self._actor.optimizer, self._actor.platform)
             self._actor.entropy_coefficient = state.get("entropy_coefficient", self._actor.entropy_coefficient)
             self._actor.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self._has_measured = False
         self._sender = self._make_sender()
         deadline = self._config.deadlines.rollout_s
         self._waiting = Waiting(board, self._actor.ranks.is_lead, self._sender, deadline)
@@ -112,6 +113,7 @@ class Trainer:
             started = time.monotonic()
             metrics: dict[str, Any] = train_step(self._actor, self._ledger.read(step).rows, step)
             metrics["time/train_s"] = time.monotonic() - started
+            self._check_first(step, metrics["mismatch/k3_kl"])
             self._keep_if_skipped(step, metrics)
             self._saver.finish(wait=False)
             self._maybe_save(step + 1)
@@ -126,6 +128,8 @@ class Trainer:
             export.export_hf(
                 self._folder, self._run.export, model.contributed_views(self._actor.chunks, shape, self._actor.ranks)
             )
+            if self._actor.ranks.is_lead:
+                self._run.note_export(config.trainer.steps)
         self._remove_superseded()  # the last evaluation may have chosen another checkpoint
         self._sender.close()
 
@@ -154,7 +158,7 @@ class Trainer:
 
     def _make_sender(self) -> WeightSender:
         config, shape = self._config, run_shape(self._config)
-        self._tell("status/trainer", "ready")
+        self._tell(ready("trainer"), True)
         return WeightSender(
             model.views(self._actor.chunks, shape, self._actor.ranks),
             shape,
@@ -211,8 +215,18 @@ class Trainer:
         if self._actor.ranks.is_lead:
             trainer = self._config.trainer
             kept = (trainer.keep_checkpoints, trainer.keep_every, read_best(self._run.path))
-            for step in superseded(self._run.checkpoint_steps(), *kept):
+            whole_ones = [step for step in self._run.checkpoint_steps() if damage(self._run.checkpoint(step)) is None]
+            for step in superseded(whole_ones, *kept):
                 remove(self._run.checkpoint(step))
+
+    def _check_first(self, step: int, k3: float | None) -> None:
+        """Of the first batch with rollouts; nothing has been saved since the start."""
+        if k3 is None or self._has_measured:
+            return
+        self._has_measured = True
+        config = self._config
+        is_fp8 = config.actor.fp8 != "none" or engines.transfer_options(config).fp8 is not None
+        guard.check_first(config, run_shape(config).experts > 0, is_fp8, step, k3)
 
     def _keep_if_skipped(self, step: int, metrics: dict[str, Any]) -> None:
         """Keep the batch of a step that was not taken, and stop when there are too many in a row."""
@@ -243,7 +257,7 @@ def main() -> None:
     run = RunDir(arguments.run)
     log_to(run.log(f"trainer_rank{os.environ['RANK']}"))
     checkpoint.start_results_process()
-    with ends_in_words():
+    with ends_in_words(run.path):
         Trainer(run, Blackboard.join(arguments.store), arguments.from_step).run()
     parallel.shutdown()
     logger.info("done")

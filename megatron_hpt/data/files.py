@@ -95,6 +95,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def swap_in(new: Path, path: Path) -> None:
+    """Rename a whole folder into place; one that is there goes when the new one is."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def continued_folder(path: Path, job: dict[str, Any]) -> Iterator[Path]:
     """As `whole_folder`, for long work: what an interrupted writer of the same job has left is there again.

@@ -15,6 +15,7 @@ from megatron_hpt.evaluation.benchmarks import Chosen, choose
 from megatron_hpt.evaluation.grading import checked_grader
 from megatron_hpt.evaluation.problems import Problem, load_problems, sha256_of, system_prompt
 from megatron_hpt.evaluation.samples import Evaluation, Protocol, SetRecord
+from megatron_hpt.launch.engine_limits import check_temperature
 from megatron_hpt.launch.launchers import gpus_here
 from megatron_hpt.launch.preflight import check_started_engine
 from megatron_hpt.launch.subject import Subject, dtype_of, resolve
@@ -71,6 +72,7 @@ def prepare(model: str, benchmarks: Sequence[str], options: Options) -> Job:
     servers = tuple(look(url) for url in subject.urls)
     config = _settings(subject, servers, options)
     chosen = [replace(one, grader=checked_grader(one.grader, config.reward)) for one in chosen]
+    check_temperature("--temperature", options.temperature, config.rollout.engine)
     if not servers:
         check_started_engine(config, _head_dim(read_config(config.model.path)))
     tokenizer = load_tokenizer(config)

@@ -13,8 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hpt.launch import causes
+
 GRACE_S = 10.0
 """Seconds between SIGTERM and SIGKILL: vLLM needs some to remove its own shared memory."""
+_LONGEST_LOG = 64 * 2**20
+"""Bytes of a log that are looked at."""
 TRACKERS_S = 5.0
 """Seconds for resource trackers to remove the shared memory of processes that were killed."""
 
@@ -26,8 +30,8 @@ class Child:
     name: str
     process: subprocess.Popen
     log: Path
-    log_start: int
-    """Size of the log when it started: a resumed run appends to the logs of the run before."""
+    log_starts: dict[Path, int]
+    """Sizes of the logs beside its own, and of its own, when it started: a resumed run appends to those of the run before."""
     command: Sequence[str]
     environment: dict[str, str] | None
 
@@ -35,9 +39,9 @@ class Child:
     def start(cls, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> Child:
         """Start a command that dies with this process and logs to a file."""
         launcher = [sys.executable, "-m", "megatron_hpt.process", str(log), *command]
-        log_start = log.stat().st_size if log.is_file() else 0
+        log_starts = {path: path.stat().st_size for path in log.parent.glob("*.log")}
         process = subprocess.Popen(launcher, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        return cls(name, process, log, log_start, command, environment)
+        return cls(name, process, log, log_starts, command, environment)
 
     def again(self) -> Child:
         """Take down what is left of it and start the same command."""
@@ -47,7 +51,7 @@ class Child:
     @property
     def output(self) -> str:
         """What it has logged so far."""
-        return self.log.read_bytes()[self.log_start :].decode(errors="replace") if self.log.is_file() else ""
+        return said(self.log, self.log_starts.get(self.log, 0))
 
     @property
     def exit_code(self) -> int | None:
@@ -70,9 +74,22 @@ class Failure:
     name: str
     exit_code: int
     log: Path
+    log_start: int = 0
+    """Where in the log its own words begin."""
 
     def __str__(self) -> str:
-        return f"{self.name} died ({describe_exit(self.exit_code)}); the last lines of {self.log}:\n{tail(self.log)}"
+        died = f"{self.name} died ({describe_exit(self.exit_code)})"
+        why = causes.of_exit(self.exit_code) or causes.cause(said(self.log, self.log_start))
+        return f"{died}{f': {why}{chr(10)}' if why else '; '}the last lines of {self.log}:\n{tail(self.log)}"
+
+
+def said(log: Path, start: int = 0) -> str:
+    """The text of a log from a byte on, of an endless one the beginning."""
+    if not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(start)
+        return file.read(_LONGEST_LOG).decode(errors="replace")
 
 
 def describe_exit(code: int) -> str:
@@ -106,10 +123,11 @@ def failure_of(child: Child, logs: Path) -> Failure:
     code = child.exit_code or 0
     found = [match for pattern in _ROOT_CAUSES if (match := pattern.search(child.output))] if child.name == "trainer" else []
     if not found:
-        return Failure(child.name, code, child.log)
+        return Failure(child.name, code, child.log, child.log_starts.get(child.log, 0))
     cause = found[0].groupdict()
     rank, code = cause["rank"], int(cause["code"]) if cause["code"] else _SIGNALS.get(cause["signal"], code)
-    return Failure(f"trainer rank {rank}", code, logs / f"trainer_rank{rank}.log")
+    log = logs / f"trainer_rank{rank}.log"
+    return Failure(f"trainer rank {rank}", code, log, child.log_starts.get(log, 0))
 
 
 def stop_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:
@@ -135,7 +153,7 @@ def _remove(paths: set[Path]) -> None:
     """Remove files that nobody has mapped; helpers that left the group, as SGLang's do, end a moment later."""
     deadline = time.monotonic() + TRACKERS_S
     while paths:
-        mapped = set().union(*map(shared_memory, _processes()))
+        mapped = set().union(*map(shared_memory, processes()))
         for path in paths - mapped:
             path.unlink(missing_ok=True)
         paths &= mapped
@@ -153,14 +171,15 @@ def _left(children: Sequence[Child], seconds: float) -> list[Child]:
     return alive
 
 
-def _processes() -> list[int]:
+def processes() -> list[int]:
+    """All of this machine."""
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def members(group: int) -> list[int]:
     """Processes of a group."""
     found = []
-    for pid in _processes():
+    for pid in processes():
         with contextlib.suppress(ProcessLookupError):
             if os.getpgid(pid) == group:
                 found.append(pid)

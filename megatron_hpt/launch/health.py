@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -174,6 +175,16 @@ def shared_memory(_: Asked) -> Finding:
     return ok(text)
 
 
+def host_name(_: Asked) -> Finding:
+    """This node's own name resolves: ranks on several nodes meet by it (gloo asks for the address of its own)."""
+    name, several = socket.gethostname(), int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1
+    try:
+        return ok(f"{name}: {socket.gethostbyname(name)}")
+    except OSError as error:
+        found, remedy = f"{name} does not resolve ({error.strerror})", f"put {name} into DNS or /etc/hosts"
+        return broken(found, remedy) if several else missing(found, f"runs on this machine alone need it not; else {remedy}")
+
+
 def open_files(_: Asked) -> Finding:
     """The hard limit, which the coordinator goes up to."""
     import resource
@@ -201,6 +212,7 @@ NODE: dict[str, Check] = {
     "clock": clock,
     "disk": disk,
     "/dev/shm": shared_memory,
+    "host name": host_name,
     "open files": open_files,
     "computation": computation,
 }

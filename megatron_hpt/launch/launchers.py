@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_hpt.config import Config
-from megatron_hpt.errors import HptError
+from megatron_hpt.environment import inherited_here
+from megatron_hpt.errors import ConfigError, HptError
 from megatron_hpt.launch.children import Child, stop_all
 from megatron_hpt.launch.scratch import Scratch
 from megatron_hpt.launch.topology import Device, Slots, Topology, place_nodes, visible
@@ -20,6 +21,12 @@ from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.run import RunDir
 
 LOWEST_PORT = 10240
+TORCHRUN = (
+    *("-m", "torch.distributed.run", "--nnodes=1", "--max-restarts=0"),
+    # What --standalone stands for, but by address: ranks would wait for ever for a host name that does not resolve.
+    *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=hpt", "--local-addr=127.0.0.1"),
+)
+"""Arguments of Python that start ranks on this machine."""
 
 
 class Launcher(Protocol):
@@ -80,25 +87,24 @@ class LocalLauncher:
         self._scratch: Scratch | None = None
 
     def trainer(self, arguments: Sequence[str]) -> Child:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
         ranks = f"--nproc-per-node={self._config.parallel.ranks}"
-        command = [*torchrun, ranks, "-m", "megatron_hpt.actor.trainer", *arguments]
+        command = [sys.executable, *TORCHRUN, ranks, "-m", "megatron_hpt.actor.trainer", *arguments]
         # torchrun numbers the ranks of this machine as `place` does: rank r takes the r-th GPU that it sees.
         own = self._on(self._topology.trainer) if self._topology else {}
-        return Child.start("trainer", command, self._run.log("torchrun"), {**os.environ, **self._own, **own})
+        return Child.start("trainer", command, self._run.log("torchrun"), {**inherited_here(), **self._own, **own})
 
     def coordinator(self, arguments: Sequence[str]) -> Child:
         command = [sys.executable, "-m", "megatron_hpt.rollout.coordinator", *arguments]
-        return Child.start("coordinator", command, self._run.log("coordinator"), {**os.environ, **self._own})
+        return Child.start("coordinator", command, self._run.log("coordinator"), {**coordinators(self._config), **self._own})
 
     def engine(self, index: int) -> tuple[str, Child]:
         config, kind = self._config, ENGINES[self._config.rollout.engine]
         port = free_port(config.rollout.host)
         start = Start(self._run.engine_model(config), port, self._run.path, on_gpus=self._topology is not None)
         own = self._on(self._topology.engines[index]) if self._topology else {}
-        environment = {**kind.environment(config, start.on_gpus), **self._own, **own}
+        inherited = {**kind.environment(config, start.on_gpus), **self._own, **own}
         command = kind.command(config, interpreter(config), start)
-        child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), environment)
+        child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), inherited)
         return f"http://{config.rollout.host}:{port}", child
 
     @property
@@ -117,17 +123,36 @@ class LocalLauncher:
             self._scratch = None
 
 
+def coordinators(config: Config) -> dict[str, str]:
+    """What the coordinator inherits: the API key too that the recipe's reward model wants."""
+    return inherited_here(config.reward.http.key_variable)
+
+
 def free_port(host: str) -> int:
     """A free port below the range that the kernel gives to outgoing connections.
 
     The engine binds it only seconds later; a port of that range may by then belong to somebody's request.
 
     Raises:
+        ConfigError: this machine has no such address.
         HptError: none found.
     """
+    _require_own(host)
     first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
     for port in random.SystemRandom().sample(range(LOWEST_PORT, max(first_outgoing, LOWEST_PORT + 1000)), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
             return port
     raise HptError(f"no free port for an engine on {host} (rollout.host); 100 were tried")
+
+
+def _require_own(host: str) -> None:
+    """A server can listen there."""
+    try:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        raise ConfigError(
+            f"rollout.host: given {host!r}; engines cannot listen there ({error.strerror}): 127.0.0.1, or an address of this "
+            "machine"
+        ) from None

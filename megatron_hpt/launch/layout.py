@@ -8,6 +8,9 @@ from megatron_hpt.config import Config, ParallelConfig
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.weights.hf_config import ModelShape
 
+VOCABULARY_MULTIPLE = 64
+"""To which engines round a vocabulary up."""
+
 
 def check_layout(config: Config, shape: ModelShape) -> None:
     """The actor's and the engines' layouts divide the model and each other.
@@ -20,7 +23,7 @@ def check_layout(config: Config, shape: ModelShape) -> None:
     _check_tensor(parallel.tensor, shape)
     _divides("parallel.pipeline", parallel.pipeline, {"layers": shape.layers})
     _divides("parallel.virtual_pipeline", parallel.virtual_pipeline, {"layers a stage": shape.layers // parallel.pipeline})
-    _divides("rollout.tensor_parallel", config.rollout.tensor_parallel, {"attention heads": shape.heads})
+    _check_engine_tensor(config.rollout.tensor_parallel, shape)
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise ConfigError(
             f"parallel.virtual_pipeline: given {parallel.virtual_pipeline}; pieces are interleaved over stages, so "
@@ -56,6 +59,20 @@ def _check_sleep(config: Config) -> None:
         )
     if config.rollout.urls:
         raise ConfigError("rollout.sleep: servers of your own (rollout.urls) are not put to sleep; leave one of both out")
+
+
+def _check_engine_tensor(given: int, shape: ModelShape) -> None:
+    """vLLM and SGLang share out what the actor does, and the vocabulary, rounded up (layers/vocab_parallel_embedding.py)."""
+    sizes = {"attention heads": shape.heads, "expert ffn size" if shape.experts else "ffn size": shape.ffn}
+    sizes["vocabulary, rounded up to tokens"] = -(-shape.vocab // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    among = [n for n in range(1, shape.heads + 1) if shape.kv_heads % n == 0 or n % shape.kv_heads == 0]
+    _divides("rollout.tensor_parallel", given, sizes, among)
+    if given not in among:
+        allowed = [n for n in among if all(size % n == 0 for size in sizes.values())]
+        raise ConfigError(
+            f"rollout.tensor_parallel: given {given}, which neither divides the model's {shape.kv_heads} key/value heads nor "
+            f"is a multiple of them; allowed: {', '.join(map(str, allowed))}"
+        )
 
 
 def _check_tensor(given: int, shape: ModelShape) -> None:

@@ -12,6 +12,7 @@ from megatron_hpt.data.source import held_out_limits, sources
 from megatron_hpt.data.tokenizer import load_tokenizer
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.evaluation.benchmarks import canonical
+from megatron_hpt.launch.engine_limits import check_cache, check_sampling
 from megatron_hpt.launch.fit import fit_gpus
 from megatron_hpt.launch.inspection import check_training_data
 from megatron_hpt.launch.layout import check_layout, check_lengths
@@ -110,8 +111,11 @@ def check_engine(config: Config, shape: ModelShape) -> None:
 
     from megatron_hpt.weights.transports import check_transport
 
+    check_sampling(config)
     if not config.rollout.urls:
         check_started_engine(config, shape.head_dim)
+        if not torch.cuda.is_available():
+            check_cache(config, shape)
     check_sleep(config, torch.cuda.is_available())
     check_transport(config.transfer.transport)
     if config.transfer.shares_gpus:

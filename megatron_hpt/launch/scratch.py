@@ -1,7 +1,8 @@
 """Temporary files of a run's processes in one folder, so that nothing of them is left in /tmp, however a process ends.
 
-vLLM leaves the sockets of its processes, multiprocessing a folder for each process that is killed. A supervisor removes its
-folder at its end; one that was killed leaves it, and the next run on the machine removes it.
+vLLM leaves the sockets of its processes, multiprocessing a folder for each process that is killed. A process of its own
+(`launch.custodian`) removes the folder at the supervisor's end, however that comes, and with it shared memory that was left
+behind; were it killed too, the next run on the machine does so.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ import contextlib
 import fcntl
 import getpass
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+from megatron_hpt.launch import custodian
+from megatron_hpt.launch.custodian import LOCK
+
 _PREFIX = "hpt-"
-_LOCK = "lock"
-"""In the folder: whoever holds it lives. Process ids say nothing where containers share /tmp."""
+_END_S = custodian.GRACE_S + 10.0
+"""Longest time that a custodian takes to finish."""
 
 
 class Scratch:
@@ -24,8 +30,14 @@ class Scratch:
     def __init__(self) -> None:
         sweep()
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))  # a short name: paths of sockets end at 107 characters
-        self._lock = (self.path / _LOCK).open("w", encoding="utf-8")
+        self._lock = (self.path / LOCK).open("w", encoding="utf-8")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._custodian = subprocess.Popen(
+            [sys.executable, "-m", custodian.__name__, str(self.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         keep_compiled(self.path, Path(tempfile.gettempdir()) / _compiled())
 
     @property
@@ -34,7 +46,10 @@ class Scratch:
         return {"TMPDIR": str(self.path)}
 
     def close(self) -> None:
-        """Remove it; twice is once."""
+        """Remove it, and what is left in shared memory; twice is once."""
+        self._custodian.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._custodian.wait(_END_S)
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
@@ -55,7 +70,8 @@ def _compiled() -> str:
 
 def sweep() -> None:
     """Remove this user's folders whose supervisors are gone."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{LOCK}"):
         with contextlib.suppress(OSError), lock.open("r+", encoding="utf-8") as file:  # another user's, or held
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            custodian.remove_noted(lock.parent)
             shutil.rmtree(lock.parent, ignore_errors=True)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_hpt.config import Config
+from megatron_hpt.environment import say_what_is_withheld
 from megatron_hpt.errors import DeadlineError, EngineError
-from megatron_hpt.launch.children import Child, Failure, stop_all
+from megatron_hpt.launch.children import Child, failure_of, stop_all
 from megatron_hpt.launch.deaf import GRACE_S, Deaf
 from megatron_hpt.launch.launchers import free_port
 from megatron_hpt.launch.scratch import Scratch
@@ -47,6 +48,7 @@ class Servers:
 
     def __enter__(self) -> Servers:
         self._folder.mkdir(parents=True, exist_ok=True)
+        say_what_is_withheld()
         os.environ[TOKEN_VARIABLE] = token() or secrets.token_urlsafe(24)  # what the engines inherit and their clients send
         try:
             for index in range(self._config.rollout.servers):
@@ -109,7 +111,7 @@ class Servers:
         dead = [child for child in self._children.values() if child.exit_code is not None]
         if dead:
             restarted = f"\nengines had been started again {self._restarted} times" if self._restarted else ""
-            raise EngineError("\n".join(str(Failure(c.name, c.exit_code or 0, c.log)) for c in dead) + restarted)
+            raise EngineError("\n".join(str(failure_of(c, self._folder)) for c in dead) + restarted)
 
     def _start(self, index: int) -> None:
         config, kind = self._config, ENGINES[self._config.rollout.engine]

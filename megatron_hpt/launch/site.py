@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megatron_hpt.config import Config
+from megatron_hpt.environment import PASS
 from megatron_hpt.errors import ConfigError, did_you_mean
 from megatron_hpt.launch.cluster import GpusOfNode, checked, read_tree
 from megatron_hpt.launch.topology import least_nodes
@@ -50,7 +51,7 @@ class SiteConfig(Section):
     program: str = ".venv/bin/megatron-hpt"
     """From the checkout."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default={})
-    """Exported to everything that runs."""
+    """Exported to everything that runs, whoever reads it."""
     settings: list[str] = Field(default=[])
     """Settings of every run there, e.g. model.path=/staged/Llama-3.1-70B; those of the command line come later and win."""
 
@@ -134,10 +135,16 @@ def script_of(site: Site, recipe: str, overrides: Sequence[str], config: Config)
 
     A run is named by its first job, unless `overrides` name it: then a run of that name is continued.
     """
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in _exported(site).items()]
     before = ONE_LOG if isinstance(site, SlurmSite) else ()
     there = f"cd {shlex.quote(str(Path(site.checkout).absolute()))}"
     return "\n".join(["set -euo pipefail", *before, there, *exports, _start(site, recipe, overrides, config), ""])
+
+
+def _exported(site: Site) -> dict[str, str]:
+    """The site's environment is somebody's choice, and no remains of another program."""
+    given = site.environment
+    return {**given, PASS: ",".join([*given, *filter(None, [given.get(PASS)])])} if given else {}
 
 
 def _start(site: Site, recipe: str, overrides: Sequence[str], config: Config) -> str:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_hpt.config import Config
+from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch.children import GRACE_S, Child, stop_all
-from megatron_hpt.launch.launchers import LOWEST_PORT
+from megatron_hpt.launch.launchers import LOWEST_PORT, coordinators
 from megatron_hpt.launch.topology import Device, Slots, Topology, least_nodes, place_nodes
 from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.run import RunDir
@@ -56,7 +57,7 @@ class Job:
         """Address of a node that the others reach. A host's own name may point to its loopback."""
         others = [other for other in self.nodes if other != self.host]
         if node != self.host or not others:
-            return socket.gethostbyname(node)
+            return _resolved(node)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((others[0], 9))  # sends nothing, but asks for the way
             return probe.getsockname()[0]
@@ -64,6 +65,21 @@ class Job:
     def only(self, nodes: Sequence[str]) -> Job:
         """The same with some of its nodes."""
         return replace(self, nodes=tuple(nodes))
+
+
+def _resolved(node: str) -> str:
+    """Address of a node's name.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    try:
+        return socket.gethostbyname(node)
+    except OSError as error:
+        raise ConfigError(
+            f"node {node}: its name does not resolve here ({error.strerror}), and the run's parts reach each other by it; "
+            f"put it into DNS or /etc/hosts of all nodes, or leave the node out (sbatch --exclude={node})"
+        ) from None
 
 
 def job_of(environment: Mapping[str, str], nodes: Sequence[str], ranks_per_node: int, python: str, srun: Sequence[str]) -> Job:
@@ -185,11 +201,11 @@ class SlurmLauncher:
     def trainer(self, arguments: Sequence[str]) -> Child:
         meeting = {"MASTER_ADDR": self._config.transfer.host, "MASTER_PORT": str(self._job.port(0))}
         command = trainer_command(self._job, self._topology, arguments)
-        return Child.start("trainer", command, self._run.log("srun"), {**os.environ, **meeting})
+        return Child.start("trainer", command, self._run.log("srun"), {**inherited_here(), **meeting})
 
     def coordinator(self, arguments: Sequence[str]) -> Child:
         command = coordinator_command(self._job, self._topology, arguments)
-        return Child.start("coordinator", command, self._run.log("coordinator"))
+        return Child.start("coordinator", command, self._run.log("coordinator"), coordinators(self._config))
 
     def engine(self, index: int) -> tuple[str, Child]:
         kind, places, port = ENGINES[self._config.rollout.engine], self._topology.engines[index], self._job.port(1 + index)
@@ -198,8 +214,8 @@ class SlurmLauncher:
         start = Start(self._run.engine_model(config), port, self._run.path, self._job.has_gpus)
         server = kind.command(config, interpreter(config), start)
         command = engine_command(self._job, f"engine_{index}", places, server)
-        environment = kind.environment(config, start.on_gpus)
-        child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), environment)
+        inherited = kind.environment(config, start.on_gpus)
+        child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), inherited)
         return f"http://{host}:{port}", child
 
     def _steps(self) -> list[str]:

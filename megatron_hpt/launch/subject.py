@@ -81,7 +81,7 @@ def _folder(given: str, path: Path, run: RunDir | None) -> Subject:
             raise CheckpointError(f"{path}: {reason}")
         step = read_meta(path)["step"] if run else None
     elif (path / "config.json").is_file():
-        step = load_yaml(run.config).trainer.steps if run else None
+        step = run.exported_step(load_yaml(run.config)) if run else None
     else:
         raise ModelError(f"{path}: has no config.json and is no checkpoint; give a Hugging Face folder or a checkpoint")
     name = "-".join((run.path.resolve().name, path.name)) if run else path.resolve().name

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import tempfile
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_hpt.blackboard import NOTICE, Blackboard
@@ -14,9 +17,11 @@ from megatron_hpt.errors import DeadlineError, HptError, Interrupted, RequeueReq
 from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of, stop_all
 from megatron_hpt.launch.deaf import GRACE_S, Deaf
 from megatron_hpt.launch.launchers import Launcher
+from megatron_hpt.launch.starting import Starting
 from megatron_hpt.process import TOKEN_VARIABLE, token
 from megatron_hpt.rollout.running import is_healthy
 from megatron_hpt.run import RunDir
+from megatron_hpt.space import NoSpaceError, describe, full
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import Progress
 
@@ -37,8 +42,7 @@ class Supervisor:
         self._board = Blackboard.host(launcher.host)
         self._children: list[Child] = []
         self._engines: dict[str, Child] = {}
-        self._started = time.monotonic()
-        self._announced = False
+        self._starting = Starting(config, self._board, run.logs, start)
         self._restarted = 0
         self._returning: dict[str, float] = {}
         """URL of an engine that was started again and does not answer yet → when."""
@@ -52,6 +56,8 @@ class Supervisor:
         self._returned = 0
         self._shown = start
         self._read = 0
+        self._before = self._metrics_file
+        """Lines of a resumed run's steps to come are of the run before while this is the file that they are in."""
         self._noticed: float | None = None
         self._notice = ""
 
@@ -60,9 +66,10 @@ class Supervisor:
 
         Raises:
             RunFailed: a process died; all others have been ended.
+            NoSpaceError: likewise, because a disk is full.
             Interrupted: SIGINT, or a second notice; likewise.
             RequeueRequested: SIGTERM or SIGUSR1; the trainer has saved what it had trained, or ran out of time for it.
-            DeadlineError: an engine was not ready in time, the first time or again; likewise.
+            DeadlineError: a part was not ready in time, or an engine again; likewise.
         """
         handlers = {signal.SIGINT: _interrupt, signal.SIGTERM: self._take_notice, signal.SIGUSR1: self._take_notice}
         previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -86,6 +93,11 @@ class Supervisor:
         self._children.append(self._launcher.trainer(arguments))
         self._children.append(self._launcher.coordinator(arguments))
 
+    @property
+    def _named_engines(self) -> dict[str, str]:
+        """URL → name."""
+        return {url: url for url in self._config.rollout.urls} or {url: child.name for url, child in self._engines.items()}
+
     def _start_engines(self) -> None:
         for index in range(self._config.rollout.servers):
             url, child = self._launcher.engine(index)
@@ -100,11 +112,9 @@ class Supervisor:
             self._start_granted()
             self._end_unresponsive(progress)
             self._check_children(progress)
-            if not self._announced:
-                self._announce_engines(progress)
-            else:
+            if self._starting.announced:
                 self._announce_returned(progress)
-                self._show(progress)
+            self._show(progress)
             time.sleep(POLL_S)
         self._show(progress)
 
@@ -123,9 +133,9 @@ class Supervisor:
         if self._board.get(NOTICE) is None:
             self._board.put(NOTICE, True)
         stopped = self._board.get("stopped")
-        if not self._announced:
+        if not self._starting.over:
             raise RequeueRequested(f"ended by {self._notice} before training; continue with --resume")
-        if stopped is not None and len(metrics.read(self._run.metrics)) >= stopped:
+        if stopped is not None and len(self._lines()) >= stopped:
             raise RequeueRequested(f"ended by {self._notice} after step {stopped}, which is saved; continue with --resume")
         if time.monotonic() - self._noticed > self._config.deadlines.notice_s:
             raise RequeueRequested(
@@ -141,6 +151,7 @@ class Supervisor:
 
         Raises:
             RunFailed: anything else died.
+            NoSpaceError: likewise, because a disk is full.
         """
         failures, deadline = self._failures(), time.monotonic() + 4 * SETTLE_S
         if not failures:
@@ -151,12 +162,26 @@ class Supervisor:
             time.sleep(SETTLE_S)
             failures = self._failures()
         dead = [url for url, child in self._engines.items() if child.exit_code is not None and url not in self._wanting]
-        allowed = self._config.rollout.max_restarts if self._announced else 0  # one that never answered will not either
+        # One that never answered will not either.
+        allowed = self._config.rollout.max_restarts if self._starting.announced else 0
         if len(dead) < len(failures) or self._restarted + len(dead) > allowed:
+            self._blame_space(failures)
             already = f"\nengines had been started again {self._restarted} times" if self._restarted else ""
             raise RunFailed("\n".join(str(failure) for failure in failures) + already)
         for url in dead:
             self._restart(url, progress)
+
+    def _blame_space(self, failures: Sequence[Failure]) -> None:
+        """Where parts died for want of space, that is what is said first: their logs may have had no room for it.
+
+        Raises:
+            NoSpaceError: they did.
+        """
+        told = any(failure.exit_code == NoSpaceError.EXIT_CODE for failure in failures)
+        places = (self._run.path, Path(tempfile.gettempdir()))
+        reason = next(filter(None, map(full, places)), describe(self._run.path) if told else None)
+        if reason is not None:
+            raise NoSpaceError("\n".join([reason, *map(str, failures)]))
 
     def _restart(self, url: str, progress: Progress) -> None:
         """Start an engine again: at once, or where it shares the trainer's GPUs, when the trainer does not need them."""
@@ -188,7 +213,7 @@ class Supervisor:
     def _end_unresponsive(self, progress: Progress) -> None:
         """End engines that listen no more, or that the coordinator has given up, so that they can be started again."""
         away = {*self._returning, *self._wanting}
-        serving = [url for url in self._engines if url not in away] if self._announced else []
+        serving = [url for url in self._engines if url not in away] if self._starting.announced else []
         ended = [(url, "listens no more") for url in self._deaf.among(serving)]
         if (silent := self._board.get(f"silent/{self._silences}")) is not None:
             self._silences += 1
@@ -203,21 +228,6 @@ class Supervisor:
         ended = [child for child in self._children if child.exit_code is not None and child not in waiting]
         # An engine may not end at all while the run goes on, however well.
         return [failure_of(c, self._run.logs) for c in ended if c.exit_code != 0 or c in self._engines.values()]
-
-    def _announce_engines(self, progress: Progress) -> None:
-        """Tell trainer and coordinator where the engines are, once all of them answer."""
-        urls = {url: url for url in self._config.rollout.urls} or {url: child.name for url, child in self._engines.items()}
-        waiting = [name for url, name in urls.items() if not is_healthy(url)]
-        waited = time.monotonic() - self._started
-        if not waiting:
-            self._board.put("engines", list(urls))
-            self._announced = True
-        elif waited > self._config.deadlines.startup_s:
-            raise DeadlineError(
-                f"{', '.join(waiting)} not ready within {waited:.0f} s (deadlines.startup_s); see {self._run.logs}"
-            )
-        ready = self._board.get("status/trainer", "loading")
-        progress.status(f"starting: {', '.join(waiting) or 'engines ready'}; trainer {ready} ({waited:.0f} s)")
 
     def _announce_returned(self, progress: Progress) -> None:
         """Ask the trainer to give its weights to engines that answer again.
@@ -238,16 +248,25 @@ class Supervisor:
                     f"{name} not ready again within {waited:.0f} s (deadlines.startup_s); see {self._engines[url].log}"
                 )
 
+    @property
+    def _metrics_file(self) -> int | None:
+        return self._run.metrics.stat().st_ino if self._run.metrics.is_file() else None
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """Lines of metrics that count."""
+        lines = metrics.read(self._run.metrics)
+        return [line for line in lines if line["step"] < self._start] if self._metrics_file == self._before else lines
+
     def _show(self, progress: Progress) -> None:
         size = self._run.metrics.stat().st_size if self._run.metrics.is_file() else 0
-        lines = metrics.read(self._run.metrics) if size != self._read else []
+        lines = self._lines() if size != self._read else []
         self._read = size
         for line in lines:
             if line["step"] >= self._shown:
                 progress.step(line)
                 self._shown = line["step"] + 1
         if self._shown == self._start:
-            progress.status("first evaluation and rollouts")
+            progress.status(self._starting.look(self._named_engines) or "first evaluation and rollouts")
         elif status := self._board.get("status/coordinator"):
             progress.status(status)
 

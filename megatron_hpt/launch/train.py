@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +14,13 @@ from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
 from megatron_hpt.data.checkpoints import damage
 from megatron_hpt.data.files import check_folder, write_whole
 from megatron_hpt.data.source import check_same_files, files
+from megatron_hpt.environment import say_what_is_withheld
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import models, preflight
 from megatron_hpt.launch.launchers import Launcher, on_this_machine
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.run import RunDir, create, newest, open_run
+from megatron_hpt.space import in_words, is_no_space
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.report.write import write_report
 
@@ -32,15 +34,30 @@ def start_run(source: str, overrides: list[str], root: Path, launch: Launch = on
     recipe = recipes.load(source, overrides)
     check_folder(root)
     if recipe.prepare is not None:
-        recipe.prepare(recipe.config)
+        with in_words(root), _alone(root):
+            recipe.prepare(recipe.config)
     preflight.check(recipe.config)
     start = launch(recipe.config)
     for key in without_effect(recipe.config):
         logger.warning("note: %s has no effect on %s", key, recipe.config.algorithm.name)
-    run = create(recipe.config, root)
-    write_whole(run.data, json.dumps(files(recipe.config), indent=1))
+    with in_words(root):
+        run = create(recipe.config, root)
+        write_whole(run.data, json.dumps(files(recipe.config), indent=1))
     _supervise(recipe.config, run, 0, start(run))
     return run
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """While inputs are prepared: who comes second waits, and finds them there."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".preparing").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("note: another process prepares inputs here; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = on_this_machine) -> RunDir:
@@ -60,6 +77,7 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = o
     saved = load_yaml(run.config)
     config = apply_overrides(saved, overrides)
     _check_same_batches(saved, config)
+    _check_steps(run, config.trainer.steps)
     preflight.check(config)
     if run.data.is_file():  # older runs have none
         check_same_files(json.loads(run.data.read_text(encoding="utf-8")), config)
@@ -67,10 +85,22 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = o
     start = resume_point(run, config)
     if start == config.trainer.steps:
         raise ConfigError(f"{run.path} is complete ({start} steps); to train it further: --resume trainer.steps={2 * start}")
-    write_whole(run.config, dump_yaml(config))
-    metrics.truncate(run.metrics, start)
-    _supervise(config, run, start, launcher)
+    _supervise(config, run, start, launcher, saved)
     return run
+
+
+def _check_steps(run: RunDir, steps: int) -> None:
+    """A run goes on; it does not go back.
+
+    Raises:
+        ConfigError: it has trained more steps than it is to have.
+    """
+    trained = max(len(metrics.read(run.metrics)), *run.checkpoint_steps(), 0)
+    if steps < trained:
+        raise ConfigError(
+            f"--resume: trainer.steps: given {steps}; {run.path} has trained {trained} steps, and none is taken back: "
+            f"more than {trained}, or start a new run from its checkpoint (model.path={run.checkpoints}/step_…)"
+        )
 
 
 def resume_point(run: RunDir, config: Config) -> int:
@@ -80,7 +110,8 @@ def resume_point(run: RunDir, config: Config) -> int:
     evaluation; a run that ended in between goes back one checkpoint, and its ledger replays the batches.
     """
     steps, lines = config.trainer.steps, len(metrics.read(run.metrics))
-    finished = lines >= steps and (run.export.is_dir() or not config.trainer.export)
+    exported = run.exported_step(config)
+    finished = lines >= steps and ((exported or 0) >= steps or not config.trainer.export)
     usable = [s for s in run.checkpoint_steps() if s <= lines and (s < steps or (s == steps and finished))]
     for step in reversed(usable):
         reason = damage(run.checkpoint(step))
@@ -108,11 +139,19 @@ def _check_same_batches(saved: Config, config: Config) -> None:
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change within a run; start a new one without --resume")
 
 
-def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher) -> None:
+def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher, saved: Config | None = None) -> None:
+    """
+    Args:
+        saved: configuration of the run before, if it is resumed; nothing of it goes before its successor is there.
+    """
     from megatron_hpt.launch.supervisor import Supervisor  # imports torch
 
-    with run.lock(), _logged(run):
-        shutil.rmtree(run.export, ignore_errors=True)
+    say_what_is_withheld()
+    with run.lock(), in_words(run.path):
+        if saved is not None:
+            if run.export.is_dir():
+                run.note_export(run.exported_step(saved) or 0)
+            write_whole(run.config, dump_yaml(config))
         models.write(config, run)
         try:
             Supervisor(config, run, start, launcher).run()
@@ -139,5 +178,8 @@ def _report(run: RunDir) -> None:
     try:
         if metrics.read(run.metrics):
             write_report([run])
-    except Exception:
-        logger.exception("the report of %s could not be drawn", run.path)
+    except Exception as error:
+        if is_no_space(error):
+            logger.warning("note: no space for the report of %s", run.path)
+        else:
+            logger.exception("the report of %s could not be drawn", run.path)

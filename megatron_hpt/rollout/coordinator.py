@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_hpt.blackboard import Blackboard
+from megatron_hpt.blackboard import Blackboard, ready
 from megatron_hpt.config import Config, load_yaml
 from megatron_hpt.data.history import History
 from megatron_hpt.data.ledger import Ledger
@@ -73,6 +73,7 @@ class Coordinator:
 
     async def run(self) -> None:
         """Make every batch, and one line of metrics for each step."""
+        self._board.put(ready("coordinator"), True)
         urls = self._board.wait("engines", self._config.deadlines.startup_s, "an engine")
         self._engines = self._engine_pool(urls)
         try:
@@ -212,7 +213,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     run = RunDir(arguments.run)
     log_to(run.log("coordinator"))
-    with ends_in_words(), graders(load_yaml(run.config)) as pool:
+    with ends_in_words(run.path), graders(load_yaml(run.config)) as pool:
         board = Blackboard.join(arguments.store)
         asyncio.run(Coordinator(run, board, arguments.from_step, pool).run())
     logger.info("done")

@@ -17,6 +17,8 @@ class Weights(Enum):
     """Those of its model's folder; they are version `OWN`."""
 
 
+SEEDS = 2**32
+"""Seeds of a server are below it (numpy's); every request has one of its own besides."""
 OWN = 0
 """The version of the weights that a server was started with, where a client is told to accept them."""
 

@@ -17,7 +17,7 @@ from megatron_hpt.rollout import sglang, vllm
 from megatron_hpt.rollout.engine import Weights
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 from megatron_hpt.weights.control import CONTROLS, EngineControl, InFlight
-from megatron_hpt.weights.hf_config import read_config, run_shape
+from megatron_hpt.weights.hf_config import ModelShape, read_config, run_shape
 from megatron_hpt.weights.layouts import EngineLayout
 from megatron_hpt.weights.sender import Options
 from megatron_hpt.weights.wire import fp8_format
@@ -96,13 +96,17 @@ def _connections(config: Config) -> int:
     return max(CONNECTIONS, config.rollout.max_running)
 
 
-def cache_tokens(config: Config) -> int:
-    """Tokens for which `rollout.kv_cache_gib` has room, and not more than can be in use."""
-    shape = run_shape(config)
+def cache_room(config: Config, shape: ModelShape) -> int:
+    """Tokens for which `rollout.kv_cache_gib` has room."""
     element = {"float32": 4, "bfloat16": 2}[config.model.dtype]
-    bytes_a_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * element // config.rollout.tensor_parallel
-    room = config.rollout.kv_cache_gib * 2**30 // max(1, bytes_a_token)
-    return min(room, config.rollout.max_running * (config.max_sequence_length + sglang.SPARE))
+    heads = max(1, shape.kv_heads // config.rollout.tensor_parallel)  # of one rank; more ranks than heads share them
+    return config.rollout.kv_cache_gib * 2**30 // (2 * shape.layers * heads * shape.head_dim * element)
+
+
+def cache_tokens(config: Config) -> int:
+    """`cache_room`, and not more than can be in use."""
+    most = config.rollout.max_running * (config.max_sequence_length + sglang.SPARE)
+    return min(cache_room(config, run_shape(config)), most)
 
 
 ENGINES: dict[str, Kind] = {

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hpt.config import Config
+from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import EngineError
 from megatron_hpt.rollout import sglang_host, sglang_site
 from megatron_hpt.rollout.cores import cores_of_ranks
-from megatron_hpt.rollout.engine import Sample, SamplingRequest, Weights
+from megatron_hpt.rollout.engine import SEEDS, Sample, SamplingRequest, Weights
 from megatron_hpt.rollout.gpu_share import SGLANG_STATIC
 from megatron_hpt.rollout.http import CONNECTIONS, HttpEngine
 
@@ -49,7 +50,7 @@ def server_command(
         "--sleep-on-idle",  # else an idle server keeps a core of the trainer's busy
         # Seeds of requests are heeded in this mode only.
         "--enable-deterministic-inference",
-        *("--random-seed", str(config.trainer.seed), "--grammar-backend", "none", "--log-level", "warning"),
+        *("--random-seed", str(config.trainer.seed % SEEDS), "--grammar-backend", "none", "--log-level", "warning"),
         # vLLM runs eagerly too, and a graph's memory would not sleep.
         *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
         *("--sampling-backend", "pytorch"),  # the only one of the deterministic mode
@@ -78,10 +79,10 @@ def _host_arguments(cache_tokens: int) -> list[str]:
 
 
 def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
-    """Environment of the server, on top of this process's."""
+    """Environment of the server, on top of what it inherits."""
     # The context may go beyond the model's positions by what no sequence uses.
     own = {"SGLANG_PLUGINS": "megatron_hpt", "HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
-    return {**os.environ, **own, **({} if on_gpus else _host_environment(config))}
+    return {**inherited_here(), **own, **({} if on_gpus else _host_environment(config))}
 
 
 def _host_environment(config: Config) -> dict[str, str]:

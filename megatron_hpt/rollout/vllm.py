@@ -6,13 +6,13 @@ Written against vLLM 0.32 (``/inference/v1/generate``, vllm/entrypoints/scale_ou
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Hashable
 from typing import Any
 
 from megatron_hpt.config import Config
+from megatron_hpt.environment import inherited_here
 from megatron_hpt.rollout.cores import cores_of_ranks, threads_of_one_rank
-from megatron_hpt.rollout.engine import Sample, SamplingRequest, Weights
+from megatron_hpt.rollout.engine import SEEDS, Sample, SamplingRequest, Weights
 from megatron_hpt.rollout.http import HttpEngine
 
 ONE_PROCESS = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
@@ -31,16 +31,21 @@ def server_command(
         *("--dtype", config.model.dtype, "--tensor-parallel-size", str(config.rollout.tensor_parallel)),
         *("--max-model-len", str(config.max_sequence_length), "--max-num-seqs", str(config.rollout.max_running)),
         # vLLM 0.32 rewinds a seeded request's generator when it cuts a prompt in two, which the CPU generator cannot do.
-        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(4096, config.max_sequence_length))),
+        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(_batched_tokens(config))),
         # A trainer's weights come before the first request, so none are read here.
         *("--load-format", weights.value, "--weight-transfer-config", json.dumps({"backend": "megatron_hpt"})),
         *("--worker-extension-cls", "megatron_hpt.weights.vllm_plugin.Outcomes"),
         # The log-probabilities of the distribution that was sampled from, temperature and nucleus applied.
         *("--logprobs-mode", "processed_logprobs"),
         *("--generation-config", "vllm", "--skip-tokenizer-init", "--enable-scale-out", "--enforce-eager"),
-        *("--disable-uvicorn-access-log", "--seed", str(config.trainer.seed)),
+        *("--disable-uvicorn-access-log", "--seed", str(config.trainer.seed % SEEDS)),
         *(_gpu_arguments(config) if on_gpus else _host_arguments(config)),
     ]
+
+
+def _batched_tokens(config: Config) -> int:
+    """Tokens of one forward pass: vLLM wants a whole sequence and one of each that it decodes in it (config/scheduler.py)."""
+    return max(4096, config.max_sequence_length, config.rollout.max_running)
 
 
 def _gpu_arguments(config: Config) -> list[str]:
@@ -55,9 +60,9 @@ def _host_arguments(config: Config) -> list[str]:
 
 
 def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
-    """Environment of the server, on top of this process's."""
+    """Environment of the server, on top of what it inherits."""
     return {
-        **os.environ,
+        **inherited_here(),
         **({} if on_gpus else _host_environment(config)),
         "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; TokenGuard stands before all of them
         "VLLM_PLUGINS": "megatron_hpt",

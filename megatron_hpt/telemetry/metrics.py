@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -14,16 +14,22 @@ from megatron_hpt.run import RunDir
 
 
 class MetricsLog:
-    """Appends a step's metrics to both; a resumed run's points replace those of the same steps."""
+    """Appends a step's metrics to both; the first of a resumed run replaces those of its step and all later ones."""
 
     def __init__(self, run: RunDir, start: int) -> None:
-        self._file = run.metrics.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=start)
+        self._run, self._start = run, start
+        self._file: IO[str] | None = None
 
     def write(self, line: dict[str, Any]) -> None:
         """Add one step."""
-        self._file.write(_dump(line))
-        self._file.flush()
+        if self._file is None:
+            kept = [line for line in read(self._run.metrics) if line["step"] < self._start]
+            write_whole(self._run.metrics, "".join(map(_dump, [*kept, line])))
+            self._file = self._run.metrics.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(self._run.tensorboard), purge_step=self._start)
+        else:
+            self._file.write(_dump(line))
+            self._file.flush()
         for key, value in line.items():
             if isinstance(value, int | float) and key != "step":
                 self._board.add_scalar(key, value, line["step"])
@@ -31,8 +37,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close both files."""
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -41,11 +48,6 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]
-
-
-def truncate(path: Path, start: int) -> None:
-    """Drop the lines of step `start` and later: a resumed run writes them again."""
-    write_whole(path, "".join(_dump(line) for line in read(path) if line["step"] < start))
 
 
 def _dump(line: dict[str, Any]) -> str:

@@ -239,6 +239,14 @@ def test_a_driver_without_a_torch_that_can_use_it(asked: Asked, fake: Fake, monk
     assert examine(doctor.cuda, asked).found == "the driver is there, torch is a build without CUDA"
 
 
+def test_a_host_name_that_does_not_resolve_matters_between_nodes(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health.socket, "gethostname", lambda: "nowhere.invalid")
+    assert health.host_name(asked).state == "missing"
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    finding = health.host_name(asked)
+    assert (finding.state, "nowhere.invalid does not resolve" in finding.found) == ("broken", True)
+
+
 def test_a_check_that_fails_itself_is_a_finding(asked: Asked) -> None:
     def check(_: Asked) -> Finding:
         raise OSError("two\nlines")

@@ -78,6 +78,13 @@ def test_a_run_starts_from_a_checkpoint_that_is_whole(config: Config, tmp_path: 
         ("parallel", {"sequence": True}, r"parallel\.sequence: .* parallel\.tensor must be above 1"),
         ("parallel", {"expert": 2}, r"parallel\.expert: given 2, .* has no experts: leave both out"),
         ("actor", {"fp8": "tensorwise"}, r"actor\.fp8: given 'tensorwise', .*Transformer Engine .* 2\.2 or newer, found none"),
+        (
+            "rollout",
+            {"samples_per_prompt": 9, "max_running": 8},
+            r"samples_per_prompt: given 9; vllm .* refuses more than rollout\.max_running=8",
+        ),
+        ("rollout", {"temperature": 0.005}, r"rollout\.temperature: given 0\.005; below 0\.01 vllm samples at another"),
+        ("rollout", {"temperature": 2.5}, r"rollout\.temperature: given 2\.5; vllm refuses temperatures above 2"),
         ("rollout", {"tensor_parallel": 3}, r"rollout\.tensor_parallel: given 3, .* 4 attention heads; allowed: 1, 2, 4"),
         (
             "rollout",

@@ -9,11 +9,24 @@ from time import gmtime
 
 import pytest
 
-from megatron_hpt.config import AlgorithmConfig, Config, DataConfig, MixtureConfig, ModelConfig, TrainerConfig, dump_yaml
+from megatron_hpt.config import (
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    MixtureConfig,
+    ModelConfig,
+    TrainerConfig,
+    dump_yaml,
+    load_yaml,
+)
 from megatron_hpt.data.checkpoints import record, superseded
+from megatron_hpt.data.files import swap_in
 from megatron_hpt.errors import ConfigError, DataError
+from megatron_hpt.launch import preflight, train
+from megatron_hpt.launch.supervisor import Supervisor
 from megatron_hpt.launch.train import _check_same_batches, resume_point, resume_run
 from megatron_hpt.run import RunDir, create, newest
+from megatron_hpt.telemetry.metrics import MetricsLog, read
 
 
 def make(tmp_path: Path, checkpoints: list[int], lines: int, export: bool = False) -> tuple[RunDir, Config]:
@@ -167,3 +180,79 @@ def test_the_recipes_arguments_name_the_run_and_are_no_overrides_of_it(tmp_path:
         resume_run(str(tmp_path / "r.py"), [], tmp_path)
     with pytest.raises(ConfigError, match=r"--resume: trainer\.seed cannot change"):
         resume_run(str(tmp_path / "r.py"), ["run=x", "trainer.seed=5"], tmp_path)
+
+
+@pytest.mark.parametrize(("checkpoints", "lines"), [([4, 8], 9), ([4, 8], 8), ([4], 9), ([10], 10)])
+def test_fewer_steps_than_are_trained_are_refused_and_everything_stays(
+    tmp_path: Path, checkpoints: list[int], lines: int
+) -> None:
+    run, _ = make(tmp_path, checkpoints, lines, export=True)
+    before = contents(run)
+    with pytest.raises(ConfigError, match=rf"trainer\.steps: given 7; .* has trained {max(lines, *checkpoints)} steps"):
+        resume_run(str(run.path), ["trainer.steps=7"], tmp_path)
+    assert contents(run) == before
+
+
+class Fails(Exception):
+    pass
+
+
+def test_nothing_of_a_run_goes_before_its_new_part_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails at the start: configuration, lines, export, checkpoints and the ledger are as they were."""
+    run, _ = make(tmp_path, [4, 6, 10], 10, export=True)
+    (run.export / "model.safetensors").write_bytes(b"weights")
+    (run.batches / "step_000009.arrow").write_bytes(b"batch")
+    kept = {path: text for path, text in contents(run).items() if path.name != "config.yaml"}
+
+    def fail(self: Supervisor) -> None:
+        raise Fails
+
+    monkeypatch.setattr(preflight, "check", lambda config: None)
+    monkeypatch.setattr(Supervisor, "run", fail)
+    monkeypatch.setattr(train, "_report", lambda run: None)
+    with pytest.raises(Fails):
+        resume_run(str(run.path), ["trainer.steps=20"], tmp_path)
+    assert contents(run).items() >= kept.items()
+    longer = load_yaml(run.config)
+    assert (longer.trainer.steps, run.exported_step(longer)) == (20, 10)
+    assert resume_point(run, longer) == 10  # the export of step 10 does not make a run of 20 steps complete
+
+
+def test_a_run_that_is_being_trained_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = make(tmp_path, [4], 6)
+    monkeypatch.setattr(preflight, "check", lambda config: None)
+    with run.lock():
+        before = contents(run)
+        with pytest.raises(ConfigError, match="another process is training"):
+            resume_run(str(run.path), ["trainer.steps=20"], tmp_path)
+        assert contents(run) == before
+
+
+def test_old_lines_stay_until_the_first_new_one(tmp_path: Path) -> None:
+    run, _ = make(tmp_path, [4], 6)
+    log = MetricsLog(run, 4)
+    assert len(read(run.metrics)) == 6
+    for step in (4, 5):
+        log.write({"step": step, "new": True})
+    log.close()
+    assert [(line["step"], "new" in line) for line in read(run.metrics)] == [
+        *((s, False) for s in range(4)),
+        (4, True),
+        (5, True),
+    ]
+    MetricsLog(run, 2).close()  # it was ended before its first step
+    assert len(read(run.metrics)) == 6
+
+
+def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    new, path = tmp_path / "new", tmp_path / "export"
+    for folder, text in ((path, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / "model").write_text(text)
+    swap_in(new, path)
+    assert (path / "model").read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
+
+
+def contents(run: RunDir) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path.name != ".lock"}

@@ -61,6 +61,11 @@ def test_trainers_come_first_and_engines_behind_them_each_on_gpus_of_its_own() -
     assert [engine[-3:] for engine in engines[:2]] == [["--gpus", "0,1,2,3", "serve"], ["--gpus", "4,5,6,7", "serve"]]
 
 
+def test_a_node_whose_name_does_not_resolve_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"node nowhere\.invalid: its name does not resolve"):
+        job("a", "nowhere.invalid").address("nowhere.invalid")
+
+
 def test_without_gpus_nothing_asks_for_them() -> None:
     on = job("a", "b", "c", "d", "e", "f", has_gpus=False, ranks_per_node=4)
     topology = topology_on(config("gloo", tensor=8), on)

@@ -132,5 +132,5 @@ def test_agreement_with_the_reference_rule() -> None:
 @needs_shared
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.json")), ids=lambda path: path.stem)
 def test_the_benchmarks_own_answers_are_right(path: Path) -> None:
-    answers = [problem["answer"] for problem in json.loads(path.read_text())]
+    answers = [problem["answer"] for problem in json.loads(path.read_text(encoding="utf-8"))]
     assert [answer for answer in answers if reference.grade(f"\\boxed{{{answer}}}", answer) != 1.0] == []
