@@ -123,7 +123,7 @@ def mapped_by_anybody() -> set[Path]:
 def remove_noted(folder: Path) -> None:
     """What the processes of a dead supervisor have mapped, and nobody has any more."""
     with contextlib.suppress(OSError, ValueError):
-        noted = {_SHARED / Path(name).name for name in json.loads((folder / NOTES).read_text())}
+        noted = {_SHARED / Path(name).name for name in json.loads((folder / NOTES).read_text(encoding="utf-8"))}
         for path in noted - mapped_by_anybody() if noted else ():
             path.unlink(missing_ok=True)
 
@@ -131,9 +131,8 @@ def remove_noted(folder: Path) -> None:
 def process(pid: int) -> Process | None:
     """What the kernel says of a process; None: it has ended."""
     with contextlib.suppress(OSError):
-        words = (
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        )  # proc_pid_stat(5), from the third field on
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        words = stat.rpartition(")")[2].split()  # proc_pid_stat(5), from the third field on
         return Process(pid, int(words[19]), int(words[1]), int(words[3])) if words[0] not in "ZX" else None
     return None
 
@@ -171,7 +170,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     custodian = Custodian(folder)
     _watch(custodian)
-    with contextlib.suppress(OSError), (folder / LOCK).open("r+") as lock:
+    with contextlib.suppress(OSError), (folder / LOCK).open("r+", encoding="utf-8") as lock:
         with contextlib.suppress(BlockingIOError):  # the supervisor's, who waits for this process
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _finish(custodian)

@@ -51,7 +51,7 @@ def start_run(source: str, overrides: list[str], root: Path, launch: Launch = on
 def _alone(root: Path) -> Iterator[None]:
     """While inputs are prepared: who comes second waits, and finds them there."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".preparing").open("w") as file:
+    with (root / ".preparing").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -147,7 +147,7 @@ def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher, save
     from megatron_hpt.launch.supervisor import Supervisor  # imports torch
 
     say_what_is_withheld()
-    with run.lock(), in_words(run.path):
+    with run.lock(), _logged(run), in_words(run.path):
         if saved is not None:
             if run.export.is_dir():
                 run.note_export(run.exported_step(saved) or 0)
