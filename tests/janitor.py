@@ -25,6 +25,8 @@ MARK = "HPT_TESTS"
 """Environment variable with the folder for all temporary files of a test run; set: somebody watches already."""
 SECONDS = float(os.environ.get("HPT_TESTS_SECONDS", "15"))
 """For what is still ending."""
+SHARED = os.environ.get("HPT_TESTS_SHARED", "")
+"""How shared memory is called that is looked at: tests of the janitor itself look past that of the tests beside them."""
 INTERRUPTED, FAILED = 2, 1
 """Exit codes of pytest."""
 _SUBREAPER, _DEATH_SIGNAL = 36, 1
@@ -90,11 +92,18 @@ def _left(folder: Path, own: set[str], before: dict[str, set[str]]) -> list[str]
             process.kill()
     noted = _first_seen(folder).read_text().splitlines() if _first_seen(folder).is_file() else []
     seen = dict(line.split("\t") for line in reversed(noted))
+    while _appeared(before) and time.monotonic() < deadline:
+        time.sleep(0.2)
     for kind, found in KINDS.items():
         lines += [f"left: {kind} {name}{_during(seen, name)}" for name in sorted(set(found()) - before[kind])]
     own = {*own, _first_seen(folder).name}
     strangers = [name for name in os.listdir(folder) if name not in own and not name.startswith(_PYTEST)]
     return lines + [f"left: temporary {name}{_during(seen, name)}" for name in sorted(strangers)]
+
+
+def _appeared(before: dict[str, set[str]]) -> bool:
+    """Whether there is anything that was not there before; what others remove in a moment is not left."""
+    return any(set(found()) - before[kind] for kind, found in KINDS.items())
 
 
 def _descendants() -> list[psutil.Process]:
@@ -126,7 +135,7 @@ def _ports(process: psutil.Process) -> str:
 def _shared_memory() -> Iterator[str]:
     """Names that no process has mapped: other programs of this machine have theirs."""
     mapped = set().union(*map(shared_memory, psutil.pids()))
-    yield from (path.name for path in Path("/dev/shm").iterdir() if path not in mapped)
+    yield from (path.name for path in Path("/dev/shm").iterdir() if path not in mapped and path.name.startswith(SHARED))
 
 
 def _networks() -> Iterator[str]:

@@ -1,5 +1,6 @@
 """A whole test run is looked at when it has ended: what it leaves behind is named and fails it, also after Ctrl-C."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -63,13 +64,25 @@ def nested(tmp_path: Path):
         dropped = (MARK, "PYTEST_XDIST_WORKER", "CI", "PYTEST_ADDOPTS")
         clean = {key: value for key, value in os.environ.items() if key not in dropped}
         command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pytest.ini"), f"--rootdir={tmp_path}", str(tmp_path)]
-        own = {**clean, "TMPDIR": str(tmp_path / "tmp"), "HPT_TESTS_SECONDS": "2", **environment}
+        own = {
+            **clean,
+            "TMPDIR": str(tmp_path / "tmp"),
+            "HPT_TESTS_SECONDS": "2",
+            "HPT_TESTS_SHARED": "megatron_hpt",
+            **environment,
+        }
         (tmp_path / "tmp").mkdir(exist_ok=True)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         command += ["-p", "no:cacheprovider", *arguments]
-        return subprocess.Popen(command, cwd=ROOT, env=own, start_new_session=True, **pipes)
+        started.append(subprocess.Popen(command, cwd=ROOT, env=own, start_new_session=True, **pipes))
+        return started[-1]
 
-    return start
+    started: list[subprocess.Popen] = []
+    yield start
+    for run in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
 
 
 @pytest.mark.slow
@@ -98,13 +111,13 @@ def _is_left(pid: str) -> bool:
 def test_ctrl_c_leaves_nothing(nested, tmp_path: Path) -> None:
     """In a test with forked ranks, a server of its own and files."""
     run = nested(INTERRUPTED, f"--basetemp={tmp_path}/base")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not list(tmp_path.glob("base/**/runs")):
         assert run.poll() is None, run.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.1)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-    out, _ = run.communicate(timeout=60)
+    out, _ = run.communicate(timeout=180)
     assert run.returncode == 2, out
     assert "nothing is left" in out
 

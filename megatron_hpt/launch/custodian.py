@@ -111,7 +111,7 @@ class Custodian:
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # a full disk, or the folder is gone
             temporary = self._folder / f".{NOTES}"
-            temporary.write_text(json.dumps(sorted(path.name for path in self._users)))
+            temporary.write_text(json.dumps(sorted(path.name for path in self._users)), encoding="utf-8")
             temporary.replace(self._folder / NOTES)
 
 
