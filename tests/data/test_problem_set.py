@@ -207,8 +207,8 @@ def test_a_line_that_is_no_record_is_named_with_what_to_do(tmp_path: Path, conte
         ({"target": {"content": "x"}}, r"row 1, target: given \{'content': 'x'\}; expected a list of messages"),
         ({"target_lst": ["x", None]}, r"row 1, target_lst\[1\]: given None"),
         ({"data_source": 3}, "row 1, data_source: given 3; expected text"),
-        ({"extra_info": {"index": 0.5}}, r"row 1, extra_info: given \{'index': 0\.5\}; expected a record whose index"),
-        ({"extra_info": 1}, "row 1, extra_info: given 1; expected a record whose index"),
+        ({"extra_info": {"index": 0.5}}, r"row 1, extra_info: given \{'index': 0\.5\}; expected a record with index"),
+        ({"extra_info": 1}, "row 1, extra_info: given 1; expected a record with index"),
     ],
 )
 def test_a_field_of_a_line_that_has_another_type_is_named(tmp_path: Path, change: dict, message: str) -> None:
