@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from megatron_hpt.data import jsonl
 from megatron_hpt.data.columns import check_names
 from megatron_hpt.data.preparation.fields import beginnings
-from megatron_hpt.data.splits import check_one_split
+from megatron_hpt.data.splits import check_one_split, split_of
 from megatron_hpt.errors import DataError, did_you_mean
 
 BATCH = 1024
@@ -51,6 +51,12 @@ class Files:
     """Files that are read one after the other."""
 
     paths: tuple[Path, ...]
+
+    @property
+    def split(self) -> str | None:
+        """Of all files, by their names and the folders they are in; None: these name none."""
+        named = {split_of(f"{path.absolute().parent.name}/{path.name}") for path in self.paths}
+        return named.pop() if len(named) == 1 else None
 
     @property
     def nbytes(self) -> int:
