@@ -1,4 +1,5 @@
-"""Loading a large data set: memory, time to the first batch, seconds of the check; beside pyarrow reading the same columns.
+"""Loading a large data set: memory, time to the first batch, seconds of the check; beside pyarrow reading the same columns, and
+for JSONL beside Python's json.
 
     .venv/bin/python benchmarks/stream_data.py [--rows 1000000] [--demonstration 500] [--folder DIR]
 
@@ -62,6 +63,15 @@ def write(path: Path, rows: int, width: int, group: int) -> None:
             writer.write_table(pa.concat_tables(parts), row_group_size=group)
 
 
+def write_lines(source: Path, path: Path) -> None:
+    """The rows of a parquet file as JSONL."""
+    import pyarrow.parquet as pq
+
+    with path.open("w") as out:
+        for batch in pq.ParquetFile(source).iter_batches(4096):
+            out.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
+
+
 class Bytes:
     """A tokenizer that costs nothing."""
 
@@ -106,12 +116,17 @@ def check(path: str) -> dict[str, float]:
 
 
 def stream(path: str) -> dict[str, float]:
-    """The same columns decoded by pyarrow, batch by batch, and nothing done with them."""
+    """The same columns decoded by pyarrow, batch by batch, or all lines by json, and nothing done with them."""
     import pyarrow.parquet as pq
 
     from megatron_hpt.data.columns import READ
 
     before, started = mib("VmRSS"), time.monotonic()
+    if path.endswith(".jsonl"):
+        with open(path, "rb") as lines:
+            for line in lines:
+                json.loads(line)
+        return {"seconds": time.monotonic() - started, "memory": mib("VmHWM") - before}
     file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     columns = [column for column in READ if column != "target_lst"]
     for _ in file.iter_batches(4096, columns=columns, use_threads=False):
@@ -141,12 +156,16 @@ def main() -> None:
         what, path = arguments.measure
         print(json.dumps(MEASURED[what](path)))
         return
-    header = ("rows a group", "file MB", "first batch s", "batch ms (worst)", "MiB", "check s", "× pyarrow alone", "MiB")
+    header = ("rows a group", "file MB", "first batch s", "batch ms (worst)", "MiB", "check s", "× decoding alone", "MiB")
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for group in (1000, 10_000, arguments.rows):
-            path = Path(folder) / "data.parquet"
-            write(path, arguments.rows, arguments.demonstration, group)
+        parquet, lines = (Path(folder) / f"data.{suffix}" for suffix in ("parquet", "jsonl"))
+        for group in (1000, 10_000, arguments.rows, "JSONL"):
+            path = lines if group == "JSONL" else parquet
+            if group == "JSONL":
+                write_lines(parquet, lines)
+            else:
+                write(parquet, arguments.rows, arguments.demonstration, group)
             taken, checked, alone = (measured(what, path) for what in MEASURED)
             print(
                 f"| {group} | {path.stat().st_size / 1e6:.0f} | {taken['first']:.2f} | {1e3 * taken['median']:.0f} "

@@ -69,7 +69,12 @@ Folder = Annotated[Path, typer.Argument(help="folder for train.parquet and heldo
 class Options:
     """Of every command that reads problems; the fields become options."""
 
-    split: Annotated[str, typer.Option(help="written to extra_info.split; default: train, of benchmarks test")] = ""
+    split: Annotated[
+        str,
+        typer.Option(
+            help="written to extra_info.split; default: what the names of the files say, else train; of benchmarks test"
+        ),
+    ] = ""
     instruction: Annotated[str, typer.Option(help="a line after every question")] = ""
     tokenizer: Annotated[Path | None, typer.Option(help="model folder: lengths are in its tokens")] = None
     chat_template: Annotated[str | None, typer.Option(help="in place of the tokenizer's, as data.chat_template")] = None
@@ -244,11 +249,10 @@ def _parameter(given: str) -> tuple[str, Any]:
         raise DataError(f"{name}: {error}") from None
 
 
-def _prepare(source: str | Files, form: Format, out: Path, options: Options, split: str = "train") -> None:
+def _prepare(files: Files, form: Format, out: Path, options: Options, split: str = "") -> None:
     check_file(out)
-    files = find(source) if isinstance(source, str) else source
     files.require(form.needed)
-    _write(files.batches(form.columns), files.nbytes, form, out, options, split, files.paths)
+    _write(files.batches(form.columns), files.nbytes, form, out, options, split or files.split or "train", files.paths)
 
 
 def _write(

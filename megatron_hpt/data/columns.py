@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ def check_schema(schema: pa.Schema, name: str) -> None:
     Raises:
         DataError: one is missing, or of another type.
     """
+    check_names(schema, name)
     missing = [column for column in COLUMNS if column not in schema.names]
     if missing:
         raise DataError(
@@ -36,6 +38,17 @@ def check_schema(schema: pa.Schema, name: str) -> None:
             found = schema.field(column).type
             if not fits(found) and not (pa.types.is_null(found) and column not in COLUMNS):
                 raise DataError(f"{name}, column {column}: is of type {found}; expected {expected}")
+
+
+def check_names(schema: pa.Schema, name: str) -> None:
+    """No two columns have one name: which of them is meant could not be said.
+
+    Raises:
+        DataError: two have.
+    """
+    for column, number in Counter(schema.names).items():
+        if number > 1:
+            raise DataError(f"{name}: {number} columns are called {column!r}; leave out or rename all but one of them")
 
 
 def _is_text(found: pa.DataType) -> bool:
@@ -66,8 +79,9 @@ def _is_truth(found: pa.DataType) -> bool:
 
 
 def _is_identity(found: pa.DataType) -> bool:
-    index = _fields(found).get("index", pa.null())
-    return pa.types.is_struct(found) and (_is_text(index) or pa.types.is_integer(index))
+    index, level = (_fields(found).get(name, pa.null()) for name in ("index", "level"))
+    is_plain = _is_text(level) or pa.types.is_integer(level) or pa.types.is_floating(level) or pa.types.is_boolean(level)
+    return pa.types.is_struct(found) and is_plain and (_is_text(index) or pa.types.is_integer(index))
 
 
 _TYPES = {
@@ -76,7 +90,10 @@ _TYPES = {
     "target_lst": (_is_demonstrations, "a list of demonstrations, each a text or a list of messages {role, content}"),
     "data_source": (_is_text, "text"),
     "reward_model": (_is_truth, "a record with the text ground_truth"),
-    "extra_info": (_is_identity, "a record whose index, if it has one, is text or a whole number, and whose level is text"),
+    "extra_info": (
+        _is_identity,
+        "a record with index (text or a whole number) and level (text or a number), or without",
+    ),
 }
 
 

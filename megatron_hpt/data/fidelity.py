@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,16 +69,23 @@ def first_difference(tokenizer: Any, folder: str, texts: Iterable[str]) -> str |
 
 
 def loss(tokenizer: Any, text: str) -> str | None:
-    """What becomes of a text that tokens cannot carry; None: it comes back, but for white space around it and spelling of
-    characters (Unicode's normal forms)."""
+    """What becomes of a text that tokens cannot carry; None: it comes back, but for white space around it and around special
+    tokens, where some tokenizers put some, and the spelling of characters (Unicode's normal forms)."""
     tokens = tokenizer.encode(text, add_special_tokens=False)
     back = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if back == text or _normal(back) == _normal(text):
+    marks = _marks(tokenizer)
+    if back == text or _normal(back, marks) == _normal(text, marks):
         return None
     place = next((i for i, pair in enumerate(zip(text, back, strict=False)) if pair[0] != pair[1]), min(len(text), len(back)))
     start = max(0, place - 10)
     return f"{shown(text[start : place + 20])} comes back from its tokens as {shown(back[start : place + 20])}"
 
 
-def _normal(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).strip()
+def _marks(tokenizer: Any) -> re.Pattern[str]:
+    """Special and added tokens with the white space around them; where there are none, a pattern that is nowhere."""
+    tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
+    return re.compile(rf"\s*({'|'.join(map(re.escape, tokens))})\s*" if tokens else r"(?!)()")
+
+
+def _normal(text: str, marks: re.Pattern[str]) -> str:
+    return unicodedata.normalize("NFKC", marks.sub(r"\1", text)).strip()

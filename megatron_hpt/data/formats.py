@@ -94,6 +94,7 @@ def rows_of(form: Format, block: Block, columns: Sequence[str], skip: int = 0) -
     done = 0
     try:
         for batch in form.batches(block, columns):
+            batch.validate(full=True)  # text is UTF-8, which parquet does not see to
             before, done = done, done + batch.num_rows
             if done > skip:
                 yield batch.slice(max(0, skip - before))

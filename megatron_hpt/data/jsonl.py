@@ -25,6 +25,7 @@ _BEGINNINGS = {
     b"PAR1": "a parquet file; its name must end in .parquet",
     b"\x1f\x8b": "compressed with gzip; gunzip FILE unpacks it",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unzstd FILE unpacks it",
+    b"\xff\xfe\0\0": "text in UTF-32; iconv -f UTF-32 -t UTF-8 FILE > FILE.jsonl makes UTF-8 of it",
     b"\xff\xfe": "text in UTF-16; iconv -f UTF-16 -t UTF-8 FILE > FILE.jsonl makes UTF-8 of it",
     b"\xfe\xff": "text in UTF-16; iconv -f UTF-16 -t UTF-8 FILE > FILE.jsonl makes UTF-8 of it",
 }
@@ -198,4 +199,4 @@ def _why(text: str, error: json.JSONDecodeError) -> str:
             "not JSON: the object does not end on its line: the file is cut off, or pretty-printed (jq -c . FILE > FILE.jsonl "
             "writes one object a line)"
         )
-    return f"not JSON: {error.msg} at character {error.pos + 1} of the line"
+    return f"not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1} of the line"

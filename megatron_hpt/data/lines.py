@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from megatron_hpt.data.blocks import OPEN_FILES, Block
-from megatron_hpt.data.columns import COLUMNS, READ, expected
+from megatron_hpt.data.columns import COLUMNS as NEEDED
+from megatron_hpt.data.columns import READ, expected
 from megatron_hpt.data.jsonl import NotJson, check_beginning, is_blank, lines, record
 from megatron_hpt.data.locations import Location
 from megatron_hpt.data.shown import shown
@@ -49,7 +50,7 @@ class Lines:
                 names = list(record(first))
             except NotJson as why:
                 raise DataError(f"{location.name}, row 0: {why}") from None
-        if first != b"{}" and any(column not in names for column in COLUMNS):
+        if first != b"{}" and any(needed not in names for needed in NEEDED):
             return pa.schema([(name, pa.null()) for name in names])
         return _SCHEMA
 
@@ -85,7 +86,7 @@ class Lines:
         data = self._file(block.location).read_at(block.bytes, block.index)
         found = (line for line in data.split(b"\n") if not is_blank(line))
         records = [_record(line, block, row) for row, line in enumerate(found)]
-        yield pa.RecordBatch.from_arrays([_array(records, name, block) for name in names], names)
+        yield pa.RecordBatch.from_arrays([arrow_column(records, name, block) for name in names], names)
 
     def restored(self, row: dict[str, Any]) -> dict[str, Any]:
         """Messages with all of their fields."""
@@ -99,27 +100,37 @@ def _record(line: bytes, block: Block, row: int) -> dict[str, Any]:
         raise DataError(f"{block.place(row)}: {why}") from None
 
 
-def _array(records: Sequence[dict[str, Any]], name: str, block: Block) -> pa.Array:
+def arrow_column(records: Sequence[dict[str, Any]], name: str, block: Block) -> pa.Array:
     """A column of a block; by Arrow alone where the values are as `_SCHEMA` has them, which is ten times faster."""
     values, kind = [fields.get(name) for fields in records], _SCHEMA.field(name).type
-    if not pa.types.is_list(kind) or all(map(_is_plain, values)):
+    if all(map(_has_messages if pa.types.is_list(kind) else _is_scalar_or_object, values)):
         try:
             return pa.array(values, kind)
         except (pa.ArrowException, UnicodeEncodeError, OverflowError):
             pass  # what is wrong with which row is found below
-    return pa.concat_arrays([_one(value, name, block.place(row)) for row, value in enumerate(values)])
+    return pa.concat_arrays([arrow_value(value, name, block.place(row)) for row, value in enumerate(values)])
 
 
-def _is_plain(messages: Any) -> bool:
-    """They have role and content and nothing else."""
-    return messages is None or (
-        type(messages) is list and all(type(each) is dict and each.keys() <= {"role", "content"} for each in messages)
+def _is_scalar_or_object(value: Any) -> bool:
+    """No list, which Arrow takes for an object if it is empty."""
+    return type(value) is not list
+
+
+def _has_messages(value: Any) -> bool:
+    """It is none, or a list of messages that have role and content and nothing else."""
+    return value is None or (
+        type(value) is list and all(type(message) is dict and message.keys() <= {"role", "content"} for message in value)
     )
 
 
-def _one(value: Any, name: str, where: str) -> pa.Array:
+def arrow_value(value: Any, name: str, where: str) -> pa.Array:
+    """A value as a column of one row.
+
+    Raises:
+        DataError: it is of another type.
+    """
     try:
-        return pa.array([_COLUMNS[name](value, where, name)], _SCHEMA.field(name).type)
+        return pa.array([COLUMNS[name](value, where, name)], _SCHEMA.field(name).type)
     except UnicodeEncodeError:
         raise DataError(f"{where}, {name}: not Unicode: half of a surrogate pair is spelt there") from None
 
@@ -183,7 +194,7 @@ def _identity(value: Any, where: str, column: str) -> dict[str, str | None] | No
     return {"index": None if index is None else str(index), "level": None if level is None else str(level)}
 
 
-_COLUMNS: dict[str, Callable[[Any, str, str], Any]] = {
+COLUMNS: dict[str, Callable[[Any, str, str], Any]] = {
     "prompt": _messages,
     "target": _messages,
     "target_lst": _demonstrations,
@@ -192,7 +203,7 @@ _COLUMNS: dict[str, Callable[[Any, str, str], Any]] = {
     "extra_info": _identity,
 }
 """Column → a value of it as `_SCHEMA` has it."""
-assert set(_COLUMNS) == {column.partition(".")[0] for column in READ}
+assert set(COLUMNS) == {column.partition(".")[0] for column in READ}
 
 
 def _restored(value: Any) -> Any:

@@ -83,12 +83,12 @@ class ProblemSet:
         form = self._formats[format_of(location)]
         try:
             schema = form.schema(location)
+            check_schema(schema, location.name)
             self._columns[location] = readable(schema)
             blocks = form.blocks(location, self._columns[location])
         except (pa.ArrowException, OSError) as error:
             kind = format_of(location)
             raise DataError(f"{location.name}: not a readable {kind} file: {error}") from None
-        check_schema(schema, location.name)
         return blocks
 
     @cached_property

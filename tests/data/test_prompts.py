@@ -67,7 +67,7 @@ def test_a_bad_row_is_named(tmp_path: Path, tokenizer, change: dict, message: st
     ("change", "message"),
     [
         ({"reward_model": "text"}, r"data\.parquet, column reward_model: is of type string; expected a record with the text"),
-        ({"extra_info": "text"}, r"column extra_info: is of type string; expected a record whose index"),
+        ({"extra_info": "text"}, r"column extra_info: is of type string; expected a record with index"),
         ({"prompt": "text"}, r"column prompt: is of type string; expected a list of messages"),
         ({"prompt": ["text"]}, r"column prompt: is of type list<.*string>; expected a list of messages"),
         ({"prompt": [{"role": "user"}]}, r"column prompt: is of type list<.*>; expected a list of messages"),

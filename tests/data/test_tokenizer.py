@@ -64,6 +64,28 @@ def test_a_byte_level_tokenizer_that_calls_itself_llamas_keeps_its_spaces(
     assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.chat_template) == ("</s>", "<s>", TEMPLATE)
 
 
+def test_a_tokenizer_that_puts_spaces_behind_special_tokens_loses_nothing(tmp_path: Path) -> None:
+    """As Llama 2's and Mistral's do by their tokenizer.json: a space before every part of a text."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"onetwhr"]
+    words = Tokenizer(
+        models.BPE({piece: number for number, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    words.decoder = decoders.Sequence(parts)
+    words.add_special_tokens(["<unk>", "<s>", "</s>"])
+    words.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizerFast"}
+    template = "<s>[INST] {{ messages[0]['content'] }} [/INST]</s>\n<s>one"
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    config = config_of(
+        folder, write(tmp_path / "a.parquet", [row(0), row(1, prompt=[{"role": "user", "content": " 数  one\n\n two"}])])
+    )
+    assert look_at(config, load_tokenizer(config), Console(quiet=True)).prompts == 2
+
+
 def test_a_tokenizer_as_its_class_says_is_read_as_that(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         load_tokenizer(config_of(byte_level(tmp_path / "tokenizer", "PreTrainedTokenizerFast")))

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_hpt.data import jsonl
+from megatron_hpt.data.columns import check_names
 from megatron_hpt.data.preparation.fields import beginnings
-from megatron_hpt.data.splits import check_one_split
+from megatron_hpt.data.splits import check_one_split, split_of
 from megatron_hpt.errors import DataError, did_you_mean
 
 BATCH = 1024
@@ -50,6 +51,12 @@ class Files:
     """Files that are read one after the other."""
 
     paths: tuple[Path, ...]
+
+    @property
+    def split(self) -> str | None:
+        """Of all files, by their names and the folders they are in; None: these name none."""
+        named = {split_of(f"{path.absolute().parent.name}/{path.name}") for path in self.paths}
+        return named.pop() if len(named) == 1 else None
 
     @property
     def nbytes(self) -> int:
@@ -124,9 +131,11 @@ def one_split(source: str, folder: Path, paths: Iterable[Path]) -> Files:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
+        file = pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from None
+    check_names(file.schema_arrow, str(path))
+    return file
 
 
 def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[Batch]:
@@ -153,8 +162,11 @@ def _records(batch: pa.RecordBatch, path: Path, first: int) -> list[Record]:
     try:
         return [Record(str(path), first + index, fields) for index, fields in enumerate(batch.to_pylist())]
     except UnicodeDecodeError as error:  # parquet holds any bytes: find the row
-        if len(batch) == 1:
-            return [Record(str(path), first, {}, f"text that is not UTF-8: {error.reason} at byte {error.start}")]
+        damage = f"text that is not UTF-8: {error.reason} at byte {error.start}"
+    except (pa.ArrowException, ValueError, OverflowError, KeyError) as error:  # a date of the year 300,000
+        damage = f"a value that Python has no like of: {error}"
+    if len(batch) == 1:
+        return [Record(str(path), first, {}, damage)]
     half = len(batch) // 2
     return _records(batch.slice(0, half), path, first) + _records(batch.slice(half), path, first + half)
 

@@ -119,6 +119,24 @@ def test_nothing_is_written_when_no_row_is_left_or_a_file_is_damaged(tool, tmp_p
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "split"),
+    [
+        ("test/a.jsonl", (), "test"),
+        ("x/dev.jsonl", (), "validation"),
+        ("x/a.jsonl", (), "train"),
+        ("test/a.jsonl", ("--split", "s"), "s"),
+    ],
+)
+def test_rows_are_marked_with_the_split_that_their_file_names(
+    tool, tmp_path: Path, name: str, options: tuple, split: str
+) -> None:
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text('{"q": "1+1", "a": 2}')
+    tool("columns", (tmp_path / name).parent, tmp_path / "out.parquet", "prompt=q", "answer=a", *options)
+    assert [row["extra_info"]["split"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist()] == [split]
+
+
 def test_a_column_whose_name_has_a_dot_can_be_named(tool, tmp_path: Path) -> None:
     rows = [{"q.text": f"{number}+1", "a": {"b": "no"}, "a.b": str(number + 1), "a.c": 5} for number in range(3)]
     source, out = write(tmp_path / "a.parquet", rows), tmp_path / "out.parquet"
