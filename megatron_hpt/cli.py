@@ -246,6 +246,17 @@ def config(
     sys.stdout.write(dump_yaml(load(recipe, overrides or []).config))
 
 
+@app.command(context_settings={"allow_interspersed_args": True})
+def check(
+    recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
+    overrides: Overrides = None,
+) -> None:
+    """Look at a recipe's settings, model, tokenizer, data and engine arguments as train would; start nothing."""
+    from megatron_hpt.launch.check import check_recipe
+
+    check_recipe(recipe, overrides or [], RUNS, _wide_console())
+
+
 @app.command()
 def algorithms(
     name: Annotated[str | None, typer.Argument(help="a row to explain, or module:function for one of your own")] = None,

@@ -249,8 +249,9 @@ def _parameter(given: str) -> tuple[str, Any]:
         raise DataError(f"{name}: {error}") from None
 
 
-def _prepare(files: Files, form: Format, out: Path, options: Options, split: str = "") -> None:
+def _prepare(source: str | Files, form: Format, out: Path, options: Options, split: str = "") -> None:
     check_file(out)
+    files = find(source) if isinstance(source, str) else source
     files.require(form.needed)
     _write(files.batches(form.columns), files.nbytes, form, out, options, split or files.split or "train", files.paths)
 

@@ -14,13 +14,15 @@ from megatron_hpt.config import Config
 from megatron_hpt.data.checkpoints import hf_side
 from megatron_hpt.data.fidelity import first_difference, loss
 from megatron_hpt.data.problem_set import RawRow
-from megatron_hpt.data.prompts import Limits, Reader, Tokenizer
+from megatron_hpt.data.prompts import Limits, Prompt, Reader, Tokenizer
 from megatron_hpt.data.scan import Overview, scan
 from megatron_hpt.data.source import open_sets
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.objective.gate import Gate
 
 logger = logging.getLogger(__name__)
+EXAMPLES = 64
+"""Prompts that are kept for a closer look."""
 LOOKED_AT = 1024
 """Rows that are tokenised before anything starts; the others are when they are taken."""
 ROUND_TRIPS = 64
@@ -41,6 +43,26 @@ class Found:
     """Of these, with one that can be used."""
     counts: Counter[str] = field(default_factory=Counter)
     overview: Overview = field(default_factory=Overview)
+    longest_prompt: int = 0
+    """Of those that were tokenised and not dropped, in tokens."""
+    longest_demonstration: int = 0
+    """Likewise, end-of-sequence included."""
+    examples: list[Prompt] = field(default_factory=list)
+    """The first `EXAMPLES` of them."""
+    unrewarded: int = 0
+    """Demonstrations among the examples that were graded and did not earn 1."""
+
+    def add(self, prompt: Prompt | None) -> None:
+        """One more row was tokenised; None: and dropped."""
+        self.rows += 1
+        if prompt is None:
+            return
+        self.prompts += 1
+        self.demonstrations += prompt.demonstration is not None
+        self.longest_prompt = max(self.longest_prompt, len(prompt.tokens))
+        self.longest_demonstration = max(self.longest_demonstration, len(prompt.demonstration or ()))
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(prompt)
 
 
 def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> Found:
@@ -57,10 +79,7 @@ def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> Found:
     def look(row: RawRow) -> None:
         if len(first) < ROUND_TRIPS:
             first.append(row)
-        prompt = reader.read(row, 0.0, found.counts)
-        found.rows += 1
-        found.prompts += prompt is not None
-        found.demonstrations += prompt is not None and prompt.demonstration is not None
+        found.add(reader.read(row, 0.0, found.counts))
 
     columns = (TextColumn("reading the data"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -91,8 +110,8 @@ def _check_tokens(config: Config, tokenizer: Tokenizer, reader: Reader, rows: It
         raise ModelError(f"model.path: {found}")
 
 
-def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate, held_out: Set[str]) -> None:
-    """Every row can be read and used, and there is what the algorithm learns from.
+def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate, held_out: Set[str]) -> Found:
+    """Every row can be read and used, and there is what the algorithm learns from. Returns what was found.
 
     Args:
         held_out: data sources of the evaluation sets, which may have rewards of their own.
@@ -124,6 +143,7 @@ def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate, held_o
     for name, number in found.counts.items():
         if number:
             logger.warning("note: %s of the %d prompts looked at: %d", name.replace("_", " "), found.rows, number)
+    return found
 
 
 def _check_named(key: str, named: Iterable[str], there: Set[str], where: str) -> None:

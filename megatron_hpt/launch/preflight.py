@@ -14,7 +14,7 @@ from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.evaluation.benchmarks import canonical
 from megatron_hpt.launch.engine_limits import check_cache, check_sampling
 from megatron_hpt.launch.fit import fit_gpus
-from megatron_hpt.launch.inspection import check_training_data
+from megatron_hpt.launch.inspection import Found, check_training_data
 from megatron_hpt.launch.layout import check_layout, check_lengths
 from megatron_hpt.launch.memory import GIB
 from megatron_hpt.objective import algorithms
@@ -27,8 +27,8 @@ from megatron_hpt.weights.mapping import hf_tensor_shapes
 from megatron_hpt.weights.megatron_files import check_weights
 
 
-def check(config: Config) -> None:
-    """Check names, model, layout and data.
+def check(config: Config) -> Found:
+    """Check names, model, layout and data; returns what was found in the training data.
 
     Raises:
         ConfigError, ModelError, DataError: with the key or file, what was given and what is allowed.
@@ -44,7 +44,7 @@ def check(config: Config) -> None:
     check_lengths(config, shape)
     check_engine(config, shape)
     check_selection(config)
-    _check_data(config, shape, algorithm.gate)
+    return _check_data(config, shape, algorithm.gate)
 
 
 def check_algorithm(config: Config, algorithm: Algorithm) -> None:
@@ -250,7 +250,7 @@ def _check_reference_model(config: Config, shape: ModelShape) -> None:
     check_weights(path, shape)
 
 
-def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
+def _check_data(config: Config, shape: ModelShape, gate: Gate) -> Found:
     """Every row can be read and used; the first ones that are taken are tokenised too."""
     if not config.data.train:
         raise ConfigError("data.train: names no file; give a parquet or JSONL file, a folder, or a pattern")
@@ -263,7 +263,9 @@ def _check_data(config: Config, shape: ModelShape, gate: Gate) -> None:
     limits = held_out_limits(config)
     held_out = {name: load_prompts(paths, tokenizer, limits) for name, paths in config.evaluation.held_out.items()}
     _check_validation(config, held_out)
-    check_training_data(config, tokenizer, gate, {prompt.data_source for prompts in held_out.values() for prompt in prompts})
+    return check_training_data(
+        config, tokenizer, gate, {prompt.data_source for prompts in held_out.values() for prompt in prompts}
+    )
 
 
 def _check_curriculum(config: Config) -> None:

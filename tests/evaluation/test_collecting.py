@@ -139,7 +139,7 @@ def test_a_label_names_sums_and_rewards_by_source_too() -> None:
     [
         ("maht", "did you mean 'math'"),
         ("{maht: 1}", "did you mean 'math'"),
-        ("{math", "is not a YAML value: .*; expected a reward, or a sum"),
+        ("{math", "is not a YAML value.*; expected a reward, or a sum"),
         ("{math: much}", "valid number"),
         ("http", r"reward\.http\.url: given ''; the http reward needs a server"),
     ],

@@ -125,4 +125,4 @@ def test_the_tool_checks_graders_alone(tmp_path: Path) -> None:
     done = run("--grader", str(tmp_path / "g.json"))
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "1 cases, 1 quantities, 1 functions missed")
     assert "mine: ours False, theirs True" in done.stdout
-    assert "given no file; expected LOSS.json" in run().stdout
+    assert "given no file; expected LOSS.json" in run().stderr
