@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from megatron_hpt import environment
 from megatron_hpt.errors import HptError, Interrupted, RequeueRequested
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -301,6 +302,7 @@ def _wide_console() -> Console:
 
 def main() -> None:
     """Entry point; an error is one message and exit code 1 (130: interrupted, 75: to be continued, 70: hopeless)."""
+    environment.clear()
     try:
         app()
     except Interrupted as error:
