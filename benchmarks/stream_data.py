@@ -67,7 +67,7 @@ def write_lines(source: Path, path: Path) -> None:
     """The rows of a parquet file as JSONL."""
     import pyarrow.parquet as pq
 
-    with path.open("w") as out:
+    with path.open("w", encoding="utf-8") as out:
         for batch in pq.ParquetFile(source).iter_batches(4096):
             out.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from megatron_hpt import command
+from megatron_hpt import command, environment
 from megatron_hpt.options import MOST_ROWS, MOST_SECONDS, MOST_TOKENS, number
 from megatron_hpt.options import samples as samples_option
 
@@ -313,6 +313,7 @@ def _wide_console() -> Console:
 
 def main() -> None:
     """Entry point; an error is one message and exit code 1 (130: interrupted, 75: to be continued, 70: hopeless)."""
+    environment.clear()
     command.run(app)
 
 

@@ -47,6 +47,19 @@ HARDWARE = (
 """Passed on: what describes the network and the links of a machine, which only its site knows, and what NCCL logs."""
 
 
+_TORCHS = ("torchrun", "torch.distributed")
+_cleared: set[str] = set()
+
+
+def clear() -> None:
+    """Take what torch reads when it is imported out of this process's environment: a LOGLEVEL of another program ends that."""
+    read = [pattern for reader in _TORCHS for pattern in READERS[reader]]
+    for name in withheld(os.environ):
+        if _matches(name, read):
+            _cleared.add(name)
+            del os.environ[name]
+
+
 def inherited(shell: Mapping[str, str], *named: str) -> dict[str, str]:
     """The part of an environment that a run's processes get, before what the run sets itself.
 
@@ -66,7 +79,7 @@ def withheld(shell: Mapping[str, str]) -> list[str]:
 
 def say_what_is_withheld() -> None:
     """Of this process's environment, when a run starts."""
-    if names := withheld(os.environ):
+    if names := sorted({*withheld(os.environ), *_cleared}):
         logger.warning(
             "note: not passed on to the run's processes: %s; where one is meant to be: %s=%s", ", ".join(names), PASS, names[0]
         )

@@ -74,6 +74,14 @@ def test_no_prefix_of_an_engine_reaches_any_part_of_a_run(tmp_path: Path, monkey
         assert foreign == ({"VLLM_API_KEY"} if environment is coordinator else set())
 
 
+def test_the_program_itself_is_not_ended_by_what_torch_reads(tmp_path: Path) -> None:
+    shell = {**os.environ, "LOGLEVEL": "of another program", "PET_NNODES": "4"}
+    command = [sys.executable, "-m", "megatron_hpt.cli", "train", str(tmp_path / "none.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=shell, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+
+
 def test_what_is_withheld_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("PET_NNODES", "4")
     say_what_is_withheld()

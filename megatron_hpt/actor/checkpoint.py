@@ -32,7 +32,8 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_hpt.actor import optimizer_state
 from megatron_hpt.actor.platform import Platform
-from megatron_hpt.data.checkpoints import SIDE_FILES, read_meta, record
+from megatron_hpt.data import sums
+from megatron_hpt.data.checkpoints import SIDE_FILES, checksums, mark_damaged, read_meta, record
 from megatron_hpt.data.files import swap_in
 from megatron_hpt.errors import CheckpointError
 from megatron_hpt.process import die_with_parent
@@ -77,7 +78,8 @@ class Saver:
         meta = {**(state or {}), "step": step, "optimizer": optimizer is not None}
         request.finalize_fns.append(functools.partial(_appear, temporary, final, self._model, meta))
         if request.async_fn is not None:
-            request = request._replace(async_fn=functools.partial(_in_writer, request.async_fn))
+            noted = functools.partial(_in_writer, request.async_fn, temporary, dist.get_rank())
+            request = request._replace(async_fn=noted)
         self._queue.schedule_async_request(request)
 
     def finish(self, wait: bool = True) -> None:
@@ -114,6 +116,7 @@ def load(path: Path, chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | 
         CheckpointError: not a checkpoint of this project, damaged, or saved without the optimizer that is to be loaded.
     """
     meta = read_meta(path)
+    _check_bytes(path, resumes=optimizer is not None)
     if optimizer is not None and not meta["optimizer"]:
         raise CheckpointError(f"{path}: holds weights without optimizer state; it can be exported, not resumed")
     with platform.building(), torch.no_grad():
@@ -124,6 +127,29 @@ def load(path: Path, chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | 
             optimizer_state.set_step(optimizer, state["optimizer"]["step"])
             _restore_rng(path)
     return meta
+
+
+def _check_bytes(path: Path, resumes: bool) -> None:
+    """The files are what was written, every byte; each rank looks at its share of them.
+
+    Args:
+        resumes: a damaged checkpoint is marked, so that the run's next start passes over it.
+
+    Raises:
+        CheckpointError: one is not; on all ranks alike.
+    """
+    written, rank, ranks = checksums(path), dist.get_rank(), dist.get_world_size()
+    if written is None:
+        logger.warning("note: %s was written without checksums: changed bytes in it would not be noticed", path)
+        return
+    own = sums.differing(path, dict(list(written.items())[rank::ranks]))
+    found: list[str | None] = [None] * ranks
+    dist.all_gather_object(found, own)
+    if (reason := next(filter(None, found), None)) is not None:
+        if resumes and rank == 0:
+            mark_damaged(path, reason)
+        then = "; --resume goes on from the checkpoint before" if resumes else ""
+        raise CheckpointError(f"{path}: {reason}{then}")
 
 
 def _without_missing_extras(state: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -172,14 +198,18 @@ def _appear(temporary: Path, final: Path, model: Path, meta: dict[str, Any]) -> 
     dist.barrier()
 
 
-def _in_writer(write: Callable[..., None], *arguments: Any, **named: Any) -> None:
-    """In the forked process: die with the rank, whose signal handlers and thread pool are not this process's."""
+def _in_writer(write: Callable[..., None], folder: Path, rank: int, *arguments: Any, **named: Any) -> None:
+    """In the forked process: die with the rank, whose signal handlers and thread pool are not this process's.
+
+    The checksums of the rank's files are made here too, beside training and all ranks at once.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     die_with_parent()
     os.register_at_fork(after_in_child=die_with_parent)  # it forks one process a file, and they would wait for it for ever
     torch.set_num_threads(1)  # a forked OpenMP pool has no threads, and waits for them for ever
     write(*arguments, **named)
+    sums.note(folder, rank, sorted(path.name for path in folder.glob(f"__{rank}_*")))  # as Megatron calls a rank's files
 
 
 def start_results_process() -> None:

@@ -21,7 +21,7 @@ from megatron_hpt.actor.train_step import Actor, train_step
 from megatron_hpt.actor.waiting import Waiting
 from megatron_hpt.blackboard import Blackboard, ready
 from megatron_hpt.config import Config, load_yaml
-from megatron_hpt.data.checkpoints import damage, read_best, remove, superseded
+from megatron_hpt.data.checkpoints import incompleteness, read_best, remove, superseded
 from megatron_hpt.data.files import whole, write_whole
 from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.packing import attention_parity
@@ -215,7 +215,7 @@ class Trainer:
         if self._actor.ranks.is_lead:
             trainer = self._config.trainer
             kept = (trainer.keep_checkpoints, trainer.keep_every, read_best(self._run.path))
-            whole_ones = [step for step in self._run.checkpoint_steps() if damage(self._run.checkpoint(step)) is None]
+            whole_ones = [step for step in self._run.checkpoint_steps() if incompleteness(self._run.checkpoint(step)) is None]
             for step in superseded(whole_ones, *kept):
                 remove(self._run.checkpoint(step))
 

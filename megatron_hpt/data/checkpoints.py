@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hpt.data import sums
 from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import CheckpointError
 
 META = "megatron_hpt.json"
 BEST = "best.json"
 FORMAT = 3
+_SUMS = "checksums"
+_DAMAGED = "damaged.txt"
 SIDE_FILES = "hf"
 """Folder inside a checkpoint with the model's configuration and tokenizer, as in a Hugging Face folder."""
 _VERSIONS = ("megatron_hpt", "megatron-core", "torch")
@@ -38,13 +41,14 @@ def is_checkpoint(model: str | Path) -> bool:
 
 
 def record(folder: Path, meta: dict[str, Any]) -> None:
-    """Write what a complete folder holds beside its files, with the size of each.
+    """Write what a complete folder holds beside its files, with the size and the checksums of each (`sums`).
 
     Args:
         meta: ``step`` (optimizer steps in it), ``optimizer`` (is its state there), and what else is to be found again.
     """
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    whole = {**meta, "format": FORMAT, "versions": versions(), "files": sizes}
+    checksums = sums.collect(folder)
+    sizes = {name: (folder / name).stat().st_size for name in checksums}
+    whole = {**meta, "format": FORMAT, "versions": versions(), "files": sizes, _SUMS: checksums}
     (folder / META).write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
@@ -66,8 +70,36 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def checksums(folder: Path) -> dict[str, list[str]] | None:
+    """File → checksums of its blocks (`sums`); None: an older version wrote the checkpoint, without any.
+
+    Raises:
+        CheckpointError: as `read_meta`.
+    """
+    return read_meta(folder).get(_SUMS)
+
+
+def mark_damaged(folder: Path, reason: str) -> None:
+    """Have a checkpoint passed over from now on, without taking anything from it."""
+    write_whole(folder / _DAMAGED, reason)
+
+
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None: every file is there with the size it was written with."""
+    """What is wrong with a checkpoint's files, as far as can be told at once; None: nothing.
+
+    Every file is there with the size it was written with, small ones with their bytes, and nobody who read the others has found
+    them changed (`mark_damaged`).
+    """
+    if (reason := incompleteness(folder)) is not None:
+        return reason
+    if (folder / _DAMAGED).is_file():
+        return (folder / _DAMAGED).read_text()
+    found = json.loads((folder / META).read_text()).get(_SUMS, {})
+    return sums.differing(folder, {name: own for name, own in found.items() if len(own) <= 1})
+
+
+def incompleteness(folder: Path) -> str | None:
+    """What of a checkpoint's files is missing or has another size than it was written with; None: nothing."""
     try:
         files = dict(json.loads((folder / META).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -68,7 +68,8 @@ class Coordinator:
         self._source = training_source(config, open_sets(config, run.path), self._tokenizer)
         graders = Graders(config.reward, {label(config.reward): pool})
         self._evaluations = Evaluations(run, config, self._tokenizer, graders)
-        self._selection = Selection(run, config.evaluation, read_metrics(run.metrics))
+        behind = [line for line in read_metrics(run.metrics) if line["step"] < start]
+        self._selection = Selection(run, config.evaluation, behind)
         self._silences = 0
 
     async def run(self) -> None:

@@ -7,6 +7,7 @@ appears whole.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -23,7 +24,7 @@ from huggingface_hub.serialization import StateDictSplit, split_state_dict_into_
 from torch import Tensor
 
 from megatron_hpt.config import ParallelConfig
-from megatron_hpt.data.checkpoints import META, SIDE_FILES, damage, is_checkpoint, read_meta, record, versions
+from megatron_hpt.data.checkpoints import META, SIDE_FILES, checksums, damage, is_checkpoint, record, versions
 from megatron_hpt.data.files import continued_folder, synced
 from megatron_hpt.errors import CheckpointError, ConfigError, ModelError
 from megatron_hpt.weights.checkpoint_layout import Chunk, Stored, chunks_by_rank, files, stored
@@ -41,6 +42,7 @@ from megatron_hpt.weights.hf_files import (
 from megatron_hpt.weights.mapping import Place, ShardView, hf_tensor_shapes
 from megatron_hpt.weights.megatron_files import ChunkReader, ChunkWriter
 
+logger = logging.getLogger(__name__)
 WORKERS = 2
 """Threads: one reads while the other writes; more would only hold more memory."""
 _COPIES = 4
@@ -276,7 +278,8 @@ def side_files(checkpoint: Path, like: Path | None = None) -> Path:
         CheckpointError: the checkpoint is damaged, or has none and `like` is not given, or has its own and `like` is.
     """
     if (checkpoint / META).is_file():
-        read_meta(checkpoint)
+        if checksums(checkpoint) is None:
+            logger.warning("note: %s was written without checksums: changed bytes in it would not be noticed", checkpoint)
         if reason := damage(checkpoint):
             raise CheckpointError(f"{checkpoint}: {reason}")
     own = checkpoint / SIDE_FILES

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_hpt.data.checkpoints import damage, is_checkpoint, read_meta
+from megatron_hpt.data import sums
+from megatron_hpt.data.checkpoints import checksums, damage, is_checkpoint, read_meta
 from megatron_hpt.data.files import synced, whole
 from megatron_hpt.errors import CheckpointError
 from megatron_hpt.weights.checkpoint_layout import Chunk, Stored, stored
@@ -79,6 +80,7 @@ class ChunkWriter:
         def finish() -> None:
             for name in {result.storage_data.relative_path for result in written}:
                 synced(self._folder / name)
+            sums.note(self._folder, number, sorted({result.storage_data.relative_path for result in written}))
             with whole(self._note(number)) as temporary:
                 temporary.write_bytes(pickle.dumps(written))
 
@@ -128,6 +130,9 @@ class ChunkReader:
             CheckpointError: not a checkpoint, a truncated file, or not one of this model; names the tensors.
         """
         self._folder, self._shape = folder, shape
+        self._sums = checksums(folder) if is_checkpoint(folder) else None
+        self._right: set[tuple[str, int]] = set()
+        """Blocks of files whose bytes have been found to be those that were written."""
         reader = FileSystemReader(folder)
         try:
             self._metadata = reader.read_metadata()
@@ -145,7 +150,7 @@ class ChunkReader:
         """One part of a parameter as a single tensor parallel rank would hold it, without padding.
 
         Raises:
-            CheckpointError: its chunks do not hold all of it, or cannot be read.
+            CheckpointError: its chunks do not hold all of it, cannot be read, or are not what was written.
         """
         offset, extent = (torch.Size(sizes) for sizes in item.box(self._shape))
         target = torch.empty(extent, dtype=self.dtypes[item.key])
@@ -154,16 +159,31 @@ class ChunkReader:
         items = create_read_items_for_chunk_list(item.key, near, [ChunkStorageMetadata(offset, extent)])
         if sum(math.prod(read.lengths) for read in items) != target.numel():
             raise CheckpointError(f"{self._folder}: the chunks of {item.key} do not hold all of {item.parameter.name}")
+        self._check_bytes(items)
         reader = FileSystemReader(self._folder)
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         try:
             reader.read_data(LoadPlan(items), _LoadInto(target)).wait()
-        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged pickle may raise anything
             files = {self._metadata.storage_data[read.storage_index].relative_path for read in items}
             raise CheckpointError(
                 f"{self._folder}: {item.parameter.name} cannot be read from {', '.join(sorted(files))}: damaged"
             ) from error
         return target.view(extent[len(item.parameter.indices) :])
+
+    def _check_bytes(self, items: Sequence[ReadItem]) -> None:
+        """Just before they are read, so that the disk is asked once; a block is looked at once."""
+        wanted: dict[str, list[int]] = {}
+        for item in items:
+            stored = self._metadata.storage_data[item.storage_index]
+            blocks = sums.touched(stored.offset, stored.length)
+            new = [number for number in blocks if (stored.relative_path, number) not in self._right]
+            wanted.setdefault(stored.relative_path, []).extend(new)
+        if self._sums is None:
+            return
+        if (reason := sums.differing(self._folder, self._sums, wanted)) is not None:
+            raise CheckpointError(f"{self._folder}: {reason}")
+        self._right |= {(name, number) for name, numbers in wanted.items() for number in numbers}
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config
+from megatron_hpt.environment import PASS, inherited
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import nemo
 from megatron_hpt.launch.cluster import load_cluster
@@ -126,6 +127,13 @@ def test_the_script_is_an_sbatch_of_ours_and_keeps_every_word(tmp_path: Path) ->
         *("r.py", "rollout.stop=a b", f"name={config().name}-7", "deadlines.notice_s=840"),
     ]
     assert ran(script, tmp_path, SLURM_JOB_ID="8", HPT_NAME="the-run")[-2] == "name=the-run"
+
+
+def test_a_sites_environment_is_a_choice_and_is_passed_on(tmp_path: Path) -> None:
+    here = LocalSite(kind="local", checkout=str(tmp_path), environment={"NCCL_ALGO": "Ring", PASS: "VLLM_PORT"})
+    exports = [line for line in script_of(here, "r.py", [], config()).splitlines() if line.startswith("export ")]
+    shell = dict(line.removeprefix("export ").split("=", 1) for line in exports)
+    assert inherited({**shell, "VLLM_PORT": "1", "NCCL_PROTO": "LL"}).keys() == {"NCCL_ALGO", "VLLM_PORT", PASS}
 
 
 def test_a_run_that_is_named_is_continued(tmp_path: Path) -> None:

@@ -289,10 +289,14 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, megatron: Path) -> None
 
 
 def test_damage_inside_a_checkpoint_is_told(tmp_path: Path, megatron: Path) -> None:
-    """Right sizes, wrong bytes: what holds a tensor together is an error, its values are for `verify` to tell."""
+    """Right sizes, wrong bytes. Of another program's, without checksums: what holds a tensor together is an error, its values
+    are for `verify` to tell."""
     part = next(megatron.glob("*.distcp"))
     whole = part.read_bytes()
     part.write_bytes(bytes(1000) + whole[1000:])
+    with pytest.raises(CheckpointError, match=rf"{part.name}: bytes 0 to .* are not what was written"):
+        ToHf(megatron).write(tmp_path / "back")
+    (megatron / "megatron_hpt.json").unlink()
     with pytest.raises(CheckpointError, match=rf"cannot be read from .*{part.name}.*: damaged"):
         ToHf(megatron).write(tmp_path / "back")
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron"}
