@@ -93,8 +93,8 @@ def damage(folder: Path) -> str | None:
     if (reason := incompleteness(folder)) is not None:
         return reason
     if (folder / _DAMAGED).is_file():
-        return (folder / _DAMAGED).read_text()
-    found = json.loads((folder / META).read_text()).get(_SUMS, {})
+        return (folder / _DAMAGED).read_text(encoding="utf-8")
+    found = json.loads((folder / META).read_text(encoding="utf-8")).get(_SUMS, {})
     return sums.differing(folder, {name: own for name, own in found.items() if len(own) <= 1})
 
 

@@ -32,14 +32,15 @@ def note(folder: Path, writer: int, names: Iterable[str]) -> None:
     """Put down the sums of what a writer has written, right after it did, when the bytes are still in memory."""
     notes = folder / _NOTES
     notes.mkdir(exist_ok=True)
-    (notes / f"{writer}.json").write_text(json.dumps({name: of_file(folder / name) for name in names}))
+    sums = {name: of_file(folder / name) for name in names}
+    (notes / f"{writer}.json").write_text(json.dumps(sums), encoding="utf-8")
 
 
 def collect(folder: Path) -> dict[str, list[str]]:
     """All notes of a folder, which go; and the sums of files that nobody has noted."""
     found: dict[str, list[str]] = {}
     for path in (folder / _NOTES).glob("*.json"):
-        found |= json.loads(path.read_text())
+        found |= json.loads(path.read_text(encoding="utf-8"))
     shutil.rmtree(folder / _NOTES, ignore_errors=True)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return {name: found.get(name) or of_file(folder / name) for name in names}
