@@ -191,6 +191,15 @@ def _unreadable(error: Exception) -> str:
     return f"not JSON that can be read: {what}"
 
 
+def depth(value: Any) -> int:
+    """How many objects and lists are inside each other, of a value of any depth."""
+    deepest, level = 0, [value]
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        deepest += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return deepest
+
+
 def _why(text: str, error: json.JSONDecodeError) -> str:
     if error.msg.startswith("Extra data") and text[error.pos :].startswith("{"):
         return "two objects on one line; each needs a line of its own"

@@ -12,13 +12,15 @@ import pyarrow as pa
 from megatron_hpt.data.blocks import OPEN_FILES, Block
 from megatron_hpt.data.columns import COLUMNS as NEEDED
 from megatron_hpt.data.columns import READ, expected
-from megatron_hpt.data.jsonl import NotJson, check_beginning, is_blank, lines, record
+from megatron_hpt.data.jsonl import NotJson, check_beginning, depth, is_blank, lines, record
 from megatron_hpt.data.locations import Location
 from megatron_hpt.data.shown import shown
 from megatron_hpt.errors import DataError
 
 BLOCK_BYTES = 512 << 10
 """Of a block, but for its last line: what is parsed for the first of its rows."""
+_DEEPEST = 100
+"""Of what a message has besides: it is written as JSON and read again wherever a row is taken."""
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("more", pa.string())]))
 """`more`: the fields that a message has besides, as JSON."""
 _SCHEMA = pa.schema(
@@ -155,6 +157,8 @@ def _messages(value: Any, where: str, column: str) -> list[dict[str, str | None]
 
 def _message(given: Mapping[str, Any], where: str, column: str) -> dict[str, str | None]:
     rest = {key: value for key, value in given.items() if key not in ("role", "content")}
+    if rest and depth(rest) > _DEEPEST:
+        raise DataError(f"{where}, {column}: a message has fields that are nested more than {_DEEPEST} deep: {shown(rest)}")
     said = {key: _text(given.get(key), where, column) for key in ("role", "content")}
     return {**said, "more": json.dumps(rest) if rest else None}
 

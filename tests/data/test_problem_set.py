@@ -163,6 +163,7 @@ def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
         scan([problems])
 
 
+DEEP = json.loads("[" * 900 + "]" * 900)
 GOOD = b'{"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "1"}}'
 
 
@@ -206,6 +207,10 @@ def test_a_line_that_is_no_record_is_named_with_what_to_do(tmp_path: Path, conte
         ({"reward_model": "7"}, "row 1, reward_model: given '7'; expected a record with the text ground_truth"),
         ({"prompt": "text"}, "row 1, prompt: given 'text'; expected a list of messages"),
         ({"prompt": [{"role": "user", "content": [1]}]}, r"row 1, prompt: given \[1\]; expected a list of messages"),
+        (
+            {"prompt": [{"role": "user", "content": "q", "x": DEEP}]},
+            "row 1, prompt: a message has fields that are nested more th",
+        ),
         ({"prompt": None}, "row 1, prompt: given None; expected a non-empty list"),
         ({"target": {"content": "x"}}, r"row 1, target: given \{'content': 'x'\}; expected a list of messages"),
         ({"target_lst": ["x", None]}, r"row 1, target_lst\[1\]: given None"),
