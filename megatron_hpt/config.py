@@ -759,7 +759,7 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"override {override!r}: expected section.key=value, e.g. trainer.steps=20")
+            raise ConfigError(f"override {shown(override)}: expected section.key=value, e.g. trainer.steps=20")
         path = key.split(".")
         for changed, value in _settings(path, _given(path, text)):
             name = ".".join(changed)

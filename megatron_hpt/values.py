@@ -6,7 +6,6 @@ that they are (YAML 1.1 makes of them false, 90 and a date). A key that stands t
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ _UNWANTED = {
     yaml.DocumentEndToken: "the end of a document (...)",
 }
 """Tokens that say nothing in a value of a command line."""
-_DEEPEST = 500
+_DEEPEST = 200
 _QUOTES = ("'", '"')
 LONGEST = 200
 """Characters of a value that a message repeats."""
@@ -43,6 +42,21 @@ class NotAValue(ValueError):
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """PyYAML takes seconds for some thousands that are nested, and Python has an end.
+
+        Raises:
+            yaml.composer.ComposerError: nested too deep.
+        """
+        if self._depth > _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "nested too deep", self.peek_event().start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         """Keys are the texts that were written.
@@ -101,8 +115,6 @@ def parse(text: str) -> Any:
     Raises:
         NotAValue: it is none, a key stands twice, or it is nested too deep.
     """
-    if _depth(text) > _DEEPEST:
-        raise NotAValue("nested too deep")
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -112,13 +124,6 @@ def parse(text: str) -> Any:
         ) from None
     except yaml.YAMLError as error:
         raise NotAValue(" ".join(str(error).split())) from None
-    except RecursionError:
-        raise NotAValue("nested too deep") from None
-
-
-def _depth(text: str) -> int:
-    """How many brackets and braces are open at most. PyYAML takes seconds for some thousands."""
-    return max(itertools.accumulate((each in "[{") - (each in "]}") for each in text), default=0)
 
 
 def dump(tree: Any, one_line: bool = False) -> str:
@@ -137,7 +142,7 @@ def given_text(text: str) -> str:
 def _composed(text: str) -> yaml.Node | None:
     try:
         return yaml.compose(text, _Loader)
-    except (yaml.YAMLError, RecursionError):
+    except yaml.YAMLError:
         return None
 
 

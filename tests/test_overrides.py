@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hpt import config as configs
@@ -62,11 +62,12 @@ def test_a_pattern_is_what_was_given(pattern: str) -> None:
     assert changed(f"reward.pattern={pattern}").reward.pattern == pattern
 
 
+@settings(max_examples=50)
 @given(st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: not text.strip().startswith(("'", '"'))))
 def test_a_text_is_what_was_given_whatever_it_holds(text: str) -> None:
     assert changed(f"data.chat_template={text}").data.chat_template == (None if text.strip() in ("", "~", "null") else text)
     assert changed(f"model.path={text}").model.path == text
-    assert validated(parse(dump({"a": text})) and parse(dump_yaml(changed(f"model.path={text}"))), "saved").model.path == text
+    assert validated(parse(dump_yaml(changed(f"model.path={text}"))), "saved").model.path == text
 
 
 @pytest.mark.parametrize(

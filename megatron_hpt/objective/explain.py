@@ -85,7 +85,9 @@ def print_table(console: Console) -> None:
 
 def _default(name: str, overrides: Sequence[str]) -> Algorithm:
     """A row as the quickest of recipes would have it."""
-    config = Config(name=name, model=ModelConfig(path="-"), data=DataConfig(train="-"), algorithm=AlgorithmConfig(name=name))
+    config = Config(
+        name="explained", model=ModelConfig(path="-"), data=DataConfig(train="-"), algorithm=AlgorithmConfig(name=name)
+    )
     return of_run(apply_overrides(config, [f"algorithm.{override}" for override in overrides]))
 
 
