@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
 
 from megatron_hpt.config import RewardConfig
@@ -10,17 +11,22 @@ from megatron_hpt.rewards.boxes import last_boxed, unboxed, visible
 from megatron_hpt.rewards.grades import Answer, Ungradable
 from megatron_hpt.rewards.math.equality import number
 
-_FONT = r"(?:\\(?:text|textbf|mathrm|mathbf|bf)(?![A-Za-z])\s*\{?)?"
+_FONT = r"(?:\\(?:text|textbf|textrm|mathrm|mathbf|bf|rm)(?![A-Za-z])\s*\{?)?"
 _OPENED = rf"[\s({{\[*$]*{_FONT}[\s({{\[*$]*(?:(?i:option|choice|answer)\s*:?\s*)?[({{\[]*"
-_CLOSED = r"[\s)}\]*.$]*"
-_ONE = r"([A-D])(?![A-Za-z0-9'])"
+_ONE = r"([A-D])(?![A-Za-z0-9'^])"
 _LETTER = re.compile(_OPENED + _ONE)
-_END = r"(?=[\s)}\]*$.]*(?:$|\n|[,/;&|+-]|or\b|and\b|[({\[]))"
-_HEDGED = re.compile(rf"[\s)}}\]*$]*{_FONT}\s*(?:[,/;|+-]|\\?&|or\b|and\b)*[\s*$}}]*(?:or\b|and\b)?{_OPENED}{_ONE}{_END}")
-_ANNOUNCED = re.compile(
-    rf"(?i:answer|option|choice|choose)(?i:\s+is)?\s*:?\s*{_OPENED}{_ONE}(?=[*$)}}\]]*\s*(?:[.,;:/&|+-]|\n|$|<|or\b|and\b|[A-D]\b))"
+_REST = re.compile(r"[\s)}\]*$]*(?:[.):](?P<option>.*)|\)?)[\s)}\]*$.]*|[\s}*$]*\)(?P<behind>.*)", re.DOTALL)
+"""What may stand behind the letter in a box: nothing, or the option's own text behind a mark."""
+_OTHER = re.compile(
+    r"(?<![A-Za-z\\])[A-E](?![A-Za-z'])|(?<![A-Za-z])(?i:or|and|not|wrong|incorrect|maybe|possibly|all|none)(?![A-Za-z])"
 )
-_STRUCTURE = re.compile(r"\\(?:frac|sqrt|binom|log|ln|sin|cos|tan|pi)(?![A-Za-z])|\^")
+_ANNOUNCED = re.compile(
+    rf"(?i:answer|option|choice|choose)(?i:\s+is)?\s*:?\s*{_OPENED}{_ONE}(?=\)\s|[*$)}}\]]*\s*(?:[.,;:/&|+-]|\n|$|<|or\b|and\b|[A-D]\b))"
+)
+_HEDGED = re.compile(
+    rf"[\s)}}\]*$]*\s*(?:[.,/;|+-]\s*)?(?:\\?&|(?i:or|and)\b)?\s*(?:(?i:or|and|maybe|possibly)\s+)*{_OPENED}{_ONE}(?=[\s)}}\]*$.]*(?:$|\n|[,/;&|+-]|or\b|and\b|[({{\[]))"
+)
+_BOXES = re.compile(r"\\boxed\s*\{[^{}]*\}\s*\$?\s*(?:,|/|&|(?i:or|and)\b)\s*\$?\s*\\boxed")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?<=\d)")
 
 
@@ -48,13 +54,20 @@ def chosen(response: str) -> str | None:
 
     None if there is none, or if it is hedged ("A or B").
     """
-    shown = visible(response)
+    shown = unicodedata.normalize("NFKC", visible(response))
     boxed = last_boxed(shown)
     found = _LETTER.match(boxed) if boxed is not None else None
     if found:
-        return _unless_hedged(boxed, found)
+        return None if _BOXES.search(shown) else _alone(boxed, found)
     announced = list(_ANNOUNCED.finditer(shown))
     return _unless_hedged(shown, announced[-1]) if announced else None
+
+
+def _alone(boxed: str, found: re.Match[str]) -> str | None:
+    """The letter, if nothing else stands in the box but the text of its option, which names no other."""
+    rest = _REST.fullmatch(boxed, found.end())
+    option = rest and (rest["option"] or rest["behind"] or "")
+    return found[1] if rest and not _OTHER.search(option) else None
 
 
 def _unless_hedged(text: str, found: re.Match[str]) -> str | None:
@@ -64,26 +77,34 @@ def _unless_hedged(text: str, found: re.Match[str]) -> str | None:
 
 def exact(answer: Answer) -> float:
     """1.0 if the final answer is the ground truth, character by character but for space."""
-    return float(final(answer.response).split() == unboxed(answer.ground_truth).split())
+    truth = unboxed(answer.ground_truth).split()
+    return float(bool(truth) and final(answer.response).split() == truth)
 
 
 def numeric(settings: RewardConfig) -> Callable[[Answer], float]:
-    """1.0 if the value of the final answer, or the last number in it, is that of the ground truth, within the tolerance."""
+    """1.0 if the value of the box, or the last number without one, is that of the ground truth, within the tolerance."""
 
     def grade(answer: Answer) -> float:
-        truth = _number(unboxed(answer.ground_truth))
+        truth = _true_number(unboxed(answer.ground_truth))
         if truth is None:
             raise Ungradable(f"the ground truth {answer.ground_truth!r} has no number")
-        given = _number(final(answer.response))
+        given = _given_number(answer.response)
         return float(given is not None and abs(given - truth) <= settings.tolerance * abs(truth))
 
     return grade
 
 
-def _number(text: str) -> float | None:
-    r"""The value of the whole text, as of \frac{1}{2}, or the last number in it; of an expression a part is no value."""
-    value = number(text)
-    return value if value is not None or _STRUCTURE.search(text) else _last_number(text)
+def _true_number(truth: str) -> float | None:
+    """The value of the whole text, or the last number in it."""
+    value = number(truth)
+    return _last_number(truth) if value is None else value
+
+
+def _given_number(response: str) -> float | None:
+    """The value of the box as a whole, or the last number of a response without one."""
+    shown = visible(response)
+    boxed = last_boxed(shown)
+    return _last_number(shown) if boxed is None else number(boxed)
 
 
 def _last_number(text: str) -> float | None:

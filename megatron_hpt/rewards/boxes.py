@@ -10,11 +10,14 @@ import re
 from typing import NamedTuple
 
 _COMMAND = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_BARE = re.compile(r"[+-]?(?:\d[\d.,]*\d|\d|[A-Za-z](?![A-Za-z]))")
-"""An argument without braces, as TeX takes it, but for numbers of more than one digit: `\\boxed 12`."""
+_BARE = re.compile(r"[+-]?(?:\d[\d.,]*\d|\d)")
+"""A number without braces: `\\boxed 12`."""
+_LAST = 50
+"""Commands at the end of a text that are looked at."""
 _BRACE = re.compile(r"(?<!\\)(?:\\\\)*([{}])")
 _LONGEST = 100_000
 """Characters of a braced group that is looked through; a longer one is no answer."""
+_WHOLE = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
@@ -32,26 +35,34 @@ def visible(response: str) -> str:
 
 
 def last_box(text: str) -> Box | None:
-    """The last box with content, the inner one of boxes within each other; None without one.
+    """The last box with content, the outer one of boxes within each other; None without one.
 
     None too if the last box does not close: the text was cut in the middle of its answer.
     """
-    for command in reversed(list(_COMMAND.finditer(text))):
+    found, place = None, 0
+    for command in list(_COMMAND.finditer(text))[-_LAST:]:
+        if command.start() < place:  # within another box
+            continue
         if text.startswith("{", command.end()):
             end = argument(text, command.end())
+            content = text[command.end() + 1 : end - 1].strip()
             if end == command.end():
-                return None
-            if content := text[command.end() + 1 : end - 1].strip():
-                return Box(content, command.start(), end)
+                found = None
+            elif content:
+                found = Box(content, command.start(), end)
+            place = end
         elif (bare := _BARE.match(text, command.end())) and command[0][-1:].isspace():
-            return Box(bare[0], command.start(), bare.end())
-    return None
+            found = Box(bare[0], command.start(), bare.end())
+    return found
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last box; None without one."""
+    """Content of the last box, of boxes that hold nothing but each other of the inner one; None without one."""
     box = last_box(text)
-    return box and box.content
+    content = box and box.content
+    while content and (whole := _WHOLE.match(content)) and argument(content, whole.end()) == len(content):
+        content = content[whole.end() + 1 : -1].strip()
+    return content or None
 
 
 def unboxed(truth: str) -> str:

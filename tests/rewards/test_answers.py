@@ -12,6 +12,11 @@ from megatron_hpt.rewards import answers, gym, registry
 from megatron_hpt.rewards.grades import Answer, Cause, Grade, Ungradable, graded, ungraded
 from megatron_hpt.rewards.pool import GraderPool, weighted
 
+HEDGES = (
+    *("A (or B)", "A, possibly B", "A\\lor B", "A. B", "A: B", "A\\ B", "A vs B", "A>B", "A=B", "A或B", "A，B", "A is wrong"),
+    *("A is incorrect; B", "A or E", "A, all", "A^c", "A gas", "A|B", "AB", "A; B; C; D"),
+)
+
 
 @pytest.mark.parametrize(
     ("response", "letter"),
@@ -31,13 +36,18 @@ from megatron_hpt.rewards.pool import GraderPool, weighted
         ("<think>\\boxed{A}</think> The answer is B.", "B"),
         ("<think>\\boxed{A}", None),
         ("The answer is $\\textbf{(C)}$.", "C"),
-        ("\\boxed{B. A or C}", "B"),  # the text of the option
+        ("\\boxed{B. A or C}", None),
+        ("\\boxed{\\textbf{(D) } 12}", "D"),
+        ("Answer: A) 5", "A"),
         ("\\boxed{A or B}", None),
         ("\\boxed{A, B}", None),
         ("\\boxed{A/B}", None),
         ("\\boxed{(A)(B)}", None),
         ("\\boxed{\\text{A},\\text{B}}", None),
         ("Answer: A or B", None),
+        ("Answer: A. Or B.", None),
+        ("\\boxed{A} or \\boxed{B}", None),
+        *((f"\\boxed{{{hedge}}}", None) for hedge in HEDGES),
     ],
 )
 def test_the_letter_that_is_chosen(response: str, letter: str | None) -> None:
@@ -63,6 +73,9 @@ def test_a_ground_truth_that_is_no_letter_is_not_a_wrong_answer() -> None:
         ("numeric", "\\boxed{\\frac{1}{2}}", "0.5", 1.0),
         ("numeric", "\\boxed{\\frac{7}{2}}", "\\frac{1}{2}", 0.0),
         ("numeric", "\\boxed{x^2}", "2", 0.0),
+        *(("numeric", f"\\boxed{{{text}}}", "6", 0.0) for text in ("5 or 6", "not 6", "x/6", "6x", "(5,6)", "5:6", "\\foo{6}")),
+        ("numeric", "\\boxed{x = 6 \\text{ km}}", "6", 1.0),
+        ("exact", "", "", 0.0),
         ("numeric", "<think>\\boxed{3}", "3", 0.0),
         ("numeric", "1e999", "3", 0.0),
         ("format", "so \\boxed{7}", "", 1.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from megatron_hpt.rewards.math import relations
@@ -14,6 +15,12 @@ from megatron_hpt.rewards.math.structure import Kind, Part, parse
 from megatron_hpt.rewards.math.values import real, same
 from megatron_hpt.rewards.math.writing import normal, plain
 
+_TEXT = re.compile(r"\s*\$?\s*\\text(?:bf|rm|it)?\s*\{[A-Za-z .,'-]*[A-Za-z]{2}[A-Za-z .,'-]*\}\s*\$?\s*")
+"""A ground truth in words."""
+_JOINED = re.compile(r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
+_WORD = re.compile(r"[A-Za-z]{4,}")
+_ANSWERS = frozenset(("yes", "no", "odd", "mon", "tue", "wed", "thu", "fri", "sat", "sun", "all", "one", "two", "six", "ten"))
+"""Short words; other letters are names, and their case counts."""
 _LONGEST = 4 * LONGEST
 """Characters, layout included, of an answer that is looked into."""
 
@@ -22,10 +29,19 @@ def equal(given: str, truth: str) -> bool:
     """Whether two answers in LaTeX say the same."""
     if max(len(given), len(truth)) > _LONGEST:
         return given.split() == truth.split()
+    is_text = bool(_TEXT.fullmatch(truth))
+    ours, theirs = _joined(given), _joined(truth)
     given, truth = plain(given), plain(truth)
-    if not given or not truth:
+    if not given or not truth or (ours and theirs and ours != theirs):
         return False
-    return _same_text(given, truth) or (_is_flat(given) and _is_flat(truth) and _equal(parse(given), parse(truth)))
+    if is_text or _same_text(given, truth):
+        return _same_text(given, truth)
+    return _is_flat(given) and _is_flat(truth) and _equal(parse(given), parse(truth))
+
+
+def _joined(latex: str) -> set[str]:
+    """How inequalities are joined: by "and", or by "or"."""
+    return set(_JOINED.findall(latex)) if re.search(r"[<>]|\\[lg](?:e|eq|t)(?![A-Za-z])|[≤≥]", latex) else set()
 
 
 def _is_flat(text: str) -> bool:
@@ -51,7 +67,7 @@ def number(latex: str) -> float | None:
 
 def _same_text(given: str, truth: str) -> bool:
     one, other = normal(given), normal(truth)
-    return one == other or (one.isalpha() and one.casefold() == other.casefold())
+    return one == other or (one.casefold() == other.casefold() and (one.casefold() in _ANSWERS or bool(_WORD.fullmatch(one))))
 
 
 def _equal(given: Part, truth: Part) -> bool:
@@ -69,11 +85,23 @@ def _equal(given: Part, truth: Part) -> bool:
 
 def _equal_named(given: Part, truth: Part) -> bool:
     both = given.kind is truth.kind
+    other = truth if given.kind is Kind.NAMED else given
+    if not both and (given if other is truth else truth).mark.endswith(" in") and other.kind in (Kind.LIST, Kind.LEAF):
+        return False  # x lies in (3, 4); 3 and 4 are something else
+    if not both and Kind.RELATION is other.kind and _equal_interval(given, truth):
+        return True
     if both and normal(given.mark) != normal(truth.mark):
         return relations.equal(_as_relation(given), _as_relation(truth), _equal)
     if not both and Kind.RELATION in (given.kind, truth.kind):
         return relations.equal(_as_relation(given), _as_relation(truth), _equal)
     return _is_consistent(given) and _equal(_value(given), _value(truth))
+
+
+def _equal_interval(given: Part, truth: Part) -> bool:
+    """x in [1, 2] is 1 <= x <= 2."""
+    named, relation = (given, truth) if given.kind is Kind.NAMED else (truth, given)
+    interval = relations.interval(relation)
+    return named.mark.endswith(" in") and interval is not None and _equal(interval, named.parts[0])
 
 
 def _value(part: Part) -> Part:
@@ -96,8 +124,34 @@ def _as_relation(part: Part) -> Part:
 
 
 def _equal_lists(given: Part, truth: Part) -> bool:
-    """In any order, however often: each has its equal on the other side."""
-    return _each_has_one(given.parts, truth.parts) and _each_has_one(truth.parts, given.parts)
+    """In any order: each has its equal on the other side; as often as the truth says, if it says one more than once.
+
+    Values of different names keep the order of the names: x = 1, y = 2 is not 2, 1.
+    """
+    one, other = _flattened(given), _flattened(truth)
+    names = {part.mark for part in (*one, *other) if part.kind is Kind.NAMED}
+    if len(names) > 1 and {part.kind is Kind.NAMED for part in one} != {part.kind is Kind.NAMED for part in other}:
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if any(_equal(a, b) for place, a in enumerate(other) for b in other[:place]):
+        return len(one) == len(other) and _matched(one, other)
+    return _each_has_one(one, other) and _each_has_one(other, one)
+
+
+def _flattened(several: Part) -> tuple[Part, ...]:
+    """Both values of a plus-minus sign are two of the list."""
+    parts = several.parts
+    return tuple(part for one in parts for part in (one.parts if one.kind is Kind.LIST else (one,)))
+
+
+def _matched(parts: Sequence[Part], others: Sequence[Part]) -> bool:
+    """Each has one of its own."""
+    left = list(others)
+    for part in parts:
+        place = next((place for place, other in enumerate(left) if _equal(part, other)), None)
+        if place is None:
+            return False
+        del left[place]
+    return True
 
 
 def _each_has_one(parts: Sequence[Part], others: Sequence[Part]) -> bool:
@@ -126,7 +180,7 @@ def _flat(union: Part) -> Part:
 def _equal_ratios(given: Part, truth: Part) -> bool:
     """1:2 is 2:4."""
     one, other = _expressions(given.parts), _expressions(truth.parts)
-    if one is None or other is None or len(one) != len(other):
+    if one is None or other is None or len(one) != len(other) or any(same(node, read("0")) for node in (*one, *other)):
         return _equal_in_order(given, truth)
     cross = [(Node("*", (a, other[0])), Node("*", (b, one[0]))) for a, b in zip(one, other, strict=True)]
     return all(same(a, b) for a, b in cross)
@@ -149,7 +203,12 @@ def _other_kinds(one: Part, other: Part) -> bool:
     if one.kind is Kind.UNION and all(part.kind is Kind.SET for part in one.parts):
         return _equal(_flat(one), other)
     if pair == (Kind.LIST, Kind.TUPLE):
-        return other.mark == "()" and _equal_in_order(one, other)
+        named = all(part.kind is Kind.NAMED for part in one.parts)
+        ordered = sorted(one.parts, key=lambda part: part.mark) if named else one.parts
+        return other.mark == "()" and _equal_in_order(replace(one, parts=tuple(ordered)), other)
+    if pair == (Kind.LIST, Kind.UNION):
+        intervals = [relations.interval(part) if part.kind is Kind.RELATION else None for part in one.parts]
+        return None not in intervals and _equal_unions(replace(one, parts=tuple(intervals)), other)
     if pair == (Kind.MATRIX, Kind.TUPLE):
         cells = [cell for row in one.parts for cell in row.parts]
         is_vector = len(one.parts) == 1 or all(len(row.parts) == 1 for row in one.parts)
@@ -178,6 +237,10 @@ def _equal_quantities(given: Quantity, truth: Quantity) -> bool:
     one, other = _infinite(given.body), _infinite(truth.body)
     if one or other:
         return one == other and given.unit == truth.unit
+    if "mod" in (given.unit[:3], truth.unit[:3]) and given.unit != truth.unit:
+        return False
+    if "based" in (read(given.body).kind, read(truth.body).kind):
+        return _equal_based(given, truth)
     if given.dimension and given.dimension == truth.dimension:
         return same(_times(read(given.body), given.scale * given.factor), _times(read(truth.body), truth.scale * truth.factor))
     if given.unit and truth.unit:
@@ -187,15 +250,21 @@ def _equal_quantities(given: Quantity, truth: Quantity) -> bool:
     return any(same(a, b) for a in _readings(given, truth) for b in _readings(truth, given))
 
 
+def _equal_based(given: Quantity, truth: Quantity) -> bool:
+    """The same digits and base, or the digits alone where the truth says the base; never the value in another base."""
+    one, other = read(given.body), read(truth.body)
+    digits = other.name.partition("_")[0]
+    return other.kind == "based" and len(digits) > 1 and (one.name == other.name or given.body.strip() == digits)
+
+
 def _readings(one: Quantity, other: Quantity) -> list[Node]:
-    """Itself; beside a number without a unit also a share of a hundred, an angle in radians, the digits of another base."""
+    """Itself; beside a number without a unit also a share of a hundred, and an angle in radians."""
     node = _times(read(one.body), one.scale)
     if one.unit == "percent":
-        return [node, Node("/", (node, read("100")))]
+        share, beside = Node("/", (node, read("100"))), real(read(other.body))
+        return [share] if beside is None or abs(beside) < 1 else [node, share]
     if one.unit == "degree":
         return [node, Node("degrees", (node,))]
-    if node.kind == "based" and read(other.body).kind != "based":
-        return [node, read(node.name)]
     return [node]
 
 

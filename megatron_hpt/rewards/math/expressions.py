@@ -31,11 +31,20 @@ LONGEST = 1000
 DEEPEST = 40
 """Brackets and operations within each other."""
 _MOST_FACTORS = 100
-_TOKEN = re.compile(r"\s*(\d+\.\d+|\d+\.?(?![.\d])|\d+|\.\d+|\\[A-Za-z]+|\\.|.)", re.DOTALL)
+_MOST_EXPONENTS = 8
+_DERIVATIVE = re.compile(
+    r"\s*\{\s*(?:d|\\partial)\s*(?:\^\s*\{?\s*\d\s*\}?)?\s*[^{}]*\}\s*\{\s*(?:d|\\partial)\s*[A-Za-z][^{}]*\}"
+)
+"""Behind \\frac."""
+_APPLICATION = re.compile(r"\s*\(\s*-?[\d.]*\s*(?:[A-Za-z]|\\[a-z]+)?\s*\)")
+"""A bracket with a number, a name, or a multiple of one: a function's argument and no factor."""
+_TOKEN = re.compile(r"\s*(\d+\.\d+|\d+\.?(?![.\d])|\d+|\.\d+|\\[A-Za-z]+|\\.|.)", re.DOTALL | re.ASCII)
 _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", "|": "|"}
 _NAMED_FUNCTIONS = re.compile(
     r"\\(?:operatorname\*?|text|mathrm|textrm)\s*\{\s*([A-Za-z]+)\s*\}\s*$|\\(det|dim|ker|deg|Re|Im|arg)$"
 )
+_CAPITALS = re.compile(r"[A-Z]*")
+"""Behind a capital letter: AB is one name, a segment or a word, and not BA."""
 _STARTS = re.compile(r"\d|\.\d|[A-Za-z(\[{|]|\\(?:[A-Za-z]+|\{)")
 _STOPS = frozenset({r"\cdot", r"\div", r"\rfloor", r"\rceil", r"\}"})
 
@@ -131,7 +140,7 @@ class _Reader:
 
     def _power(self) -> Node:
         base = self._atom()
-        while True:
+        for _ in range(_MOST_EXPONENTS):
             token = self._peek()
             if token == "!":
                 self._next()
@@ -151,6 +160,7 @@ class _Reader:
                 base = Node("/", (base, number_node("100")))
             else:
                 return base
+        raise Unreadable("a long chain of exponents")
 
     def _argument(self, signed: bool = False) -> Node:
         """A group, or the next number, letter or command."""
@@ -163,7 +173,7 @@ class _Reader:
     def _digits(self) -> Node:
         """An argument of \\frac or \\sqrt: of `\\frac12` each digit is one."""
         token = self._peek()
-        if not token.isdigit() or len(token) == 1:
+        if not token.isdecimal() or len(token) == 1:
             return self._argument()
         while self._text[self._place].isspace():
             self._place += 1
@@ -184,10 +194,13 @@ class _Reader:
 
     def _one(self, single: bool) -> Node:
         start, token = self._place, self._next()
-        if token[0].isdigit() or token[0] == ".":
+        if token[0] in "0123456789" or token[0] == ".":
             return self._behindnumber_node(token)
         if token in _CLOSING:
             return self._bracketed(token)
+        if token == r"\frac" and (derivative := _DERIVATIVE.match(self._text, self._place)):
+            self._place = derivative.end()
+            return Node("symbol", name=_squeezed(self._text[start : self._place]))
         if token == r"\frac":
             return Node("/", (self._digits(), self._digits()))
         if token == r"\sqrt":
@@ -204,15 +217,15 @@ class _Reader:
         """A number, one in another base, or a whole number and a fraction."""
         if self._take("_"):
             base = self._argument()
-            if base.value is None or base.value.denominator != 1 or not 2 <= base.value <= 36 or not token.isdigit():
+            if base.value is None or base.value.denominator != 1 or not 2 <= base.value <= 36 or not token.isdecimal():
                 raise Unreadable("an index of a number")
             try:
                 value = int(token, int(base.value))
             except ValueError:
                 raise Unreadable("a digit that its base has not") from None
-            return Node("based", value=Fraction(value), name=token)
+            return Node("based", value=Fraction(value), name=f"{token}_{base.value}")
         mixed = re.compile(r"\s*\\frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))").match(self._text, self._place)
-        if mixed and token.isdigit():
+        if mixed and token.isdecimal():
             above, below = (int(part) for part in mixed.groups() if part)
             if above < below:
                 self._place = mixed.end()
@@ -252,7 +265,7 @@ class _Reader:
             if self._next() == "^":
                 power = self._argument(signed=True)
             else:
-                base = self._argument()
+                base = number_node("10") if self._take("10") else self._digits()
         if name in ("log", "lg"):
             base = base or (number_node("10") if name == "lg" else None)
             name = "logarithm" if base else "log?"
@@ -291,8 +304,10 @@ class _Reader:
             raise Unreadable(f"{token!r} is not known")
         else:
             self._refuse_words(start)
+            if token.isupper():
+                self._place = _CAPITALS.match(self._text, self._place).end()
         self._index()
-        if token in APPLIED and not single and self._peek() == "(":
+        if not single and self._peek() == "(" and (token in APPLIED or _APPLICATION.match(self._text, self._place)):
             self._place = self._group(self._place)
         return Node("symbol", name=_squeezed(self._text[start : self._place]))
 

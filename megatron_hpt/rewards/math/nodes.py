@@ -35,6 +35,11 @@ class Node:
         return self.kind == "i" or any(part.has_imaginary for part in self.parts)
 
     @property
+    def has_rounding(self) -> bool:
+        """A floor or a ceiling."""
+        return self.kind in ("floor", "ceiling") or any(part.has_rounding for part in self.parts)
+
+    @property
     def has_bare_logarithm(self) -> bool:
         """One that does not say its base."""
         return self.kind == "log?" or any(part.has_bare_logarithm for part in self.parts)

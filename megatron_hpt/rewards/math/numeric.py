@@ -1,4 +1,4 @@
-"""Values of expressions at a point, to sixty digits."""
+"""Values of expressions at a point, to 130 digits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from megatron_hpt.rewards.math.nodes import Node, NoValue
 
 Point = dict[str, Any]
-_DIGITS = 60
+_DIGITS = 130
 _LARGEST_EXPONENT = 10**9
 
 
@@ -62,6 +62,8 @@ def _power(mp: Any, base: Any, exponent: Any) -> Any:
 
 def _root(mp: Any, value: Any, degree: Any) -> Any:
     """The real one of a negative number, where there is one."""
+    if abs(degree) > _LARGEST_EXPONENT:
+        raise NoValue
     if mp.isint(degree) and int(degree.real) % 2 and mp.im(value) == 0 and mp.re(value) < 0:
         return -mp.root(-mp.re(value), int(degree.real)) if 0 < degree.real < 1000 else -mp.power(-value, 1 / degree)
     return mp.power(value, 1 / degree)

@@ -31,6 +31,7 @@ _SIGNS = (
     (re.compile(r"\s*\^\\circ\s*(?:\\(?:text|mathrm)\s*\{\s*F\s*\}|F)\s*$"), "fahrenheit"),
     (re.compile(r"\s*\^\\circ\s*$"), "degree"),
 )
+_PLAIN_NUMBER = re.compile(r"\s*-?[\d.,]+\s*")
 _OF_ANGLES = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _MONEY = re.compile(r"^(-?)\s*\\\$\s*|\s*\\\$\s*$")
 _MODULUS = re.compile(r"\s*\(?\s*\\(?:[pb]?mod|text\s*\{\s*mod\s*\})\s*(\{[^{}]*\}|[\w ]+)\)?\s*$")
@@ -92,10 +93,12 @@ def quantity(text: str) -> Quantity:
     return Quantity(body, unit, scale, factor, dimension)
 
 
-def marks(latex: str) -> tuple[bool, list[str], str]:
-    """What the strict rule compares beside the value: a per cent sign, words, and the case of a name."""
+def marks(latex: str) -> tuple[list[str], str]:
+    """What the strict rule compares beside the value: words, signs of units, indices and moduli, and the case of a name."""
     text = plain(latex)
-    return r"\%" in text, re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", " ", text)), text if text.isalpha() else ""
+    signs = re.findall(r"\\(?:%|\$|circ|[pb]?mod)|_\s*\w+", text)
+    upright = re.findall(r"\\(?:text|mathrm|mbox)\s*\{\s*([^{}]*?)\s*\}", text)
+    return [*signs, *upright, *re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", " ", text))], text if text.isalpha() else ""
 
 
 def _sign(body: str) -> tuple[str, str]:
@@ -112,10 +115,15 @@ def _trailing(body: str) -> tuple[str | None, str, str]:
         found = pattern.search(body)
         if not found or not body[: found.start()].strip():
             continue
-        words = found.groupdict().get("text") or found.groupdict().get("plain") or ""
-        if "plain" in found.groupdict() and (words.lower() in _NOT_WORDS or not is_wordlike(words)):
+        words, rest = found[1].strip(), body[: found.start()]
+        plain = "plain" in found.groupdict()
+        if not plain and len(words) == 1 and words not in UNITS:  # a symbol in upright type
             continue
-        return words, next((group for group in found.groups()[1:] if group), ""), body[: found.start()]
+        if plain and (words.lower() in _NOT_WORDS or not is_wordlike(words, attached=body[found.start()].isalpha())):
+            continue
+        if plain and len(words) < 3 and not _PLAIN_NUMBER.fullmatch(rest):  # a product
+            continue
+        return words, next((group for group in found.groups()[1:] if group), ""), rest
     return None, "", body
 
 
@@ -125,10 +133,11 @@ def _singular(words: str) -> list[str]:
     Raises:
         Unreadable: they are a sentence.
     """
-    if not re.fullmatch(r"[\w\s.,\-/%$°'()]*", words):
+    if not re.fullmatch(r"[\w\s.,\-/%$°'()^]*", words):
         raise Unreadable("words")
-    found = re.findall(r"[A-Za-z]+|[%$°/]", re.sub(r"\b([ap])\.\s*m\b\.?", r"\1m", words.lower()))
-    if len(found) > _WORDS_AT_MOST or set(found) & SENTENCE or re.search(r"\d", words):
+    found = re.findall(r"[A-Za-z]+(?:\^-?\d)?|[%$°/]", re.sub(r"(?i)\b([ap])\.\s*m\b\.?", r"\1m", words))
+    found = [word if len(word) < 3 and word.lower() not in TELLING else word.lower() for word in found]
+    if len(found) > _WORDS_AT_MOST or set(found) & SENTENCE or re.search(r"(?<!\^)(?<!\^-)\d|^\s*[-/]", words):
         raise Unreadable("a sentence")
     names = [ALIASES.get(stem(word), stem(word)) for word in found]
     names = [name for name in names if name not in SAYING_NOTHING]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
+from megatron_hpt.rewards.math.units import SENTENCE
+
 
 class Kind(StrEnum):
     """What a part of an answer is."""
@@ -51,6 +53,7 @@ _NAME = re.compile(
       '*(?:_\s*(?:\{[^{}]*\}|\w))?'*
       (?:\s*\([^()=]*\)|\s*\[[^\[\]=]*\])?
     | \\(?:angle|triangle)\s*[A-Z]{1,3} | \|\s*[A-Z]{1,2}\s*\| | [A-Z]{2,3}
+    | \(\s*[A-Za-z]\s*(?:,\s*[A-Za-z]\s*)+\)
     | \\frac\s*\{\s*d\s*[a-z]?\s*\}\s*\{\s*d\s*[a-z]\s*\} | [A-Za-z]\s*\^\s*\{?\s*-1\s*\}?\s*\([^()=]*\)
     )\s*""",
     re.VERBOSE,
@@ -84,15 +87,19 @@ def parse(text: str) -> Part:
 def _rows(text: str, name: str, body: str) -> Part:
     rows = [row for row in _split(body, (r"\\",)) if row.strip()]
     if name == "pmatrix":
-        cells = [Part(Kind.ROW, row, tuple(map(parse, _split(row, ("&",))))) for row in rows]
+        cells = [Part(Kind.ROW, row, tuple(parse(cell.strip().rstrip(",.")) for cell in _split(row, ("&",)))) for row in rows]
         return Part(Kind.MATRIX, text, tuple(cells))
-    if any("&" in re.sub(r"&\s*(?==|<|>|\\[lg]e)", "", row) for row in rows):
-        return Part(Kind.CASES, text, tuple(Part(Kind.ROW, row, tuple(map(parse, _split(row, ("&",))))) for row in rows))
+    if rows and any("&" in re.sub(r"&\s*(?==|<|>|\\[lg]e)", "", row) for row in rows):
+        return Part(
+            Kind.CASES,
+            text,
+            tuple(Part(Kind.ROW, row, tuple(parse(cell.strip().rstrip(",.")) for cell in _split(row, ("&",)))) for row in rows),
+        )
     return _list(text, [row.replace("&", "") for row in rows])
 
 
 def _list(text: str, items: list[str]) -> Part:
-    if any(not item.strip() for item in items):
+    if not items or any(not item.strip() for item in items):
         return Part(Kind.LEAF, text)
     parts = [parse(item) for item in items]
     if any(item.strip() in _DOTS for item in items):
@@ -110,11 +117,16 @@ def _relation(text: str) -> Part | None:
         return None
     if any(not side.strip() for side in sides):
         return Part(Kind.LEAF, text)
-    if signs[0] in ("=", "in") and set(signs) <= {"=", "in"} and _NAME.fullmatch(sides[0]):
+    if signs[0] in ("=", "in", "==") and set(signs) <= {"=", signs[0]} and _is_name(sides[0]):
         values = tuple(parse(side) for side in sides[1:])
-        name = re.sub(r"\s", "", sides[0])
+        name = re.sub(r"\s", "", sides[0]) + ("" if signs[0] == "=" else f" {signs[0]}")
         return Part(Kind.NAMED, text, (values[-1], *values[:-1]), name)
     return Part(Kind.RELATION, text, tuple(Part(Kind.LEAF, side.strip()) for side in sides), " ".join(signs))
+
+
+def _is_name(text: str) -> bool:
+    """A name, and no words that deny what follows."""
+    return bool(_NAME.fullmatch(text)) and not set(re.findall("[a-z]+", text.lower())) & SENTENCE
 
 
 def _bracketed(text: str) -> Part | None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+SCALES = {
+    **{"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12},
+    **{"lakh": 10**5, "crore": 10**7, "k": 10**3, "K": 10**3, "M": 10**6, "bn": 10**9},
+}
 _DIMENSIONS: dict[str, dict[str, str]] = {
     "length": {
         "1": "m meter metre mtr", "1000": "km kilometer kilometre", "1/10": "dm", "1/100": "cm centimeter centimetre",
@@ -13,9 +16,10 @@ _DIMENSIONS: dict[str, dict[str, str]] = {
         "1609.344": "mi mile",
     },
     "time": {"1": "s sec second", "60": "min minute", "3600": "h hr hour", "86400": "day", "604800": "week"},
-    "mass": {"1": "g gm gram", "1000": "kg kilogram", "1/1000": "mg milligram", "1000000": "t ton tonne"},
+    "mass": {"1": "g gm gram", "1000": "kg kilogram", "1/1000": "mg milligram", "1000000": "t ton tonne",
+             "453.59237": "lb pound"},
     "money": {"1": "dollar usd", "1/100": "cent"},
-    "volume": {"1": "l liter litre", "1/1000": "ml milliliter millilitre cc"},
+    "volume": {"1": "l L liter litre", "1/1000": "ml milliliter millilitre cc"},
     "length/time": {"1397/3125": "mph", "5/18": "kmph kmh kph"},
     "angle": {"1": "degree deg"},
     "degrees Celsius": {"1": "celsius"},
@@ -30,7 +34,16 @@ UNITS = {
     for name in names.split()
 }
 """Name → dimension and factor."""
-ALIASES = {"°": "degree", "%": "percent", "pct": "percent", "percentage": "percent", "sq": "square", "cu": "cubic"}
+ALIASES = {
+    "°": "degree",
+    "%": "percent",
+    "pct": "percent",
+    "percentage": "percent",
+    "sq": "square",
+    "cu": "cubic",
+    "yr": "year",
+    "per": "/",
+}
 
 
 def _words(text: str) -> frozenset[str]:
@@ -39,27 +52,38 @@ def _words(text: str) -> frozenset[str]:
 
 TELLING = _words(
     """
-    am pm bc ad bce ce even odd north south east west northeast northwest southeast southwest left right up down clockwise
-    counterclockwise anticlockwise upward downward positive negative increase decrease increasing decreasing more less profit
-    loss gain remainder r above below before after minimum maximum local global red black white blue green head tail mod
+    am pm bc ad bce ce even odd north south east west northeast northwest southeast southwest left right up clockwise
+    counterclockwise anticlockwise upward downward positive increase increasing more profit gain remainder r above before after
+    minimum maximum local global red black white blue green head tail mod
     """
 )
 """Words that tell two answers apart: the answer must have them if the truth does."""
 SENTENCE = _words(
     """
     is are was were be not no none never isn t cannot wrong false incorrect true correct or if unless but except and than then
-    so because answer it they approximately about over
+    so because answer it they approximately about over plus minus times divided half halves third quarter squared cubed
+    factorial point excluded excluding most least maybe possibly undefined dne base zero one two three four five six seven eight
+    nine ten negative loss below decrease decreasing down less anything opposite
     """
 )
-"""Words of which a phrase is no unit."""
+"""Words of which a phrase is no unit: it says more of the number, or denies it."""
 SAYING_NOTHING = _words("st nd rd th unit of")
 _SHORT = _words("st nd rd th am pm odd men way day")
 """Short words that are no product of letters."""
+_ATTACHED = _words("cm km mm ft lb hr min sec mph kmh cents")
+"""Plain letters right behind a number that are no product."""
 
 
-def is_wordlike(words: str) -> bool:
-    """Whether letters behind a number are words, and not a product as xy."""
-    first = re.split(r"[ /-]", words.strip())[0].lower().rstrip(".")
+def is_wordlike(words: str, attached: bool) -> bool:
+    """Whether letters behind a number are words, and not a product as xy.
+
+    Args:
+        attached: no space is before them.
+    """
+    if attached:
+        return words.strip().rstrip("s") in _ATTACHED or words.strip() in _SHORT
+    first = re.split(r"[ /-]", words.strip())[0].rstrip(".")
+    first = first if len(first) < 3 else first.lower()
     known = {first, stem(first)} & (UNITS.keys() | SCALES.keys() | ALIASES.keys() | _SHORT)
     return bool(known) or len(first) > 3 or " " in words.strip()
 

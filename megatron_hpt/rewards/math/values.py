@@ -1,4 +1,4 @@
-"""Whether two expressions have the same value: exactly where they are rational, else to forty digits at several points.
+"""Whether two expressions have the same value: exactly where they are rational, else to a hundred digits at many points.
 
 There is no absolute tolerance. At a point all that is inside must be real too (the square root of a negative number has no
 value, but for expressions in which i occurs), so that sqrt(a) sqrt(b) is sqrt(ab), and sqrt(x^2) is not x.
@@ -6,17 +6,18 @@ value, but for expressions in which i occurs), so that sqrt(a) sqrt(b) is sqrt(a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from megatron_hpt.rewards.math.exact import rational
 from megatron_hpt.rewards.math.nodes import Node, NoValue
 from megatron_hpt.rewards.math.numeric import Point, arithmetic, number_at
 
-_SAME = 40
+_SAME = 100
 """Digits of which both have to agree: e^(pi sqrt(163)) is a whole number to 30."""
-_FEWEST_POINTS = 2
+_FEWEST_POINTS = 4
 _ENOUGH_DIGITS = 6
 """Significant digits from which a decimal may stand for the number that it was rounded from."""
 _POINTS: tuple[tuple[str, ...], ...] = (
@@ -28,8 +29,16 @@ _POINTS: tuple[tuple[str, ...], ...] = (
     ("-0.6180339887", "-1.7320508075", "-2.4142135623", "-0.9159655941", "-1.2824271291", "-3.1462643699"),
     ("-2.3025850929", "0.8346268416", "-0.7642236535", "2.6854520010", "-1.1865691104", "1.4560749485"),
     ("0.2614972128", "-1.4513692348", "3.3598856662", "-0.5682605120", "2.5849817595", "-1.3063778838"),
+    ("17.2915026221", "-31.7490157327", "23.5777087640", "-40.2664991614", "29.3851648071", "-19.7238052947"),
+    ("-1031.7082039324", "523.2665999126", "-617.4165738677", "911.6227766017", "-733.1143823540", "839.5358983848"),
 )
-"""Values for up to six names: whole, between 0 and 1, above 1, negative, mixed."""
+"""Values for up to six names: whole, between 0 and 1, above 1, negative, mixed, far from 0."""
+_WHOLE = tuple(
+    tuple((7 * turn * turn + 11 * turn * place + 5 * place + turn) % 23 + 1 for place in range(6)) for turn in range(24)
+)
+"""Whole numbers for up to six names, odd and even in every mixture, for expressions that have values at few other points."""
+_COUNTED = frozenset("ijklmn")
+"""Names that stand for whole numbers where there are floors and ceilings."""
 
 
 def same(given: Node, truth: Node) -> bool:
@@ -42,7 +51,7 @@ def proportional(given: Node, truth: Node, positive: bool = False) -> bool:
     if given.names != truth.names or not truth.names:
         return False
     ratios = []
-    for point in _points(given.names | truth.names):
+    for point in _points(given, truth):
         pair = _at(given, truth, point, "e")
         if pair and pair[0] != 0 and pair[1] != 0:
             ratios.append(pair[0] / pair[1])
@@ -75,16 +84,28 @@ def _same(given: Node, truth: Node, base: str) -> bool:
         return one == other or _rounded(given, one, other) or _rounded(truth, other, one)
     if _digits(given) and other is None and not truth.names:
         return False  # a decimal is never an irrational number
-    names = given.names | truth.names
-    found = 0
-    for point in _points(names):
+    found = missing = 0
+    for point in _points(given, truth):
         pair = _at(given, truth, point, base)
         if pair is None:
-            continue
-        if not (_close(*pair) or (_digits(truth) and one is None and _rounds(truth, *pair))):
+            missing += 1
+        elif not _agree(given, truth, pair):
             return False
-        found += 1
-    return found >= (_FEWEST_POINTS if names else 1)
+        else:
+            found += 1
+    names = given.names | truth.names
+    if not names:
+        return found == 1
+    if missing:  # the few points that are left may be chance
+        whole = [_at(given, truth, point, base) for point in _whole_points(names)]
+        if not all(pair is None or _agree(given, truth, pair) for pair in whole):
+            return False
+        found += sum(pair is not None for pair in whole)
+    return found >= _FEWEST_POINTS
+
+
+def _agree(given: Node, truth: Node, pair: tuple[Any, Any]) -> bool:
+    return _close(*pair) or (bool(_digits(truth)) and not given.names and _rounds(truth, *pair))
 
 
 def _digits(node: Node) -> int:
@@ -120,15 +141,28 @@ def _close(one: Any, other: Any) -> bool:
     return abs(one - other) <= arithmetic().mpf(10) ** -_SAME * max(abs(one), abs(other))
 
 
-def _points(names: frozenset[str]) -> Iterator[Point]:
+def _points(given: Node, truth: Node) -> Iterator[Point]:
+    names = given.names | truth.names
     if not names:
         yield {}
-        return
-    for values in _POINTS:
-        yield {
-            name: arithmetic().mpf(values[place % len(values)]) + place // len(values)
-            for place, name in enumerate(sorted(names))
-        }
+    elif given.has_rounding or truth.has_rounding:
+        yield from _whole_points(names)
+        if not names <= _COUNTED:
+            yield from map(partial(_point, names), _POINTS)
+    else:
+        yield from map(partial(_point, names), _POINTS)
+
+
+def _whole_points(names: frozenset[str]) -> Iterator[Point]:
+    """A name alone counts from 1 to 60; several take many whole numbers."""
+    alone = ((number,) for number in range(1, 61))
+    yield from map(partial(_point, names), alone if len(names) == 1 else _WHOLE)
+
+
+def _point(names: frozenset[str], values: Sequence[Any]) -> Point:
+    number = arithmetic().mpf
+    wrapped = ((name, *divmod(place, len(values))) for place, name in enumerate(sorted(names)))
+    return {name: number(values[place]) + turn for name, turn, place in wrapped}
 
 
 def _at(given: Node, truth: Node, point: Point, base: str) -> tuple[Any, Any] | None:

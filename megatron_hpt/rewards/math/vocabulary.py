@@ -29,5 +29,5 @@ ACCENTS = _words(
 """With their argument they are a name."""
 FIGURES = frozenset({r"\angle", r"\triangle"})
 """Likewise with the letters behind them."""
-APPLIED = frozenset("fghFGHPE")
+APPLIED = frozenset("fgFG")
 """Letters that, before a bracket, are functions and not factors."""
