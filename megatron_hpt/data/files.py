@@ -16,6 +16,18 @@ from typing import IO, Any
 from megatron_hpt.errors import DataError
 
 
+def check_input(path: Path) -> None:
+    """Refuse what cannot be read to an end: a folder, or a device, which may have none.
+
+    Raises:
+        DataError: it is one, or is not there.
+    """
+    if not os.path.exists(path):
+        raise DataError(f"{path}: no such file")
+    if not (path.is_file() or path.is_fifo()):
+        raise DataError(f"{path}: is no file; give one")
+
+
 def check_file(path: Path) -> None:
     """Refuse a file that could not be written, before the work that fills it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -102,8 +103,14 @@ def check_engine_arguments(config: Config) -> None:
         except subprocess.TimeoutExpired:
             raise ConfigError(f"{config.rollout.engine}: did not look at its arguments within {ANSWER_S} s") from None
     if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ConfigError(f"{config.rollout.engine} refuses its arguments:\n  " + "\n  ".join(said[-6:]))
+        raise ConfigError(f"{config.rollout.engine} refuses its arguments:\n  " + "\n  ".join(_last_error(done.stderr)))
+
+
+def _last_error(stderr: str) -> list[str]:
+    """What a process said last, without the way to it: from the last line that names an error."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    named = [number for number, line in enumerate(lines) if re.match(r"\S*(Error|Exception|error)\b", line)]
+    return lines[named[-1] if named else -6 :][:6]
 
 
 def _told(config: Config, found: Found) -> Iterator[tuple[str, str]]:

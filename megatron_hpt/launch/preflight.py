@@ -33,6 +33,8 @@ def check(config: Config) -> Found:
     Raises:
         ConfigError, ModelError, DataError: with the key or file, what was given and what is allowed.
     """
+    if not config.data.train:
+        raise ConfigError("data.train: names no file; give a parquet or JSONL file, a folder, or a pattern")
     algorithm = algorithms.of_run(config)
     check_algorithm(config, algorithm)
     registry.check(config.reward)
@@ -252,8 +254,6 @@ def _check_reference_model(config: Config, shape: ModelShape) -> None:
 
 def _check_data(config: Config, shape: ModelShape, gate: Gate) -> Found:
     """Every row can be read and used; the first ones that are taken are tokenised too."""
-    if not config.data.train:
-        raise ConfigError("data.train: names no file; give a parquet or JSONL file, a folder, or a pattern")
     tokenizer = load_tokenizer(config)
     if len(tokenizer) > shape.vocab:
         raise ModelError(

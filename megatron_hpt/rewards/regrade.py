@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_hpt.config import RewardConfig
-from megatron_hpt.data.files import check_file, whole
+from megatron_hpt.data.files import check_file, check_input, whole
 from megatron_hpt.errors import DataError
 from megatron_hpt.rewards.grades import Answer, Grade
 from megatron_hpt.rewards.pool import GraderPool
@@ -42,6 +42,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: it is neither, or has no rows; names file and line.
     """
+    check_input(path)
     try:
         if path.suffix == ".parquet":
             rows = pq.read_table(path).to_pylist()

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_hpt.data.files import check_input
 from megatron_hpt.errors import DataError
 
 RELATIVE = 1e-10
@@ -61,6 +62,7 @@ def read(path: Path) -> list[Case]:
     Raises:
         DataError: not a file of this format; names what is missing.
     """
+    check_input(path)
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
         found = [

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_hpt.data.files import check_input
 from megatron_hpt.errors import DataError
 from megatron_hpt.rewards.reference import grade
 from megatron_hpt.vectors.check import Outcome
@@ -25,6 +26,7 @@ def check_graders(path: Path) -> Outcome:
         DataError: not a file of grader vectors.
     """
     outcome = Outcome(f"grader: math_reference (version {VERSION})")
+    check_input(path)
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
         graded = [(c["name"], c["response"], c["ground_truth"], c["score"][VERSION]) for c in cases]

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from megatron_hpt.data.preparation.boxed import last_box
 from megatron_hpt.data.preparation.findings import Item, Kind
 from megatron_hpt.data.preparation.overlap import HeldOut, canonical
 from megatron_hpt.data.preparation.reading import Record
 from megatron_hpt.data.preparation.seen import Seen
 from megatron_hpt.data.rendering import rendered
 from megatron_hpt.errors import DataError
+from megatron_hpt.rewards.boxes import last_box, visible
 
 Check = Callable[[Sequence[Item]], None]
 """Gets items that have a problem and nothing that makes them unusable."""
@@ -143,8 +143,7 @@ def boxes(add: bool) -> Check:
 
 
 def _is_boxed(text: str) -> bool:
-    box = last_box(text.rpartition("</think>")[2])
-    return box is not None and bool(box.content)
+    return last_box(visible(text)) is not None
 
 
 def _is_open(text: str) -> bool:

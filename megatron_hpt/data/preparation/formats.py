@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_hpt.data.parquet import Problem
-from megatron_hpt.data.preparation.boxed import last_box
 from megatron_hpt.data.preparation.fields import Unfit, answer, beginnings, chat, demonstrations, optional, text, truth, value
 from megatron_hpt.errors import DataError, did_you_mean
+from megatron_hpt.rewards.boxes import last_box
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ thousands separators."""
 def _math(fields: Mapping[str, Any]) -> Named:
     solution = text(value(fields, "solution"), "solution")
     box = last_box(solution)
-    if box is None or not box.content:
+    if box is None:
         raise Unfit("solution: no \\boxed{…} with the final answer")
     boxed = f"{solution[: box.start]}\\boxed{{{box.content}}}{solution[box.end :]}"
     level = optional(fields.get("level"), "level")

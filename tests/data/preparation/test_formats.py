@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from megatron_hpt.data.parquet import Problem, problem_file, schema_row
 from megatron_hpt.data.preparation import formats
-from megatron_hpt.data.preparation.boxed import last_box
 from megatron_hpt.data.preparation.fields import Unfit, value
 from megatron_hpt.data.preparation.reading import local_files
 from megatron_hpt.errors import DataError
+from megatron_hpt.rewards.boxes import last_box
 
 SYSTEM, USER = {"role": "system", "content": "Think first."}, {"role": "user", "content": "What is 1+1?"}
 OPENR1 = {
