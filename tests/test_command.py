@@ -173,6 +173,7 @@ def test_training_goes_on_without_its_output(tmp_path: Path, redirection: str) -
         assert (log.count("\n"), log.count("standard output cannot be written any more")) == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", LOCALES, ids=["C", "latin-1"])
 def test_in_any_locale_files_are_utf_8_and_the_terminal_gets_what_it_shows(tmp_path: Path, locale: dict[str, str]) -> None:
     (tmp_path / "é.yaml").write_text("name: é\nmodel: {path: 数}\ndata: {train: t}\n", encoding="utf-8")

@@ -74,6 +74,7 @@ def test_no_prefix_of_an_engine_reaches_any_part_of_a_run(tmp_path: Path, monkey
         assert foreign == ({"VLLM_API_KEY"} if environment is coordinator else set())
 
 
+@pytest.mark.slow
 def test_the_program_itself_is_not_ended_by_what_torch_reads(tmp_path: Path) -> None:
     shell = {**os.environ, "LOGLEVEL": "of another program", "PET_NNODES": "4"}
     command = [sys.executable, "-m", "megatron_hpt.cli", "train", str(tmp_path / "none.py")]

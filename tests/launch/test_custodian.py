@@ -15,6 +15,8 @@ from megatron_hpt.launch.children import Child, stop_all
 from megatron_hpt.launch.custodian import NOTES, mapped_by_anybody
 from megatron_hpt.launch.scratch import Scratch, sweep
 
+pytestmark = pytest.mark.slow
+
 LEAVES = """
 import mmap, os, pathlib, signal, sys, time, multiprocessing
 from multiprocessing import resource_tracker

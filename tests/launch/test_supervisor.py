@@ -109,6 +109,7 @@ def supervisor(tmp_path: Path, port: int, startup_s: float) -> Supervisor:
     return Supervisor(config(startup_s), run, 0, Parts(run, port))
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_never_ready_is_named_in_time(tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DeadlineError, match=r"^trainer not ready within 8 s \(deadlines\.startup_s\); see "):
         supervisor(tmp_path, port, 8.0).run()
@@ -148,6 +149,7 @@ def test_a_trainer_on_the_engines_gpus_has_its_time_from_when_they_answer(tmp_pa
     assert starting.look({}) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False], ids=["what was written stays", "what was written is gone"])
 def test_a_full_disk_is_named_with_its_sizes(tmp_path: Path, kept: bool) -> None:
     """Even when the logs had no room for it, or when there is room again because a half-written file was removed."""
