@@ -84,24 +84,28 @@ def _equal(given: Part, truth: Part) -> bool:
 
 
 def _equal_named(given: Part, truth: Part) -> bool:
-    both = given.kind is truth.kind
-    other = truth if given.kind is Kind.NAMED else given
-    if not both and (given if other is truth else truth).mark.endswith(" in") and other.kind in (Kind.LIST, Kind.LEAF):
-        return False  # x lies in (3, 4); 3 and 4 are something else
-    if not both and Kind.RELATION is other.kind and _equal_interval(given, truth):
-        return True
-    if both and normal(given.mark) != normal(truth.mark):
-        return relations.equal(_as_relation(given), _as_relation(truth), _equal)
-    if not both and Kind.RELATION in (given.kind, truth.kind):
-        return relations.equal(_as_relation(given), _as_relation(truth), _equal)
+    """At least one of them has a name."""
+    if given.kind is truth.kind:
+        if normal(given.mark) != normal(truth.mark):
+            return relations.equal(_as_relation(given), _as_relation(truth), _equal)
+    else:
+        named, other = (given, truth) if given.kind is Kind.NAMED else (truth, given)
+        if _is_member(named) and other.kind in (Kind.LIST, Kind.LEAF):
+            return False  # x lies in (3, 4); 3 and 4 are something else
+        if other.kind is Kind.RELATION:
+            return _is_interval(named, other) or relations.equal(_as_relation(given), _as_relation(truth), _equal)
     return _is_consistent(given) and _equal(_value(given), _value(truth))
 
 
-def _equal_interval(given: Part, truth: Part) -> bool:
+def _is_member(named: Part) -> bool:
+    """The name lies in what stands behind it."""
+    return named.mark.endswith(" in")
+
+
+def _is_interval(named: Part, relation: Part) -> bool:
     """x in [1, 2] is 1 <= x <= 2."""
-    named, relation = (given, truth) if given.kind is Kind.NAMED else (truth, given)
     interval = relations.interval(relation)
-    return named.mark.endswith(" in") and interval is not None and _equal(interval, named.parts[0])
+    return _is_member(named) and interval is not None and _equal(interval, _value(named))
 
 
 def _value(part: Part) -> Part:
