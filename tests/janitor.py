@@ -52,6 +52,7 @@ def watch(out: int) -> None:
     child = os.fork()
     if child == 0:
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it starts in the background
         return
     code = 3
     try:

@@ -113,4 +113,4 @@ def test_algorithms_are_compared_from_one_start_and_the_comparison_continues(on_
     assert {path: path.stat().st_mtime_ns for path in runs} == times
     other = subprocess.run([*command, *options, "trainer.seed=7"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert other.returncode == 1
-    assert "has other settings than asked for" in other.stdout
+    assert "has other settings than asked for" in other.stderr
