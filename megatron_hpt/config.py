@@ -17,6 +17,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +32,7 @@ from megatron_hpt.errors import ConfigError, did_you_mean
 from megatron_hpt.sections import (
     MOST_PROCESSES,
     MOST_SAMPLES,
+    DeadlineSeconds,
     Float,
     Int,
     Name,
@@ -77,6 +79,12 @@ def _name_of_a_folder(given: str) -> str:
     return given
 
 
+def _name_of_a_set(given: str) -> str:
+    if not re.fullmatch(r"[\w.+-][\w.+ -]*", given) or given in (".", ".."):
+        raise ValueError("the name of a set is that of a file: letters, digits, and . + - _ or space")
+    return _name_of_a_folder(given)
+
+
 Threads = typing.Annotated[Int, Field(gt=0, le=1024)]
 """Of one process."""
 Workers = typing.Annotated[Int, Field(gt=0, le=4096)]
@@ -86,8 +94,31 @@ Gibibytes = typing.Annotated[Float, Field(gt=0, le=MOST_GIB)]
 Mebibytes = typing.Annotated[Int, Field(gt=0, le=2**30)]
 Temperature = typing.Annotated[Float, Field(gt=0, le=100)]
 """Above 100 every token of a vocabulary is as likely as any other."""
+
+
+def _url_of_a_server(given: str) -> str:
+    try:
+        parts = urlsplit(given)
+        usable = parts.scheme in ("http", "https") and parts.hostname and not re.search(r"\s", given) and parts.port != 0
+    except ValueError:  # a port that is none
+        usable = False
+    if not usable:
+        raise ValueError(f"{given!r} is no address of a server; expected http://host:port")
+    return given
+
+
+def _host(given: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._:%\[\]-]+", given):
+        raise ValueError(f"{given!r} is no host name and no address")
+    return given
+
+
+Url = typing.Annotated[str, AfterValidator(_url_of_a_server)]
+Host = typing.Annotated[str, AfterValidator(_host)]
 Beta = typing.Annotated[Float, Field(ge=0, lt=1)]
 RunName = typing.Annotated[str, AfterValidator(_name_of_a_folder)]
+SetName = typing.Annotated[str, AfterValidator(_name_of_a_set)]
+"""Samples of a set lie in a file of its name."""
 
 
 class ModelConfig(Section):
@@ -343,7 +374,8 @@ def check_reward(choice: str | dict[str, float]) -> str | dict[str, float]:
     return choice
 
 
-RewardChoice = typing.Annotated[str | dict[str, Float], AfterValidator(check_reward)]
+RewardWeight = typing.Annotated[Float, Field(ge=-1e6, le=1e6)]
+RewardChoice = typing.Annotated[str | dict[str, RewardWeight], AfterValidator(check_reward)]
 
 
 _ALL_OR_NOTHING = set(REWARDS) - {"reasoning_gym", "http"}
@@ -404,9 +436,9 @@ class RewardConfig(Section):
     """Other rewards for some data: name in the data's `data_source` column → reward or sum."""
     workers: Workers = 1
     """Grader subprocesses."""
-    deadline_s: Seconds = 10.0
+    deadline_s: DeadlineSeconds = 10.0
     """Seconds one answer may take; after that it is ungraded (counted, never a 0)."""
-    memory_gib: Gibibytes = 4.0
+    memory_gib: typing.Annotated[Float, Field(ge=0.25, le=MOST_GIB)] = 4.0
     """Address space of one grader subprocess; an answer that needs more is ungraded."""
     tolerance: typing.Annotated[Float, Field(ge=0, lt=1)] = 1e-6
     """Relative error that `numeric` allows."""
@@ -432,6 +464,8 @@ class RewardConfig(Section):
                 f"reward.code.time_s: given {self.code.time_s:g}; must be below reward.deadline_s={self.deadline_s:g}, "
                 "or a program that does not end is ungraded instead of wrong"
             )
+        if "format" in self.names and not self.pattern:
+            raise ValueError("reward.pattern: empty; no response but an empty one has this form")
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -447,10 +481,10 @@ class RolloutConfig(Section):
     fp8 (blocks of 128, or per tensor) gets weights that are converted on the way. model.overrides are of this folder too."""
     python: str = ""
     """Interpreter of the engine's own environment; default: this one for vllm, .venv-sglang's beside it for sglang."""
-    urls: list[str] = Field(default=[])
+    urls: list[Url] = Field(default=[])
     """Servers that run already, e.g. [http://node7:8000]; default: `servers` of them are started on this machine.
     With model.overrides they must have been started from a folder whose config.json has them."""
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     """Address that started servers listen on: loopback, or the cluster's interface."""
     samples_per_prompt: Samples = 8
     """Rollouts a prompt (n)."""
@@ -490,7 +524,7 @@ class TransferConfig(Section):
     """What happens to the keys and values of requests that are under way when new weights arrive."""
     compare_every: PositiveInt = 50
     """Engines compare their weights with what was sent at the first version, every k-th, and after an engine's restart."""
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     """Address of the trainer's first rank that engines reach (gloo, nccl)."""
     folder: str = ""
     """Folder for versions on a file system that trainer and engines share (files)."""
@@ -600,9 +634,9 @@ class OptimizerConfig(Section):
 
 
 class EvaluationConfig(Section):
-    sets: dict[str, Paths] = Field(default={})
+    sets: dict[SetName, Paths] = Field(default={})
     """Held-out sets that are reported, and cannot choose a checkpoint: name → files, as data.train names them."""
-    validation: dict[str, Paths] = Field(default={})
+    validation: dict[SetName, Paths] = Field(default={})
     """Held-out sets that may choose one, and are evaluated like the others: name → files."""
     select: str | None = None
     """The set in `validation` whose avg@k chooses the best checkpoint (RUN/best.json), which then stays; default: none."""
@@ -661,19 +695,19 @@ class TrainerConfig(Section):
 
 
 class DeadlinesConfig(Section):
-    startup_s: Seconds = 600.0
+    startup_s: DeadlineSeconds = 600.0
     """An engine, the trainer or the coordinator to be ready; the trainer's counts from when engines on its own GPUs are."""
-    rollout_s: Seconds = 3600.0
+    rollout_s: DeadlineSeconds = 3600.0
     """One generation request, and the coordinator's whole batch."""
-    step_s: Seconds = 3600.0
+    step_s: DeadlineSeconds = 3600.0
     """One training step including the weight transfer."""
-    notice_s: Seconds = 600.0
+    notice_s: DeadlineSeconds = 600.0
     """From SIGTERM or SIGUSR1 (Slurm's notice) to a saved checkpoint; after that the run ends without a new one."""
-    transfer_s: Seconds = 300.0
+    transfer_s: DeadlineSeconds = 300.0
     """One call of the engine's weight-transfer API."""
-    health_s: Seconds = 10.0
+    health_s: DeadlineSeconds = 10.0
     """An engine's answer to how it is. Then it is late: it keeps its requests, new ones go to others if there are any."""
-    silent_s: Seconds = 300.0
+    silent_s: DeadlineSeconds = 300.0
     """An engine without any sign of life, neither an answer nor a token: it is given up, ended and started again."""
 
     @model_validator(mode="after")

@@ -36,6 +36,9 @@ READERS: Mapping[str, tuple[str, ...]] = {
         "LOCAL_SIZE",
     ),
     "NCCL": ("NCCL_*",),
+    "torch's numbers": ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCHDYNAMO_DISABLE", "TRITON_INTERPRET"),
+    "other servers and launchers": ("WEB_CONCURRENCY", "UVICORN_*", "RAY_*", "LMCACHE_*", "GLOO_DEVICE_TRANSPORT", "USE_LIBUV"),
+    "Python": ("PYTHONOPTIMIZE", "PYTHONINSPECT"),
 }
 """Who reads them → variables, as patterns of the shell."""
 

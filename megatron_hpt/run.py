@@ -179,7 +179,7 @@ def _number(path: Path) -> int:
     """Of a run among those beside it, in the order of their starts, in which no clock has a part; 0: of an older version's."""
     try:
         return int(json.loads(RunDir(path).started.read_text(encoding="utf-8"))["number"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return 0
 
 

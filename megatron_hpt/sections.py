@@ -37,6 +37,8 @@ PositiveFloat = typing.Annotated[Float, Field(gt=0, le=1e30)]
 NonNegativeFloat = typing.Annotated[Float, Field(ge=0, le=1e30)]
 Share = typing.Annotated[Float, Field(ge=0, le=1)]
 PositiveShare = typing.Annotated[Float, Field(gt=0, le=1)]
+DeadlineSeconds = typing.Annotated[Float, Field(ge=0.01, le=366 * 86_400)]
+"""Of what takes some time: a hundredth of a second at least."""
 Seconds = typing.Annotated[Float, Field(gt=0, le=366 * 86_400)]
 """At most a year: what waits for longer overflows somewhere."""
 MOST_PROCESSES = 2**17

@@ -40,7 +40,7 @@ def main(
 ) -> None:
     console = Console(soft_wrap=True)
     if out:
-        regrade.check_out(out)
+        regrade.check_out(out, file)
     rows = regrade.read_rows(file)
     if out:
         regrade.check_rows(out, rows)

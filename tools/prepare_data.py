@@ -192,7 +192,7 @@ def columns(
     options: Options,
 ) -> None:
     """Any file, by the columns that prompt, answer and others are in; a.b is a field of a record."""
-    roles = dict(one.partition("=")[::2] for one in mapping)
+    roles = _once(one.partition("=")[::2] for one in mapping)
     if unnamed := [role for role, column in roles.items() if not column]:
         raise DataError(f"given {unnamed[0]!r}; expected ROLE=COLUMN, e.g. prompt=question")
     _prepare(source, formats.mapped(data_source or out.stem, roles), out, options)
@@ -216,7 +216,7 @@ def reasoning_gym(
     from megatron_hpt.data.preparation.generated import generate
 
     check_file(out)
-    given = dict(_parameter(one) for one in parameters or ())
+    given = _once(_parameter(one) for one in parameters or ())
     problems = generate(task, rows, seed, given)
     _write(problems.batches(), problems.rows, problems.format(answers is Answers.ENTRY), out, options)
 
@@ -239,6 +239,20 @@ def word_problems(
     print(f"wrote {train} problems to {out}/train.parquet and {held_out} to {out}/heldout.parquet")
 
 
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs by name.
+
+    Raises:
+        DataError: a name stands twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise DataError(f"{name}: given twice, {found[name]!r} and {value!r}")
+        found[name] = value
+    return found
+
+
 def _parameter(given: str) -> tuple[str, Any]:
     name, equals, text = given.partition("=")
     if not name or not equals:
@@ -249,9 +263,22 @@ def _parameter(given: str) -> tuple[str, Any]:
         raise DataError(f"{name}: {error}") from None
 
 
+def _keep_source(source: str | Files, paths: Iterable[str], out: Path) -> None:
+    """What is written is none of the files that are read, and does not lie in the folder whose files are.
+
+    Raises:
+        DataError: it would.
+    """
+    target = out.resolve()
+    folder = Path(source).resolve() if isinstance(source, str) else None
+    if any(Path(path).resolve() == target for path in paths) or (folder and folder.is_dir() and folder in target.parents):
+        raise DataError(f"{out}: is one of the source's files, or would be read as one the next time; write to another folder")
+
+
 def _prepare(source: str | Files, form: Format, out: Path, options: Options, split: str = "") -> None:
     check_file(out)
     files = find(source) if isinstance(source, str) else source
+    _keep_source(source, files.paths, out)
     files.require(form.needed)
     _write(files.batches(form.columns), files.nbytes, form, out, options, split or files.split or "train", files.paths)
 

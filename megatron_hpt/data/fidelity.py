@@ -88,4 +88,4 @@ def _marks(tokenizer: Any) -> re.Pattern[str]:
 
 
 def _normal(text: str, marks: re.Pattern[str]) -> str:
-    return unicodedata.normalize("NFKC", marks.sub(r"\1", text)).strip()
+    return unicodedata.normalize("NFC", marks.sub(r"\1", text)).strip()

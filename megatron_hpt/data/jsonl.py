@@ -18,7 +18,18 @@ READ_BYTES = 1 << 20
 LONGEST = 256 << 20
 """Bytes of a line; more is a file that is not of lines."""
 _BOM = b"\xef\xbb\xbf"
-_parser = json.JSONDecoder()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; a key that stands twice would lose its first value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise NotJson(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+_parser = json.JSONDecoder(object_pairs_hook=_once)
 _BEGINNINGS = {
     b"[": "a JSON array; expected one object a line: jq -c '.[]' FILE > FILE.jsonl makes such a file, and "
     "tools/prepare_data.py reads arrays as they are",
@@ -87,6 +98,8 @@ def record(line: bytes) -> dict[str, Any]:
         raise NotJson(f"not UTF-8: {error.reason} at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
         raise NotJson(_why(text, error)) from None
+    except NotJson:
+        raise
     except (RecursionError, ValueError) as error:
         raise NotJson(_unreadable(error)) from None
     return as_record(found)

@@ -35,7 +35,8 @@ def check_one_split(source: str, paths: Iterable[str]) -> None:
     Raises:
         DataError: they are of several splits.
     """
-    first = {split: path for path in sorted(paths, reverse=True) if (split := split_of(path))}
-    if len(first) > 1:
-        named = ", ".join(f"{split}: {first[split]}" for split in sorted(first))
+    first = {split_of(path): path for path in sorted(paths, reverse=True)}
+    held_out = first.keys() - {"train", None}
+    if len(first) > 1 and (held_out or None not in first):
+        named = ", ".join(f"{split or 'without a split'}: {first[split]}" for split in sorted(first, key=str))
         raise DataError(f"{source}: has files of several splits ({named}); name one of its files or folders")

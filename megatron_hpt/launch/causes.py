@@ -17,11 +17,12 @@ _PREFIX = re.compile(
     r"(?:[\d-]{10} [\d:,]+ (?:ERROR|CRITICAL) [\w.]+: )?"  # ours: time, level, logger
 )
 """Before each line of a traceback that a logger wrote."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _BEGINS = "Traceback (most recent call last):"
 _ENDS = re.compile(r"[A-Za-z_][\w.]*(?:: .*)?$")
 """The line behind a traceback's frames."""
 _HANDLING = "During handling of the above exception, another exception occurred:"
-_ARGUMENT = re.compile(r"\S+: error: .+")
+_ARGUMENT = re.compile(r"[\w./ -]{1,60}: error: .+")
 _OWN_WORDS = re.compile(r"^[\d-]+ [\d:,]+ ERROR megatron_hpt\.process: (?P<said>.+)", re.MULTILINE)
 """What ended a process of ours, when it knew (`process.ends_in_words`)."""
 _LOGGED = re.compile(r"(?:^|[ (])(?:ERROR|CRITICAL|FATAL)\b[ :\]]*\S")
@@ -29,12 +30,15 @@ _OTHERS = re.compile(
     r"See root cause above|Engine core initialization failed|EngineDeadError|ChildFailedError|resource_tracker"
 )
 """Said of the failure of another process, whose own words are better."""
+_FATAL = re.compile(r"Fatal Python error: |terminate called |\s*what\(\):|[A-Z]\w*Error: |torch\.\S*Error: ")
+"""Ends of a process without a traceback."""
+_WARNED = re.compile(r"\bWARN(?:ING)?\b")
 _MOST_LINES, _MOST_CHARACTERS = 6, 1000
 
 ADVICE: tuple[tuple[str, str], ...] = (
     (
         r"No space left on device.*/dev/shm|/dev/shm.*No space left|unable to (?:open|allocate|write).*shared memory|"
-        r"SIGBUS|Bus error|psm_\w+.*No space",
+        r"SIGBUS|[Bb]us error|insufficient shared memory|psm_\w+.*No space",
         "/dev/shm is full or too small: give it room (docker: --shm-size=16g or --ipc=host; else mount -o remount,size=… "
         "/dev/shm)",
     ),
@@ -114,22 +118,24 @@ def first_error(log: str) -> str | None:
     traceback ends in, else the first line that is logged as an error. What only repeats that another process has failed counts
     where there is nothing else."""
     raw = log.splitlines()
+    raw = [_COLOUR.sub("", line) for line in raw]
     lines = [line[_PREFIX.match(line).end() :].rstrip() for line in raw]
     found = [match["said"] for match in _OWN_WORDS.finditer(log)][-1:]
     found += [line for line in lines if _ARGUMENT.fullmatch(line)]
-    found += _exceptions(lines)
+    found += _exceptions(lines, [bool(_WARNED.search(line)) for line in raw])
+    found += [line for line in lines if _FATAL.match(line)]
     found += [line[:_MOST_CHARACTERS] for line, whole in zip(lines, raw, strict=True) if line and _LOGGED.search(whole)]
     own = [error for error in found if not _OTHERS.search(error)]
     return next(iter([*own, *found]), None)
 
 
-def _exceptions(lines: list[str]) -> Iterator[str]:
+def _exceptions(lines: list[str], warned: list[bool]) -> Iterator[str]:
     """What each traceback ends in, in order, with the lines that belong to its message.
 
     Of a chain the first is the reason, but for exceptions that were raised while another was handled: those explain it.
     """
     for start, line in enumerate(lines):
-        if not line.endswith(_BEGINS):
+        if not line.endswith(_BEGINS) or warned[start] or (start and warned[start - 1]):  # what was done without
             continue
         end = next((i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith(" ")), None)
         if end is not None and _ENDS.match(lines[end]) and _HANDLING not in lines[end : end + _MOST_LINES]:

@@ -18,6 +18,7 @@ from megatron_hpt.launch.inspection import Found, check_training_data
 from megatron_hpt.launch.layout import check_layout, check_lengths
 from megatron_hpt.launch.memory import GIB
 from megatron_hpt.objective import algorithms
+from megatron_hpt.objective.advantage import Grouped
 from megatron_hpt.objective.algorithm import Algorithm
 from megatron_hpt.objective.gate import Gate, Phases, Union
 from megatron_hpt.rewards import registry
@@ -69,6 +70,11 @@ def check_algorithm(config: Config, algorithm: Algorithm) -> None:
         raise ConfigError(
             f"rollout.samples_per_prompt: given {samples}; {name} puts a demonstration in place of one: at least 2"
         )
+    if samples < 2 and any(isinstance(term.advantage, Grouped) for term in algorithm.terms):
+        raise ConfigError(
+            f"rollout.samples_per_prompt: given {samples}; {name} compares the answers to a prompt with each other, and one "
+            "alone teaches nothing: at least 2"
+        )
     _check_bands(config)
     if config.algorithm.overlong.buffer >= config.data.max_response_length:
         raise ConfigError(
@@ -83,6 +89,8 @@ def _check_bands(config: Config) -> None:
     sections: dict[str, GateConfig | SourceGateConfig] = {"algorithm.gate": gate}
     sections |= {f"algorithm.gate.by_source.{name}": own for name, own in gate.by_source.items()}
     for key, section in sections.items():
+        if isinstance(section.threshold, int) and section.threshold > n:
+            raise ConfigError(f"{key}.threshold: given {section.threshold} of {n} samples; at most {n}")
         low, high = (t if isinstance(t, int) or t is None else t * n for t in (section.threshold, section.off_policy_threshold))
         if high is not None and high < low:
             raise ConfigError(

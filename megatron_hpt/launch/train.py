@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
@@ -15,7 +16,7 @@ from megatron_hpt.data.checkpoints import damage
 from megatron_hpt.data.files import check_folder, write_whole
 from megatron_hpt.data.source import check_same_files, files
 from megatron_hpt.environment import say_what_is_withheld
-from megatron_hpt.errors import ConfigError
+from megatron_hpt.errors import ConfigError, DataError
 from megatron_hpt.launch import models, preflight
 from megatron_hpt.launch.launchers import Launcher, on_this_machine
 from megatron_hpt.objective.algorithms import of_run, without_effect
@@ -80,7 +81,7 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = o
     _check_steps(run, config.trainer.steps)
     preflight.check(config)
     if run.data.is_file():  # older runs have none
-        check_same_files(json.loads(run.data.read_text(encoding="utf-8")), config)
+        check_same_files(_files_of(run), config)
     launcher = launch(config)(run)
     start = resume_point(run, config)
     if start == config.trainer.steps:
@@ -119,6 +120,20 @@ def resume_point(run: RunDir, config: Config) -> int:
             return step
         logger.warning("%s is damaged (%s): continuing from the checkpoint before", run.checkpoint(step), reason)
     return 0
+
+
+def _files_of(run: RunDir) -> list[dict[str, Any]]:
+    """The training files that the run began with.
+
+    Raises:
+        DataError: RUN/data.json is damaged.
+    """
+    try:
+        listed = json.loads(run.data.read_text(encoding="utf-8"))
+        return [{**each, "file": each["file"], "rows": each["rows"]} for each in listed]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        what = f"damaged ({type(error).__name__}: {error}); it names the training files"
+        raise DataError(f"{run.data}: {what}. Put it back, or start a new run") from None
 
 
 def _check_same_batches(saved: Config, config: Config) -> None:

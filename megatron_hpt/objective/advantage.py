@@ -114,7 +114,7 @@ class Sign(Estimated):
 
 
 @dataclass(frozen=True)
-class _Grouped(Estimated):
+class Grouped(Estimated):
     """Compares a row with statistics of its own group.
 
     The statistics are over rollouts; with `union` over rollouts and demonstrations. A group of one has nothing to
@@ -147,7 +147,7 @@ def _alone(reward: float) -> float:
 
 
 @dataclass(frozen=True)
-class GroupCentred(_Grouped):
+class GroupCentred(Grouped):
     """Â = R - mean of the group (Dr. GRPO, arXiv 2503.20783)."""
 
     @property
@@ -162,7 +162,7 @@ class GroupCentred(_Grouped):
 
 
 @dataclass(frozen=True)
-class GroupStandardised(_Grouped):
+class GroupStandardised(Grouped):
     """Â = (R - mean) / (std + ε) of the group (GRPO, arXiv 2402.03300), with the unbiased standard deviation."""
 
     epsilon: float = 1e-6
@@ -180,7 +180,7 @@ class GroupStandardised(_Grouped):
 
 
 @dataclass(frozen=True)
-class LeaveOneOut(_Grouped):
+class LeaveOneOut(Grouped):
     """Â = R - mean of the others in the group (RLOO, arXiv 2402.14740, eq. 8)."""
 
     formula: str = "R - mean R_others"
@@ -192,7 +192,7 @@ class LeaveOneOut(_Grouped):
 
 
 @dataclass(frozen=True)
-class ReferenceGroup(_Grouped):
+class ReferenceGroup(Grouped):
     """The reference code's `grpo` and (without `union`) `grpo_split`: a group of one has mean 0 and std 1, so Â = R.
 
     `grpo_split` sets a standard deviation of 0 to 1 and raises KeyError for a group without rollouts; here such a

@@ -274,7 +274,13 @@ def build(config: AlgorithmConfig, max_response_length: int, steps: int = 1) -> 
     Raises:
         ConfigError: no such row in the table, or a function of one's own that cannot be imported or gives something else.
     """
-    algorithm = lookup(config.name)(Settings(config, config.constant_length or max_response_length, steps))
+    settings = Settings(config, config.constant_length or max_response_length, steps)
+    try:
+        algorithm = lookup(config.name)(settings)
+    except TypeError as error:
+        if ":" not in config.name:
+            raise
+        raise ConfigError(f"algorithm.name: {config.name} cannot be called with its settings: {error}") from None
     if not isinstance(algorithm, Algorithm):
         raise ConfigError(f"algorithm.name: {config.name} returned {type(algorithm).__name__}; expected an Algorithm")
     for role in algorithm.gate.roles - {role for term in algorithm.terms for role in term.roles}:

@@ -54,7 +54,10 @@ def schedule(given: Schedule, key: str, rising: bool) -> Callable[[float], float
         ConfigError: it is not, or cannot be had.
     """
     function = _table(given, key) if isinstance(given, list) else _named(given, key)
-    values = [function(share) for share in _GRID]
+    try:
+        values = [float(function(share)) for share in _GRID]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {given!r} gives no number for a share solved: {error}") from None
     if any(value < 0 for value in values):
         raise ConfigError(f"{key}: {given!r} gives {min(values):g} somewhere; factors must not be negative")
     if any((after < before) if rising else (after > before) for before, after in pairwise(values)):

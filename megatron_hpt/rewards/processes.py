@@ -1,8 +1,9 @@
 """The parent's side of grader processes: jobs go out in bunches, grades come back one by one, each with a deadline.
 
 A thread stands before each process, so that jobs may be given from any thread and any event loop. Since every answer is
-accounted for when it is done, a process that hangs or dies costs the answer that it was at, and the rest of its bunch goes
-on in another one. (Pools that know only whole tasks, such as pebble's, have to grade a bunch again to find the culprit.)
+accounted for when it is done, a process that hangs costs the answer that it was at; so does one that dies, if a second one
+dies of the same answer. The rest of the bunch goes on in another one. (Pools that know only whole tasks, such as pebble's, have
+to grade a bunch again to find the culprit.)
 """
 
 from __future__ import annotations
@@ -102,9 +103,15 @@ class _Grader:
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
         self._connection, self._pid = connection, pid
+        self.suspect: Job | None = None
+        """The job that it was at when it died."""
 
-    def grade(self, jobs: deque[Job], deadline_s: float) -> bool:
-        """Grade jobs and take them off; False if the process is lost, with the job that it was at taken off too."""
+    def grade(self, jobs: deque[Job], deadline_s: float, suspect: Job | None = None) -> bool:
+        """Grade jobs and take them off; False if the process is lost.
+
+        The job that it was at is taken off too, if it took too long, or if it is the suspect, with which another process has
+        died: one that was killed from outside changes no grade.
+        """
         try:
             self._connection.settimeout(deadline_s + _GRACE_S)
             send(self._connection, [(job.reward, astuple(job.answer)) for job in jobs])
@@ -115,7 +122,10 @@ class _Grader:
         except TimeoutError:
             jobs.popleft().done(ungraded(Cause.DEADLINE, f"not done in {deadline_s:g} s; its process was killed"))
         except (EOFError, OSError):
-            jobs.popleft().done(ungraded(Cause.CRASH, "its process died"))
+            if jobs[0] is suspect:
+                jobs.popleft().done(ungraded(Cause.CRASH, "its process died, and so did another one"))
+            else:
+                self.suspect = jobs[0]
         self.kill()
         return False
 
@@ -152,6 +162,7 @@ class GraderProcesses:
 
     def _work(self) -> None:
         grader: _Grader | None = None
+        suspect: Job | None = None
         while (jobs := self._bunches.get()) is not None:
             while jobs and not self._closed:
                 try:
@@ -159,8 +170,8 @@ class GraderProcesses:
                 except Exception as error:  # the machine is out of processes or memory; the answers say so
                     jobs.popleft().done(ungraded(Cause.CRASH, f"no grader process: {error}"))
                     continue
-                if not grader.grade(jobs, self._settings.deadline_s):
-                    grader = None
+                if not grader.grade(jobs, self._settings.deadline_s, suspect):
+                    grader, suspect = None, grader.suspect
             for job in jobs:
                 job.done(ungraded(Cause.CRASH, "the graders were closed"))
         if grader:

@@ -67,7 +67,13 @@ def check_name(name: str) -> None:
 
 def _of_user(function: Callable[..., float]) -> Reward:
     """The user's function of (response, ground_truth), which may also ask for data_source and prompt by name."""
-    asked = [name for name in ("data_source", "prompt") if name in inspect.signature(function).parameters]
+    parameters = inspect.signature(function).parameters
+    asked = [name for name in ("data_source", "prompt") if name in parameters]
+    try:
+        inspect.signature(function).bind("", "", **dict.fromkeys(asked, ""))
+    except TypeError as error:
+        name = f"{function.__module__}:{function.__qualname__}"
+        raise ConfigError(f"reward.name: {name} cannot be called with (response, ground_truth): {error}") from None
 
     def grade(answer: Answer) -> float:
         return function(answer.response, answer.ground_truth, **{name: getattr(answer, name) for name in asked})

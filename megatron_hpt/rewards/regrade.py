@@ -138,12 +138,14 @@ def summary(grades: Sequence[Grade]) -> dict[str, Any]:
     }
 
 
-def check_out(path: Path) -> None:
+def check_out(path: Path, source: Path) -> None:
     """Refuse what `write` could not write, before anything is graded.
 
     Raises:
-        DataError: another ending, or a place where nothing can be written.
+        DataError: the file that is graded, another ending, or a place where nothing can be written.
     """
+    if path.resolve() == source.resolve():
+        raise DataError(f"{path}: is the file of answers itself; write to another one")
     if path.suffix not in (".parquet", ".jsonl"):
         raise DataError(f"{path}: not a kind of file that is written; allowed: .parquet, .jsonl")
     check_file(path)

@@ -10,6 +10,7 @@ from typing import IO, Any
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_hpt.data.files import write_whole
+from megatron_hpt.errors import DataError
 from megatron_hpt.run import RunDir
 
 
@@ -43,11 +44,18 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line that is still being written is left out."""
+    """The whole lines of a metrics file; a last line that is still being written is left out.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     if not path.is_file():
         return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged ({error}); take out the line that is not one JSON object") from None
 
 
 def _dump(line: dict[str, Any]) -> str:

@@ -420,10 +420,17 @@ def _refuse_window(config: dict[str, Any], family: _Family, positions: int, file
         raise ModelError(f"{file}: layer_types = {sorted(kinds)!r} changes the computation and is not supported yet")
 
 
+_MOST, _MOST_LAYERS = 2**31, 10_000
+"""Of a size in config.json, and of layers, whose tensors are named one by one."""
+
+
 def _need(config: dict[str, Any], key: str, file: Path) -> int:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ModelError(f"{file}: {key} is {value!r}; expected a positive integer")
+    most = _MOST_LAYERS if key == "num_hidden_layers" else _MOST
+    if value > most:
+        raise ModelError(f"{file}: {key} is {value}; at most {most}")
     return value
 
 

@@ -117,7 +117,7 @@ def test_a_nursery_that_was_killed_is_replaced(settings: RewardConfig) -> None:
         ):  # else it may fork once more
             time.sleep(0.01)
         grades = asyncio.run(pool.grade([("7", "7")] * 3))
-        assert [grade.score for grade in grades[1:]] == [1.0, 1.0]  # the grader died with it: the first may be lost
+        assert [grade.score for grade in grades] == [1.0, 1.0, 1.0]  # the grader died with it: another one grades them
 
 
 def test_no_process_outlives_the_pool(settings: RewardConfig) -> None:

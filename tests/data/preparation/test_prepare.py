@@ -106,14 +106,16 @@ def test_what_is_wrong_with_a_row_is_said_by_file_and_row(tool, tmp_path: Path) 
 
 
 def test_nothing_is_written_when_no_row_is_left_or_a_file_is_damaged(tool, tmp_path: Path) -> None:
-    good, bad = write(tmp_path / "a.parquet", [{"q": "1+1", "a": "2"}]), tmp_path / "b.parquet"
+    source = tmp_path / "in"
+    source.mkdir()
+    good, bad = write(source / "a.parquet", [{"q": "1+1", "a": "2"}]), source / "b.parquet"
     bad.write_bytes(good.read_bytes()[:-9])
     out = tmp_path / "new" / "out.parquet"
     message = r"none of 1 rows is left, nothing was written: 1 malformed \(the first: .*a\.parquet, row 0: a\.b: missing"
     with pytest.raises(HptError, match=message):
         tool("columns", good, out, "prompt=q", "answer=a.b")
     with pytest.raises(HptError, match=r"b\.parquet: not a readable parquet file"):
-        tool("columns", tmp_path, out, "prompt=q", "answer=a")
+        tool("columns", source, out, "prompt=q", "answer=a")
     with pytest.raises(HptError, match=r"a\.parquet: no column 'question'; it has q, a"):
         tool("columns", good, out, "prompt=question", "answer=a")
     assert not out.parent.exists() or not list(out.parent.iterdir())
@@ -333,3 +335,28 @@ def test_a_file_is_not_compared_with_itself(tool, tmp_path: Path) -> None:
     assert f"in common with {tmp_path.name} 1\n" in tool("openr1", source, tmp_path / "out.parquet", "--against", tmp_path)
     with pytest.raises(HptError, match="no test set but what is prepared here"):
         tool("openr1", source, tmp_path / "out.parquet", "--against", source)
+
+
+def test_the_source_is_never_written_over_and_no_role_is_given_twice(tool, tmp_path: Path) -> None:
+    source = tmp_path / "in" / "src.jsonl"
+    source.parent.mkdir()
+    source.write_text('{"q": "1+1", "a": 2}\n', encoding="utf-8")
+    for given, out in (
+        (source, source),
+        (source.parent, source.parent / "out.parquet"),
+        (source.parent, source.parent / "x/o.parquet"),
+    ):
+        with pytest.raises(HptError, match="is one of the source's files, or would be read as one"):
+            tool("columns", given, out, "prompt=q", "answer=a")
+    with pytest.raises(HptError, match="prompt: given twice, 'q' and 'a'"):
+        tool("columns", source, tmp_path / "out.parquet", "prompt=q", "prompt=a", "answer=a")
+    assert source.read_text(encoding="utf-8") == '{"q": "1+1", "a": 2}\n'
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["src.jsonl"]
+
+
+def test_a_test_split_beside_files_that_name_none_is_no_training_set(tool, tmp_path: Path) -> None:
+    for name in ("in/data.jsonl", "in/test/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"q": "1+1", "a": 2}\n', encoding="utf-8")
+    with pytest.raises(HptError, match=r"several splits \(without a split: .*data\.jsonl, test: .*a\.jsonl\)"):
+        tool("columns", tmp_path / "in", tmp_path / "out.parquet", "prompt=q", "answer=a")
