@@ -42,6 +42,11 @@ def test_what_another_program_left_is_not_passed_on_and_what_describes_the_machi
     assert withheld(shell) == sorted(LEFT_BY_OTHERS)
 
 
+def test_what_changes_numbers_or_servers_is_not_passed_on_either() -> None:
+    names = ("NVIDIA_TF32_OVERRIDE", "PYTHONOPTIMIZE", "UVICORN_PORT", "RAY_ADDRESS", "TRITON_INTERPRET")
+    assert inherited(dict.fromkeys((*names, "PATH", "PYTHONUTF8"), "1")) == {"PATH": "1", "PYTHONUTF8": "1"}
+
+
 def test_the_user_may_choose_names_and_patterns() -> None:
     shell = {**LEFT_BY_OTHERS, PASS: "VLLM_PORT, NCCL_*"}
     assert set(inherited(shell)) == {PASS, "VLLM_PORT", "NCCL_ALGO", "NCCL_COMM_ID"}

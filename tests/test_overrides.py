@@ -295,6 +295,18 @@ name=
 name=..
 name=a/b
 name=a\x00b
+deadlines.startup_s=1e-9
+reward.deadline_s=1e-9
+reward.memory_gib=1e-30
+reward.name={math: 1e308, format: 1e308}
+rollout.urls=[x]
+rollout.urls=["http://a b"]
+rollout.urls=["http://a:99999"]
+rollout.host=a b
+transfer.host=
+evaluation.sets={"../x": a}
+evaluation.sets={"": a}
+evaluation.sets={a/b: a}
 """.strip().splitlines()
 
 

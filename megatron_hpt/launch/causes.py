@@ -123,8 +123,8 @@ def first_error(log: str) -> str | None:
     found = [match["said"] for match in _OWN_WORDS.finditer(log)][-1:]
     found += [line for line in lines if _ARGUMENT.fullmatch(line)]
     found += _exceptions(lines, [bool(_WARNED.search(line)) for line in raw])
-    found += [line for line in lines if _FATAL.match(line)]
     found += [line[:_MOST_CHARACTERS] for line, whole in zip(lines, raw, strict=True) if line and _LOGGED.search(whole)]
+    found += [line for line in lines if _FATAL.match(line)]
     own = [error for error in found if not _OTHERS.search(error)]
     return next(iter([*own, *found]), None)
 

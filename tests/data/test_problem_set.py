@@ -174,6 +174,7 @@ GOOD = b'{"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground
         (GOOD + b"\n\nnull", r"row 1: null, expected a record of named fields"),
         (GOOD + b"\n[1]", "row 1: a list, expected a record"),
         (GOOD + b'\n"x"', "row 1: a str, expected a record"),
+        (b'{"prompt": 1, "prompt": 2}\n', "row 0: the key 'prompt' stands twice in one object"),
         (GOOD + GOOD, "row 0: two objects on one line; each needs a line of its own"),
         (b'{\n  "prompt": [],\n', r"row 0: not JSON: the object does not end on its line: .* pretty-printed \(jq -c"),
         (GOOD + b"\n" + GOOD[:40], "row 1: not JSON: the object does not end on its line: the file is cut off"),

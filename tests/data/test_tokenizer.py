@@ -120,6 +120,14 @@ def test_texts_that_tokens_lose_something_of_are_refused_before_the_start(tmp_pa
     assert look_at(good, load_tokenizer(good), Console(quiet=True)).rows == 2
 
 
+def test_a_tokenizer_that_normalises_mathematics_away_loses_something(tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "tokenizer", "PreTrainedTokenizerFast", normalizers.NFKC())
+    squared = row(1, target=[{"role": "assistant", "content": "it is 10² and ½"}])
+    config = config_of(folder, write(tmp_path / "a.parquet", [row(0), squared]))
+    with pytest.raises((DataError, ModelError), match=r"comes back from its tokens as|normal"):
+        look_at(config, load_tokenizer(config), Console(quiet=True))
+
+
 def test_the_probes_show_what_they_are_for(tmp_path: Path) -> None:
     folder = byte_level(tmp_path / "tokenizer")
     assert fidelity.first_difference(AutoTokenizer.from_pretrained(folder), str(folder), fidelity.PROBES[:1]) is not None

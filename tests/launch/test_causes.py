@@ -72,6 +72,22 @@ PLAIN = "INFO fine\n(EngineCore pid=1) ERROR 11-28 23:01:17 [x.py:1] the device 
         (RANK, "torch.distributed.DistBackendError: NCCL error", "NCCL_DEBUG=INFO"),
         (PLAIN, "the device went away", None),
         (LAST, "RuntimeError: Engine core initialization failed.", None),
+        ("RuntimeError: unable to write to file </torch_1>: No space left on device\n", "unable to write to file", "make room"),
+        (
+            "ERROR: Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm)\n",
+            "bus error",
+            "--shm-size",
+        ),
+        ("Fatal Python error: Segmentation fault\n", "Segmentation fault", None),
+        ("vllm serve: error: unrecognized arguments: --foo\n", "unrecognized arguments: --foo", None),
+        (
+            "WARNING optional package\n"
+            + FRAMES.replace("Traceback", "WARNING Traceback", 1)
+            + "ImportError: flash\n"
+            + "ERROR the device went away\n",
+            "the device went away",
+            None,
+        ),
     ],
 )
 def test_the_first_error_and_what_to_do(log: str, found: str, remedy: str | None) -> None:

@@ -83,6 +83,7 @@ def test_a_run_starts_from_a_checkpoint_that_is_whole(config: Config, tmp_path: 
             {"samples_per_prompt": 9, "max_running": 8},
             r"samples_per_prompt: given 9; vllm .* refuses more than rollout\.max_running=8",
         ),
+        ("rollout", {"samples_per_prompt": 1}, r"samples_per_prompt: given 1; .* one alone teaches nothing: at least 2"),
         ("rollout", {"temperature": 0.005}, r"rollout\.temperature: given 0\.005; below 0\.01 vllm samples at another"),
         ("rollout", {"temperature": 2.5}, r"rollout\.temperature: given 2\.5; vllm refuses temperatures above 2"),
         ("rollout", {"tensor_parallel": 3}, r"rollout\.tensor_parallel: given 3, .* 4 attention heads; allowed: 1, 2, 4"),
