@@ -82,7 +82,7 @@ LINES = (".jsonl", ".json", ".ndjson")
 
 def format_of(location: Location) -> str:
     """By the name's suffix; a file without a known one is parquet."""
-    return "JSONL" if location.path.endswith(LINES) else "parquet"
+    return "JSONL" if location.path.lower().endswith(LINES) else "parquet"
 
 
 def rows_of(form: Format, block: Block, columns: Sequence[str], skip: int = 0) -> Iterator[pa.RecordBatch]:

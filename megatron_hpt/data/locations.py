@@ -68,9 +68,8 @@ def _matching(given: str) -> list[Location]:
         Location(filesystem, each.path, name, each.size) for name, each in found.items() if each.type is pafs.FileType.File
     ]
     if not files:
-        raise DataError(
-            f"{given}: no such file; expected a parquet or JSONL file of prompts, a folder or a pattern of such files"
-        )
+        what = "a folder without any" if info.type is pafs.FileType.Directory and not wildcard else "no such file"
+        raise DataError(f"{given}: {what}; expected a parquet or JSONL file of prompts, a folder or a pattern of such files")
     return sorted(files, key=lambda file: file.path)
 
 

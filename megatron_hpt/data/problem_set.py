@@ -88,6 +88,11 @@ class ProblemSet:
             blocks = form.blocks(location, self._columns[location])
         except (pa.ArrowException, OSError) as error:
             kind = format_of(location)
+            if kind == "parquet" and not location.path.lower().endswith(".parquet"):
+                raise DataError(
+                    f"{location.name}: not a kind of file that is read; allowed: *.parquet, and *.jsonl, *.json and *.ndjson with "
+                    "one object a line, not compressed"
+                ) from None
             raise DataError(f"{location.name}: not a readable {kind} file: {error}") from None
         return blocks
 

@@ -93,6 +93,12 @@ def test_no_file_no_parquet_no_rows(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "text.parquet").write_text("not parquet")
     with pytest.raises(DataError, match="not a readable parquet file"):
         load_prompts(str(tmp_path / "text.parquet"), tokenizer, LIMITS)
+    (tmp_path / "text.jsonl.gz").write_text("packed")
+    with pytest.raises(DataError, match=r"text\.jsonl\.gz: not a kind of file that is read; allowed: \*\.parquet"):
+        load_prompts(str(tmp_path / "text.jsonl.gz"), tokenizer, LIMITS)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="folder: a folder without any; expected"):
+        load_prompts(str(tmp_path / "folder"), tokenizer, LIMITS)
     write_problems(tmp_path / "empty.parquet", [], "x", "train")
     with pytest.raises(DataError, match="has no rows"):
         load_prompts(str(tmp_path / "empty.parquet"), tokenizer, LIMITS)
