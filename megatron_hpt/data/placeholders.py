@@ -12,7 +12,7 @@ _ANY_CASE = frozenset(
         *("proof", "proofs", "proved", "qed", "see_proof", "see_solution", "see_explanation", "see_above", "see_below"),
         *("notfound", "not_found", "not_available", "not_applicable", "not_given", "not_provided", "n/a", "nan", "null"),
         *("noanswer", "no_answer", "no_final_answer", "answer", "final_answer", "your_answer", "placeholder"),
-        *("tbd", "todo", "missing", "removed", "deleted", "redacted", "-", "--", "?", "??", "???", "…", "..."),
+        *("tbd", "todo", "missing", "removed", "deleted", "redacted", "?", "??", "???", "…", "..."),
     )
 )
 _AS_WRITTEN = frozenset(("None", "NONE", "NA", "unknown", "error"))

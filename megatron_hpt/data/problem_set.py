@@ -90,8 +90,8 @@ class ProblemSet:
             kind = format_of(location)
             if kind == "parquet" and not location.path.lower().endswith(".parquet"):
                 raise DataError(
-                    f"{location.name}: not a kind of file that is read; allowed: *.parquet, and *.jsonl, *.json and *.ndjson with "
-                    "one object a line, not compressed"
+                    f"{location.name}: not a kind of file that is read; allowed: *.parquet, and *.jsonl, *.json and *.ndjson "
+                    "with one object a line, not compressed"
                 ) from None
             raise DataError(f"{location.name}: not a readable {kind} file: {error}") from None
         return blocks

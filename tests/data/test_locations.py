@@ -71,7 +71,7 @@ def test_what_is_not_there_is_named(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="a folder without any"):
         find(str(tmp_path))
 
 
