@@ -36,11 +36,19 @@ def kill_somebody(run: Run, rng: random.Random) -> str:
         time.sleep(rng.uniform(0, 20))
     time.sleep(rng.uniform(0, 3))
     # Not Python's resource trackers: they are what removes the semaphores of a killed engine.
-    mortals = [p for p in run.processes() if "resource_tracker" not in " ".join(p.cmdline())]
+    mortals = {p: command for p in run.processes() if (command := _command(p)) and "resource_tracker" not in command}
     victim = rng.choice([psutil.Process(run.process.pid), *mortals])
-    command = " ".join(victim.cmdline()[1:5])
+    command = _command(victim)
     victim.kill()
-    return f"{command} after {run.lines()} steps"
+    return f"{command[:80]} after {run.lines()} steps"
+
+
+def _command(process: psutil.Process) -> str:
+    """Its command line; empty once it has ended, buried or not."""
+    try:
+        return " ".join(process.cmdline()[1:])
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def ended(run: Run, seconds: float = 30) -> bool:
