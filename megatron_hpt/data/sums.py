@@ -11,11 +11,13 @@ import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import xxhash
 
 BLOCK = 16 * 2**20
 """Bytes that have one sum."""
+_PIECE = 2**20
 _NOTES = ".sums"
 _THREADS = 4
 Sums = Mapping[str, list[str]]
@@ -24,8 +26,17 @@ Sums = Mapping[str, list[str]]
 
 def of_file(path: Path) -> list[str]:
     """The sums of a file; of an empty one none."""
-    with path.open("rb") as file:
-        return [xxhash.xxh3_64_hexdigest(block) for block in iter(lambda: file.read(BLOCK), b"")]
+    with path.open("rb", buffering=0) as file:
+        return [_of_block(file) for _ in range(-(-path.stat().st_size // BLOCK))]
+
+
+def _of_block(file: IO[bytes]) -> str:
+    """The sum of the block that comes next. It is read in small pieces: threads keep the memory of large ones."""
+    hasher, left = xxhash.xxh3_64(), BLOCK
+    while left and (piece := file.read(min(left, _PIECE))):
+        hasher.update(piece)
+        left -= len(piece)
+    return hasher.hexdigest()
 
 
 def note(folder: Path, writer: int, names: Iterable[str]) -> None:
@@ -60,9 +71,9 @@ def differing(folder: Path, sums: Sums, blocks: Mapping[str, Iterable[int]] | No
 
     def is_wrong(one: tuple[str, int]) -> bool:
         name, number = one
-        with (folder / name).open("rb") as file:
+        with (folder / name).open("rb", buffering=0) as file:
             file.seek(number * BLOCK)
-            return xxhash.xxh3_64_hexdigest(file.read(BLOCK)) != sums[name][number]
+            return _of_block(file) != sums[name][number]
 
     with ThreadPoolExecutor(_THREADS) as threads:
         for (name, number), wrong in zip(looked_at, threads.map(is_wrong, looked_at), strict=True):
