@@ -98,8 +98,6 @@ def record(line: bytes) -> dict[str, Any]:
         raise NotJson(f"not UTF-8: {error.reason} at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
         raise NotJson(_why(text, error)) from None
-    except NotJson:
-        raise
     except (RecursionError, ValueError) as error:
         raise NotJson(_unreadable(error)) from None
     return as_record(found)
@@ -199,7 +197,9 @@ class _Array:
 
 
 def _unreadable(error: Exception) -> str:
-    """Why a value that may be JSON is not read: its depth, or a number of thousands of digits."""
+    """Why a value that may be JSON is not read: its depth, a number of thousands of digits, or what `_once` says."""
+    if isinstance(error, NotJson):
+        return str(error)
     what = "objects or lists nested too deeply" if isinstance(error, RecursionError) else str(error)
     return f"not JSON that can be read: {what}"
 

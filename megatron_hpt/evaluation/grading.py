@@ -14,7 +14,7 @@ from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.samples import SampleRow
 from megatron_hpt.rewards import reference
 from megatron_hpt.rewards.answers import chosen, final
-from megatron_hpt.rewards.boxes import last_boxed, visible
+from megatron_hpt.rewards.boxes import boxed_answer
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.registry import check, check_name
@@ -107,10 +107,6 @@ _ANSWERS = {
 """How graders read the answer that do not take the last box behind the reasoning."""
 
 
-def _boxed(response: str) -> str | None:
-    return last_boxed(visible(response))
-
-
 def answer_of(response: str, grader: str) -> str | None:
     """What maj@k counts: the answer as the grader reads it; None: there is none."""
-    return _ANSWERS.get(grader, _boxed)(response)
+    return _ANSWERS.get(grader, boxed_answer)(response)

@@ -65,6 +65,11 @@ def last_boxed(text: str) -> str | None:
     return content or None
 
 
+def boxed_answer(response: str) -> str | None:
+    """Content of the last box behind the reasoning; None without one."""
+    return last_boxed(visible(response))
+
+
 def unboxed(truth: str) -> str:
     """A ground truth that is given in a box, without it; any other as it is."""
     return last_boxed(truth) or truth

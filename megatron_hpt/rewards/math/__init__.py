@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from megatron_hpt.rewards.boxes import last_boxed, unboxed, visible
+from megatron_hpt.rewards.boxes import boxed_answer, unboxed
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.math import equality
 from megatron_hpt.rewards.math.quantities import marks
@@ -27,7 +27,7 @@ def reward(answer: Answer) -> float:
 
 def grade(response: str, ground_truth: Truth) -> float:
     """1.0 if the last box behind the reasoning says the same as the ground truth, or as one of several, else 0.0."""
-    given = last_boxed(visible(response))
+    given = boxed_answer(response)
     if given is None:
         return 0.0
     accepted = ground_truth if isinstance(ground_truth, (list, tuple)) else [ground_truth]
@@ -36,5 +36,5 @@ def grade(response: str, ground_truth: Truth) -> float:
 
 def strict(answer: Answer) -> float:
     """As `reward`, and what stands behind the number must be written alike: units, words, per cent; so must a name."""
-    given, truth = last_boxed(visible(answer.response)), unboxed(answer.ground_truth)
+    given, truth = boxed_answer(answer.response), unboxed(answer.ground_truth)
     return float(given is not None and marks(given) == marks(truth) and _equal(given, truth))

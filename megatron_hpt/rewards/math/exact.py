@@ -82,6 +82,3 @@ _EXACT: dict[str, Callable[..., Fraction | None]] = {
     "gcd": lambda *parts: Fraction(reduce(gcd, _whole(*parts))),
     "lcm": lambda *parts: Fraction(reduce(lcm, _whole(*parts))),
 }
-
-
-# Values at a point.

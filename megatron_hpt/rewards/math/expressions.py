@@ -43,6 +43,8 @@ _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", 
 _NAMED_FUNCTIONS = re.compile(
     r"\\(?:operatorname\*?|text|mathrm|textrm)\s*\{\s*([A-Za-z]+)\s*\}\s*$|\\(det|dim|ker|deg|Re|Im|arg)$"
 )
+_FRACTION = re.compile(r"\s*\\frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))")
+"""Of two numbers, behind a whole one."""
 _CAPITALS = re.compile(r"[A-Z]*")
 """Behind a capital letter: AB is one name, a segment or a word, and not BA."""
 _STARTS = re.compile(r"\d|\.\d|[A-Za-z(\[{|]|\\(?:[A-Za-z]+|\{)")
@@ -195,7 +197,7 @@ class _Reader:
     def _one(self, single: bool) -> Node:
         start, token = self._place, self._next()
         if token[0] in "0123456789" or token[0] == ".":
-            return self._behindnumber_node(token)
+            return self._behind_number(token)
         if token in _CLOSING:
             return self._bracketed(token)
         if token == r"\frac" and (derivative := _DERIVATIVE.match(self._text, self._place)):
@@ -213,7 +215,7 @@ class _Reader:
             return self._function(token[1:])
         return self._name(token, start, single)
 
-    def _behindnumber_node(self, token: str) -> Node:
+    def _behind_number(self, token: str) -> Node:
         """A number, one in another base, or a whole number and a fraction."""
         if self._take("_"):
             base = self._argument()
@@ -224,7 +226,7 @@ class _Reader:
             except ValueError:
                 raise Unreadable("a digit that its base has not") from None
             return Node("based", value=Fraction(value), name=f"{token}_{base.value}")
-        mixed = re.compile(r"\s*\\frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))").match(self._text, self._place)
+        mixed = _FRACTION.match(self._text, self._place)
         if mixed and token.isdecimal():
             above, below = (int(part) for part in mixed.groups() if part)
             if above < below:

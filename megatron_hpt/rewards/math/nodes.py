@@ -30,19 +30,9 @@ class Node:
         own = frozenset({self.name}) if self.kind == "symbol" else frozenset()
         return own.union(*(part.names for part in self.parts))
 
-    @property
-    def has_imaginary(self) -> bool:
-        return self.kind == "i" or any(part.has_imaginary for part in self.parts)
-
-    @property
-    def has_rounding(self) -> bool:
-        """A floor or a ceiling."""
-        return self.kind in ("floor", "ceiling") or any(part.has_rounding for part in self.parts)
-
-    @property
-    def has_bare_logarithm(self) -> bool:
-        """One that does not say its base."""
-        return self.kind == "log?" or any(part.has_bare_logarithm for part in self.parts)
+    def has(self, *kinds: str) -> bool:
+        """Whether it is of one of these kinds, or has a part that is."""
+        return self.kind in kinds or any(part.has(*kinds) for part in self.parts)
 
 
 def number_node(digits: str) -> Node:

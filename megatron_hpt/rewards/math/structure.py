@@ -87,15 +87,20 @@ def parse(text: str) -> Part:
 def _rows(text: str, name: str, body: str) -> Part:
     rows = [row for row in _split(body, (r"\\",)) if row.strip()]
     if name == "pmatrix":
-        cells = [Part(Kind.ROW, row, tuple(parse(cell.strip().rstrip(",.")) for cell in _split(row, ("&",)))) for row in rows]
+        cells = [_row(row) for row in rows]
         return Part(Kind.MATRIX, text, tuple(cells))
     if rows and any("&" in re.sub(r"&\s*(?==|<|>|\\[lg]e)", "", row) for row in rows):
         return Part(
             Kind.CASES,
             text,
-            tuple(Part(Kind.ROW, row, tuple(parse(cell.strip().rstrip(",.")) for cell in _split(row, ("&",)))) for row in rows),
+            tuple(_row(row) for row in rows),
         )
     return _list(text, [row.replace("&", "") for row in rows])
+
+
+def _row(row: str) -> Part:
+    """The cells of a row; what ends one as a sentence is left out."""
+    return Part(Kind.ROW, row, tuple(parse(cell.strip().rstrip(",.")) for cell in _split(row, ("&",))))
 
 
 def _list(text: str, items: list[str]) -> Part:

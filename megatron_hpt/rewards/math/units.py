@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from megatron_hpt.rewards.math.vocabulary import word_set
+
 SCALES = {
     **{"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12},
     **{"lakh": 10**5, "crore": 10**7, "k": 10**3, "K": 10**3, "M": 10**6, "bn": 10**9},
@@ -46,11 +48,7 @@ ALIASES = {
 }
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-TELLING = _words(
+TELLING = word_set(
     """
     am pm bc ad bce ce even odd north south east west northeast northwest southeast southwest left right up clockwise
     counterclockwise anticlockwise upward downward positive increase increasing more profit gain remainder r above before after
@@ -58,7 +56,7 @@ TELLING = _words(
     """
 )
 """Words that tell two answers apart: the answer must have them if the truth does."""
-SENTENCE = _words(
+SENTENCE = word_set(
     """
     is are was were be not no none never isn t cannot wrong false incorrect true correct or if unless but except and than then
     so because answer it they approximately about over plus minus times divided half halves third quarter squared cubed
@@ -67,10 +65,10 @@ SENTENCE = _words(
     """
 )
 """Words of which a phrase is no unit: it says more of the number, or denies it."""
-SAYING_NOTHING = _words("st nd rd th unit of")
-_SHORT = _words("st nd rd th am pm odd men way day")
+SAYING_NOTHING = word_set("st nd rd th unit of")
+_SHORT = word_set("st nd rd th am pm odd men way day")
 """Short words that are no product of letters."""
-_ATTACHED = _words("cm km mm ft lb hr min sec mph kmh cents")
+_ATTACHED = word_set("cm km mm ft lb hr min sec mph kmh cents")
 """Plain letters right behind a number that are no product."""
 
 

@@ -75,7 +75,7 @@ def real(node: Node) -> float | None:
 
 def _bases(given: Node, truth: Node) -> tuple[str, ...]:
     """What a logarithm without a base may mean: both readings are looked at, the same one on both sides."""
-    return ("e", "10") if given.has_bare_logarithm or truth.has_bare_logarithm else ("e",)
+    return ("e", "10") if given.has("log?") or truth.has("log?") else ("e",)
 
 
 def _same(given: Node, truth: Node, base: str) -> bool:
@@ -145,7 +145,7 @@ def _points(given: Node, truth: Node) -> Iterator[Point]:
     names = given.names | truth.names
     if not names:
         yield {}
-    elif given.has_rounding or truth.has_rounding:
+    elif given.has("floor", "ceiling") or truth.has("floor", "ceiling"):
         yield from _whole_points(names)
         if not names <= _COUNTED:
             yield from map(partial(_point, names), _POINTS)
@@ -167,7 +167,7 @@ def _point(names: frozenset[str], values: Sequence[Any]) -> Point:
 
 def _at(given: Node, truth: Node, point: Point, base: str) -> tuple[Any, Any] | None:
     """Both values; None where one has none."""
-    is_real = not (given.has_imaginary or truth.has_imaginary)
+    is_real = not (given.has("i") or truth.has("i"))
     try:
         return number_at(given, point, base, is_real), number_at(truth, point, base, is_real)
     except NoValue:

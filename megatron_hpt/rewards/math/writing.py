@@ -6,21 +6,14 @@ Nothing here changes what an answer says; what a rule cannot read it leaves as i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import lru_cache
 
 from megatron_hpt.rewards.boxes import argument
 from megatron_hpt.rewards.math.unicode import as_latex
-
-Rules = tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
-
-
-def _rules(*pairs: tuple[str, str | Callable[[re.Match[str]], str]]) -> Rules:
-    return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
-
+from megatron_hpt.rewards.rewriting import rewritten, rules
 
 _END = r"(?![A-Za-z])"
-_LAYOUT = _rules(
+_LAYOUT = rules(
     (r"\\(?:text)?color\s*\{[A-Za-z]+\}|\\(?:[hv]?phantom|hspace\*?|label|tag\*?)\s*\{[^{}]*\}", " "),
     (rf"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|"
      rf"left|right|[bB]ig[lrm]?|[bB]igg[lrm]?){_END}(?:\.(?!\d))?", " "),
@@ -52,7 +45,7 @@ _LAYOUT = _rules(
     (r"\\(?:d|r)cases", r"\\cases"),
     (r"(?<!\\)\\[,;:!> ]|~|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])", lambda m: "" if m[0] == "\\!" else " "),
 )  # fmt: skip
-_LETTERS = _rules(
+_LETTERS = rules(
     (r"\\(?:mathrm|text|textrm|operatorname\*?|mathop|mathsf)\s*\{\s*([eidx])\s*\}", r" \1 "),
     (r"\\(?:mathrm|text|textrm|operatorname\*?)\s*\{\s*(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp|gcd|lcm)\s*\}",
      r"\\\1 "),
@@ -66,13 +59,13 @@ _OF_VECTORS = re.compile(r"\\(?:vec|mathbf|boldsymbol|bm|overrightarrow)(?![A-Za
 _PRODUCT = re.compile(r"\\times(?![A-Za-z])|×")
 _BRACKETED_MATRIX = re.compile(r"^[(\[]\s*(\\begin\{pmatrix\}(?:(?!\\begin).)*\\end\{pmatrix\})\s*[)\]]$", re.DOTALL)
 _SYSTEM = re.compile(r"^\\\{\s*\\begin\{pmatrix\}((?:(?!\\begin).)*)\\end\{pmatrix\}$", re.DOTALL)
-_NUMBERS = _rules(
+_NUMBERS = rules(
     (r"\{\s*,\s*\}", ","),
     (r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([+-]?\d{1,4})(?![\w.])", r"\1\\cdot 10^{\2}"),
     (r"(?<![\d.,\w}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     (r"(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}", lambda m: _repeating(m[1], m[2], m[3])),
 )
-_CONNECTIVES = _rules(
+_CONNECTIVES = rules(
     (r"\s*,?\s*\\(?:text|mathrm|mbox|textrm)\s*\{\s*,?\s*(?:or|and)\s*\}\s*", ", "),
     (r"(?<=[\s\d}),])\s*,?\s+(?:or|and)\s+", ", "),
 )
@@ -80,7 +73,7 @@ _SAID = (
     r"^\s*(?:\\text\s*\{)?(?i:(?:the |our |my )?(?:final )?(?:answer|solution|result|value)(?: is| equals)?)"
     r"\s*[:=]?\s*\}?\s*(?=[-+\\\d(\[$])"
 )
-_ENDS = _rules(
+_ENDS = rules(
     (_SAID, ""),
     (r"^\s*(?:\\approx|\\therefore|\\implies|\\Rightarrow|=)(?![A-Za-z])\s*", ""),
     (r"(?<![.\s])\s?[.;,]\s*$", ""),
@@ -94,14 +87,14 @@ def plain(latex: str) -> str:
     """The answer in one spelling: commands of LaTeX only, no layout, numbers without separators of thousands."""
     text = as_latex(latex)
     text = _GROUPED.sub(lambda m: re.sub(r"\D", "", m[0]), text)
-    text = _whole_text(_apply(text, _ENDS).strip())
+    text = _whole_text(rewritten(text, _ENDS).strip())
     if _OF_VECTORS.search(text):  # a product of vectors is not one of numbers
         text = _PRODUCT.sub(r"\\vectorproduct ", text)
     # "$" stands for mathematics, "\$" for money; a percent sign means the same with and without its backslash
     text = re.sub(r"(?<!\\)\$", "", text)
     text = re.sub(r"(?<!\\)%", r"\\%", text)
-    for rules in (_LAYOUT, _CONNECTIVES, _LETTERS, _NUMBERS, _ENDS):
-        text = _apply(text, rules)
+    for step in (_LAYOUT, _CONNECTIVES, _LETTERS, _NUMBERS, _ENDS):
+        text = rewritten(text, step)
     return _bare(text)
 
 
@@ -124,12 +117,6 @@ def _bare(text: str) -> str:
         before, text = text, _whole_text(_outer(text.strip()))
         text = _BRACKETED_MATRIX.sub(r"\1", text)
     return _SYSTEM.sub(r"\\begin{cases}\1\\end{cases}", text)
-
-
-def _apply(text: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        text = pattern.sub(replacement, text)
-    return text
 
 
 def _repeating(whole: str, fixed: str, period: str) -> str:

@@ -12,15 +12,9 @@ from fractions import Fraction
 
 from megatron_hpt.rewards.reference.boxes import argument
 from megatron_hpt.rewards.reference.words import without_units
+from megatron_hpt.rewards.rewriting import rewritten, rules
 
-Rules = tuple[tuple[re.Pattern[str], str], ...]
-
-
-def _rules(*pairs: tuple[str, str]) -> Rules:
-    return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
-
-
-_LAYOUT = _rules(
+_LAYOUT = rules(
     (r"\\(?:text)?color\s*\{[A-Za-z]+\}|\\(?:[hv]?phantom|hspace\*?)\s*\{[^{}]*\}", ""),
     (r"\\(?:bm|boldsymbol|emph|hbox|rm|bf|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])", ""),
     (r"\\dots(?![A-Za-z])|…", r"\\ldots"),
@@ -36,8 +30,8 @@ _LAYOUT = _rules(
     (r"\\(ne|le|ge)q(?![A-Za-z])", r"\\\1"),
     (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
 )
-_MONEY = _rules((r"\\?\$", ""), (r"\\%", ""))
-_SHORTHAND = _rules(
+_MONEY = rules((r"\\?\$", ""), (r"\\%", ""))
+_SHORTHAND = rules(
     (r"(^|[ {])\.(?=\d)", r"\g<1>0."),
     (r"^\s*[A-Za-z][A-Za-z\d]?\s*=([^=]+)$", r"\1"),  # "x=5": which letter it has is not asked
     (r"\\sqrt\s*([^{\s\[\\])", r"\\sqrt{\1}"),
@@ -48,14 +42,14 @@ _SHORTHAND = _rules(
     (r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
     (r"^\\frac\{-(\d+)\}", r"-\\frac{\1}"),
 )
-_WORDS = _rules(
+_WORDS = rules(
     (r"\\?[$%]", ""),
     (r"\s(?:or|and)\s|\s*,?\s*\\text\s*\{\s*,?\s*(?:or|and)\s*\}\s*", " , "),
 )
-_LARGE = _rules((r"\s*\bmillion", r"*10^6"), (r"\s*\bbillion", r"*10^9"), (r"\s*\btrillion", r"*10^{12}"))
+_LARGE = rules((r"\s*\bmillion", r"*10^6"), (r"\s*\bbillion", r"*10^9"), (r"\s*\btrillion", r"*10^{12}"))
 _CONNECTIVE = re.compile(r"\s*,?\s*\\text\s*\{\s*,?\s*(?:or|and)\s*\}\s*")
-_MIXED = _rules((r"(?<![\d.,])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"(?<=\d)\{,\}(?=\d{3})", ","))
-_SYMBOLS = _rules(
+_MIXED = rules((r"(?<![\d.,])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"(?<=\d)\{,\}(?=\d{3})", ","))
+_SYMBOLS = rules(
     (r"\\(?:text|mathrm|mathbf|textbf|textit|mbox|underline)\s*(?=\{)", ""),
     (r"\\pi(?![A-Za-z])", "pi"),
     (r"\\infty(?![A-Za-z])", "inf"),
@@ -64,18 +58,12 @@ _SYMBOLS = _rules(
     (r"\\[,;: ](?!\d)|~", " "),
     (r"\\([{}])", r"\1"),
 )
-_SPACES = _rules((r"-\s+", "-"), (r"(\d)\s+(?=\(?\d+\)?/)", r"\1+"), (r"[\s{}]", ""))
+_SPACES = rules((r"-\s+", "-"), (r"(\d)\s+(?=\(?\d+\)?/)", r"\1+"), (r"[\s{}]", ""))
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?", re.IGNORECASE)
 _FRACTION = re.compile(r"([+-]?)\s*(?:\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+))")
 _SHORT = 64
 _WHOLE_WITHIN = Decimal("1e-7")
-
-
-def _apply(text: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        text = pattern.sub(replacement, text)
-    return text
 
 
 def without_text(latex: str) -> str:
@@ -87,15 +75,15 @@ def without_text(latex: str) -> str:
 
 def typeset(latex: str) -> str:
     """The answer without choices of layout: spaces, sizes, units, ways to write a fraction or a root."""
-    laid_out = _apply(without_text(latex), _LAYOUT).strip()
-    return _apply(_apply(without_units(laid_out), _MONEY).strip(), _SHORTHAND)
+    laid_out = rewritten(without_text(latex), _LAYOUT).strip()
+    return rewritten(rewritten(without_units(laid_out), _MONEY).strip(), _SHORTHAND)
 
 
 def spoken(latex: str) -> str:
     """The answer as one would say it: words, units, case, braces and separators of thousands make no difference."""
-    text = _apply(_apply(_apply(without_text(latex), _LAYOUT), _LARGE), _WORDS)
+    text = rewritten(rewritten(rewritten(without_text(latex), _LAYOUT), _LARGE), _WORDS)
     text = _fractions(without_units(text).replace("{,}", ","))
-    text = _apply(_apply(text, _SYMBOLS), _SPACES).lower()
+    text = rewritten(rewritten(text, _SYMBOLS), _SPACES).lower()
     return _whole(_THOUSANDS.sub("", text))
 
 
@@ -106,8 +94,8 @@ def listed(latex: str) -> str:
 
 def readable(latex: str) -> str:
     """The answer in LaTeX that a parser reads: without units and currency, mixed numbers written out."""
-    text = without_units(_apply(without_text(latex), _LAYOUT))
-    return _apply(_apply(text, _MONEY).strip(), _MIXED)
+    text = without_units(rewritten(without_text(latex), _LAYOUT))
+    return rewritten(rewritten(text, _MONEY).strip(), _MIXED)
 
 
 def number(text: str) -> Decimal | None:
