@@ -21,6 +21,7 @@ from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import models, preflight
 from megatron_hpt.launch.inspection import Found
 from megatron_hpt.launch.launchers import gpus_here, on_this_machine
+from megatron_hpt.launch.train import prepare_inputs
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.pool import GraderPool
@@ -62,8 +63,7 @@ def check_recipe(source: str, overrides: list[str], root: Path, console: Console
     recipe = recipes.load(source, overrides)
     config = recipe.config
     check_folder(root)
-    if recipe.prepare is not None:
-        recipe.prepare(config)
+    prepare_inputs(recipe, root)
     found = preflight.check(config)
     on_this_machine(config)
     if not config.rollout.urls:

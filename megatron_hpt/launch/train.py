@@ -34,9 +34,7 @@ def start_run(source: str, overrides: list[str], root: Path, launch: Launch = on
     """Train from the first step in a new run directory."""
     recipe = recipes.load(source, overrides)
     check_folder(root)
-    if recipe.prepare is not None:
-        with in_words(root), _alone(root):
-            recipe.prepare(recipe.config)
+    prepare_inputs(recipe, root)
     preflight.check(recipe.config)
     start = launch(recipe.config)
     for key in without_effect(recipe.config):
@@ -46,6 +44,13 @@ def start_run(source: str, overrides: list[str], root: Path, launch: Launch = on
         write_whole(run.data, json.dumps(files(recipe.config), indent=1))
     _supervise(recipe.config, run, 0, start(run))
     return run
+
+
+def prepare_inputs(recipe: recipes.Recipe, root: Path) -> None:
+    """Make what the recipe makes for itself; another process that is at it is waited for."""
+    if recipe.prepare is not None:
+        with in_words(root), _alone(root):
+            recipe.prepare(recipe.config)
 
 
 @contextmanager
