@@ -17,9 +17,9 @@ setup(
     entry_points={
         "console_scripts": ["megatron-hpt = megatron_hpt.cli:main"],
         # vLLM calls this in every one of its processes; it registers our weight receiver.
-        "vllm.general_plugins": ["megatron_hpt = megatron_hpt.weights.vllm_plugin:register"],
+        "vllm.general_plugins": ["megatron_hpt = megatron_hpt.engines.vllm.plugin:register"],
         # Likewise SGLang; the platform is its host without a GPU.
-        "sglang.srt.plugins": ["megatron_hpt = megatron_hpt.weights.sglang_plugin:register"],
-        "sglang.srt.platforms": ["megatron_hpt_host = megatron_hpt.rollout.sglang_host:activate"],
+        "sglang.srt.plugins": ["megatron_hpt = megatron_hpt.engines.sglang.plugin:register"],
+        "sglang.srt.platforms": ["megatron_hpt_host = megatron_hpt.engines.sglang.host:activate"],
     },
 )

@@ -26,12 +26,13 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_hpt.actor import checkpoint
-from megatron_hpt.actor.train_step import Actor, accumulate, selected_rows
+from megatron_hpt.actor.state import Actor
+from megatron_hpt.actor.train_step import accumulate, selected_rows
 from megatron_hpt.actor.trainer import build_actor
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.packing import places, plan_micro_batches
+from megatron_hpt.batch.rows import Row
 from megatron_hpt.config import Config, ParallelConfig
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.packing import places, plan_micro_batches
-from megatron_hpt.data.rows import Row
 from megatron_hpt.run import open_run
 
 ROUNDS = 3
@@ -131,7 +132,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     """Command line."""
     run = open_run(Path(sys.argv[1]))
-    from megatron_hpt.config import load_yaml
+    from megatron_hpt.overrides import load_yaml
 
     config = load_yaml(run.config)
     config = config.model_copy(update={"parallel": ParallelConfig()})

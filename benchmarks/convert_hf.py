@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 
 from megatron_hpt.config import ParallelConfig
 from megatron_hpt.examples import smollm2, tiny_llama
-from megatron_hpt.weights.conversion import ToHf, ToMegatron
-from megatron_hpt.weights.hf_config import model_shape
-from megatron_hpt.weights.hf_files import weight_files
-from megatron_hpt.weights.mapping import hf_tensor_shapes
+from megatron_hpt.models.conversion import ToHf, ToMegatron
+from megatron_hpt.models.hf_config import model_shape
+from megatron_hpt.models.hf_files import weight_files
+from megatron_hpt.models.mapping import hf_tensor_shapes
 
 ROUNDS = 5
 SHARD = "500MB"

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_hpt.actor import logprob
-from megatron_hpt.actor.logprob import Vocabulary, logprob_and_entropy
+from megatron_hpt.actor.model import logprob
+from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy
 
 FULL_TOKENS, VOCAB = 32_768, 151_936
 

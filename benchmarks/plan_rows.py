@@ -1,4 +1,4 @@
-"""The step times of `plan` beside published ones: one set of shares of the peak (launch/timing.py) for all rows.
+"""The step times of `plan` beside published ones: one set of shares of the peak (plan/timing.py) for all rows.
 
     .venv/bin/python benchmarks/plan_rows.py
 
@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hpt.config import ActorConfig, Config, DataConfig, ModelConfig, ParallelConfig
-from megatron_hpt.gpucheck.sizes import flops_per_token
-from megatron_hpt.launch.cluster import ClusterConfig, load_cluster
-from megatron_hpt.launch.timing import Batch, micro_batch_s, train_s
-from megatron_hpt.weights.hf_config import ModelShape, model_shape
+from megatron_hpt.models.hf_config import ModelShape, model_shape
+from megatron_hpt.plan.cluster import ClusterConfig, load_cluster
+from megatron_hpt.plan.timing import StepSize, flops_per_token, micro_batch_s, train_s
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 0.15
@@ -48,7 +47,7 @@ class Row:
         model = ModelConfig(path="published", dtype="bfloat16")
         config = Config(name="row", model=model, data=DataConfig(train=""), parallel=self.parallel, actor=self.actor)
         budget = self.actor.micro_batch_tokens
-        batch = Batch(self.rows, self.row_tokens, self.rows * self.row_tokens // budget // self.parallel.data, budget)
+        batch = StepSize(self.rows, self.row_tokens, self.rows * self.row_tokens // budget // self.parallel.data, budget)
         step = train_s(self.shape, config, cluster, batch)
         one = micro_batch_s(self.shape, config, cluster, budget, self.row_tokens)
         visible = sum(getattr(one, f.name) for f in fields(one) if f.name not in self.hidden) / one.total

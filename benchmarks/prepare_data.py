@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_hpt.data.parquet import ROW_GROUP, SCHEMA, Problem, write_problems
-from megatron_hpt.data.preparation.formats import openr1
-from megatron_hpt.data.preparation.overlap import WORDS, HeldOut
-from megatron_hpt.data.preparation.pipeline import Plan, Preparation
-from megatron_hpt.data.preparation.reading import local_files
+from megatron_hpt.preparation.formats import openr1
+from megatron_hpt.preparation.overlap import WORDS, HeldOut
+from megatron_hpt.preparation.pipeline import Preparation, PreparationPlan
+from megatron_hpt.preparation.reading import local_files
 
 FILES = {"R1's length": (20_000, 2_000), "short": (1_000_000, 60)}
 """Rows, and words of a demonstration."""
@@ -57,7 +57,7 @@ def as_python(source: Path, out: Path) -> None:
 def prepare(source: Path, out: Path, tests: HeldOut | None = None) -> None:
     """The tool's work."""
     form = openr1(system_prompt=False)
-    Preparation(Plan(form, tests=tests)).write(local_files(source).batches(form.columns), out)
+    Preparation(PreparationPlan(form, tests=tests)).write(local_files(source).batches(form.columns), out)
 
 
 def prepare_against_tests(source: Path, out: Path) -> None:

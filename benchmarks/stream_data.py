@@ -27,7 +27,7 @@ def write(path: Path, rows: int, width: int, group: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from megatron_hpt.data.formats import MESSAGES
+    from megatron_hpt.data.storage.formats import MESSAGES
 
     random = np.random.default_rng(0)
     words = np.array([f"w{index:x}" for index in range(5000)])
@@ -93,11 +93,11 @@ def mib(key: str) -> float:
 def take(path: str) -> dict[str, float]:
     """The coordinator's part: batches from the first one on."""
     from megatron_hpt.data.problem_set import ProblemSet
-    from megatron_hpt.data.prompts import Limits, Reader
+    from megatron_hpt.data.prompts import LengthLimits, Reader
     from megatron_hpt.data.source import PromptSource
 
     before, started, position, seconds = mib("VmRSS"), time.monotonic(), 0, []
-    source = PromptSource([ProblemSet(path)], [1.0], Reader(Bytes(), Limits(10**6, 10**6)), seed=0)
+    source = PromptSource([ProblemSet(path)], [1.0], Reader(Bytes(), LengthLimits(10**6, 10**6)), seed=0)
     for _ in range(BATCHES):
         position = source.take(position, BATCH).next_position
         seconds.append(time.monotonic() - started)
@@ -119,7 +119,7 @@ def stream(path: str) -> dict[str, float]:
     """The same columns decoded by pyarrow, batch by batch, or all lines by json, and nothing done with them."""
     import pyarrow.parquet as pq
 
-    from megatron_hpt.data.columns import READ
+    from megatron_hpt.data.storage.columns import READ
 
     before, started = mib("VmRSS"), time.monotonic()
     if path.endswith(".jsonl"):

@@ -75,8 +75,9 @@ def configuration(case: Case, folder: Path) -> Config:
 
 def measure(case: Case, folder: Path) -> dict:
     """Start the engine, let ranks of the actor publish to it, end it."""
-    from megatron_hpt.rollout.engine import Weights
-    from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
+    from megatron_hpt.engines.interface import Start
+    from megatron_hpt.engines.registry import ENGINES, interpreter
+    from megatron_hpt.engines.types import Weights
 
     config, kind = configuration(case, folder), ENGINES[case.engine]
     port = free_port()
@@ -126,20 +127,21 @@ def work(case: Case, folder: Path, url: str) -> None:
     """One rank of the actor."""
     import torch.distributed as dist
 
-    from megatron_hpt.actor import export, model, parallel, platform
-    from megatron_hpt.rollout import engines
-    from megatron_hpt.weights.hf_config import model_shape
-    from megatron_hpt.weights.measure import memcpy_seconds
-    from megatron_hpt.weights.sender import Target, WeightSender
+    from megatron_hpt.actor import export, parallel, platform
+    from megatron_hpt.actor.model import policy
+    from megatron_hpt.engines import registry
+    from megatron_hpt.models.hf_config import model_shape
+    from megatron_hpt.transfer.sender import Target, TransferOptions, WeightSender
+    from megatron_hpt.transfer.speed import memcpy_seconds
 
     config, where = configuration(case, folder), platform.detect(threads=1)
     ranks = parallel.initialize(config.parallel, where, 0, 300)
     shape = model_shape(config.model.path)
-    chunks = model.load(config.model.path, config, ranks, where)
-    control = engines.control(config, url)
-    target = Target(control, engines.layout(config))
-    options = engines.transfer_options(config)
-    sender = WeightSender(model.views(chunks, shape, ranks), shape, [target], dist.group.WORLD, options)
+    chunks = policy.load(config.model.path, config, ranks, where)
+    control = registry.control(config, url)
+    target = Target(control, registry.layout(config))
+    options = TransferOptions.of_run(config)
+    sender = WeightSender(policy.views(chunks, shape, ranks), shape, [target], dist.group.WORLD, options)
     found: dict[str, list[float]] = {"stage": [], "receive": [], "load": [], "total": [], "usual": []}
     for version in range(1, ROUNDS + 1):
         dist.barrier()
@@ -149,7 +151,7 @@ def work(case: Case, folder: Path, url: str) -> None:
         if ranks.is_lead:
             for step in ("stage", "receive", "load"):
                 found[step].append(steps[f"time/transfer_{step}_s"])
-    views = model.contributed_views(chunks, shape, ranks)
+    views = policy.contributed_views(chunks, shape, ranks)
     usual = _reloaded if case.engine == "vllm" else _pickled
     for _ in range(2):
         dist.barrier()

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 
 from megatron_hpt import command, environment
-from megatron_hpt.options import MOST_ROWS, MOST_SECONDS, MOST_TOKENS, number
-from megatron_hpt.options import samples as samples_option
+from megatron_hpt.settings.options import MOST_ROWS, MOST_SECONDS, MOST_TOKENS, number
+from megatron_hpt.settings.options import samples as samples_option
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 RUNS = Path("runs")
@@ -52,7 +52,7 @@ def slurm(
     Nodes that fail the health check are left out; a run of the recipe's name is continued; a job that is ended by a notice
     or a failure is requeued.
     """
-    from megatron_hpt.launch.job import Site, plan_job, run_job
+    from megatron_hpt.launch.slurm.job import Site, plan_job, run_job
 
     site = Site(ranks_per_node, python, srun, health)
     if dry_run:
@@ -77,18 +77,18 @@ def launch(
     logs: Annotated[bool, typer.Option("--logs", help="show its output, until it has ended")] = False,
 ) -> None:
     """Send a recipe to a cluster by NeMo-Run (make nemo-env)."""
-    from megatron_hpt.launch import nemo
+    from megatron_hpt.launch.nemo import task
 
     if dry_run:
-        sys.stdout.write(nemo.dry_run(recipe, overrides or [], cluster))
+        sys.stdout.write(task.dry_run(recipe, overrides or [], cluster))
     else:
-        Console().print(f"launched  {nemo.launch(recipe, overrides or [], cluster, wait, logs)}", highlight=False)
+        Console().print(f"launched  {task.launch(recipe, overrides or [], cluster, wait, logs)}", highlight=False)
 
 
 @app.command()
 def status(experiment: Experiment) -> None:
     """Show the state of what was launched, and its job's number."""
-    from megatron_hpt.launch.nemo import status
+    from megatron_hpt.launch.nemo.task import status
 
     for name, state in status(experiment).items():
         Console().print(f"{name}  {state}", highlight=False)
@@ -97,7 +97,7 @@ def status(experiment: Experiment) -> None:
 @app.command()
 def logs(experiment: Experiment) -> None:
     """Show the output of what was launched."""
-    from megatron_hpt.launch.nemo import show_logs
+    from megatron_hpt.launch.nemo.task import show_logs
 
     show_logs(experiment)
 
@@ -105,7 +105,7 @@ def logs(experiment: Experiment) -> None:
 @app.command()
 def cancel(experiment: Experiment) -> None:
     """End what was launched, without saving."""
-    from megatron_hpt.launch.nemo import cancel
+    from megatron_hpt.launch.nemo.task import cancel
 
     cancel(experiment)
 
@@ -120,8 +120,8 @@ def plan(
     fill: Annotated[float, number(0.01, 1, help="mean length of prompts and responses, as a share of their limits")] = 0.5,
 ) -> None:
     """Show what a recipe takes before it runs: places, memory, seconds, bytes; refuse what does not fit, with what does."""
-    from megatron_hpt.launch.plan import of_recipe
-    from megatron_hpt.launch.plan_table import show
+    from megatron_hpt.plan.plan import of_recipe
+    from megatron_hpt.plan.table import show
 
     found = of_recipe(recipe, overrides or [], cluster, fill)
     show(found, _wide_console())
@@ -166,10 +166,10 @@ def evaluate(
 
     When interrupted, the same command goes on where it was.
     """
-    from megatron_hpt.launch.asked import Options
-    from megatron_hpt.launch.evaluate import evaluate
+    from megatron_hpt.launch.evaluate.command import evaluate
+    from megatron_hpt.launch.evaluate.request import EvaluationOptions
 
-    options = Options(
+    options = EvaluationOptions(
         data, out, samples, grader, temperature, top_p, max_tokens, seed, system_prompt, tokenizer, overrides or []
     )
     _print_evaluation(evaluate(model, benchmarks.split(","), options, Console()))
@@ -186,17 +186,17 @@ def regrade(
     deadline: Annotated[float, number(0.1, MOST_SECONDS, help="seconds for an answer")] = 10.0,
 ) -> None:
     """Grade an evaluation's samples again, without an engine, and print its table."""
-    from megatron_hpt.config import reward_alone
-    from megatron_hpt.launch.evaluate import regrade
+    from megatron_hpt.launch.evaluate.command import regrade
+    from megatron_hpt.overrides import reward_alone
 
     regrade(evaluation, grader, reward_alone(overrides or [], workers=workers, deadline_s=deadline))
     _print_evaluation(evaluation)
 
 
 def _print_evaluation(folder: Path) -> None:
+    from megatron_hpt.comparison.summary import table
     from megatron_hpt.evaluation.benchmarks import BENCHMARKS
-    from megatron_hpt.evaluation.summary import table
-    from megatron_hpt.launch.evaluate import summaries
+    from megatron_hpt.launch.evaluate.command import summaries
 
     drawn = table(summaries(folder), {name: row.title for name, row in BENCHMARKS.items()})
     # A narrow terminal breaks the lines; the table would rather leave figures out.
@@ -223,8 +223,8 @@ def compare(
     ] = None,
 ) -> None:
     """Compare models: a table of results, pass@k and maj@k, and what the first solves that each of the others does not."""
-    from megatron_hpt.evaluation.comparison import compare
-    from megatron_hpt.evaluation.output import check, show, write
+    from megatron_hpt.comparison.comparison import compare
+    from megatron_hpt.comparison.output import check, show, write
 
     check(output or [])
     found = compare(entries, paper, intersect, across_protocols)
@@ -240,7 +240,7 @@ def config(
     overrides: Overrides = None,
 ) -> None:
     """Print the resolved configuration of a recipe, every default written out."""
-    from megatron_hpt.config import dump_yaml
+    from megatron_hpt.overrides import dump_yaml
     from megatron_hpt.recipe import load
 
     sys.stdout.write(dump_yaml(load(recipe, overrides or []).config))
@@ -292,7 +292,7 @@ def doctor(
     folder: Annotated[Path, typer.Option(help="folder of the runs, on a file system that all nodes see")] = RUNS,
 ) -> None:
     """Say what this machine can run, what is missing and what to do; exit code 1 if something is broken."""
-    from megatron_hpt.launch.doctor import MACHINE, NODE, Asked, examined
+    from megatron_hpt.doctor.doctor import MACHINE, NODE, Asked, examined
 
     report = examined(NODE if node else MACHINE, Asked(folder, gpus))
     if as_json:

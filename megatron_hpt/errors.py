@@ -2,6 +2,17 @@
 
 import difflib
 from collections.abc import Callable, Iterable
+from reprlib import Repr
+from typing import Any
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+
+def shown(value: Any) -> str:
+    """A value of the user's data for a message: as Python writes it, in ASCII, shortened in the middle however long or deep
+    it is."""
+    return _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
 
 
 def did_you_mean(name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> str:

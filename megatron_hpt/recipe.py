@@ -16,8 +16,9 @@ from pathlib import Path
 
 from pydantic import ValidationError, validate_call
 
-from megatron_hpt.config import Config, apply_overrides, load_yaml, note_twice
+from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError, HptError, did_you_mean
+from megatron_hpt.overrides import apply_overrides, load_yaml, note_twice
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megatron_hpt.config import Config, dump_yaml, load_yaml
-from megatron_hpt.data.checkpoints import hf_side
-from megatron_hpt.data.files import check_folder, write_whole
+from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError
+from megatron_hpt.files import check_folder, write_whole
+from megatron_hpt.models.checkpoints import hf_side
+from megatron_hpt.overrides import dump_yaml, load_yaml
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from tests.engines import SharedEngines
+    from tests.engine_servers import SharedEngines
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("project", deadline=None, max_examples=50, derandomize=True)
@@ -49,7 +49,7 @@ def arithmetic_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SharedEngines"]:
     """Servers of the real engines for all tests that do not need one of their own."""
-    from tests.engines import SharedEngines
+    from tests.engine_servers import SharedEngines
 
     engines = SharedEngines(tmp_path_factory.mktemp("engines"))
     yield engines

@@ -13,8 +13,8 @@ from tests import janitor
 BESIDE = {
     "runs": ("tests/end_to_end/",),
     "slurm": ("tests/slurm/",),
-    "engines": ("tests/weights/test_engines.py", "tests/weights/test_faults.py", "tests/rewards/test_http.py"),
-    "ranks": ("tests/actor/", "tests/launch/test_memory.py", "tests/weights/test_conversion.py"),
+    "engines": ("tests/transfer/test_engines.py", "tests/transfer/test_faults.py", "tests/rewards/test_http.py"),
+    "ranks": ("tests/actor/", "tests/plan/test_memory.py", "tests/models/test_conversion.py"),
 }
 """Group → where its tests are. Those of a group run one after the other in one process, whose engines, Slurm and forked ranks
 serve all of them. Groups, longest first, and then the files of no group run beside each other (pytest-xdist)."""

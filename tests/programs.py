@@ -21,7 +21,8 @@ def megatron_hpt(*arguments: object, cwd: Path | None = None) -> CompletedProces
 def tool(name: str, *arguments: object, cwd: Path | None = None) -> CompletedProcess:
     """``python tools/NAME ARGUMENTS`` in a folder."""
     script = str(ROOT / "tools" / name)
-    return _done(lambda: runpy.run_path(script, run_name="__main__"), [script, *map(str, arguments)], cwd)
+    with mock.patch.object(sys, "path", [str(ROOT / "tools"), *sys.path]):  # as Python does for a script
+        return _done(lambda: runpy.run_path(script, run_name="__main__"), [script, *map(str, arguments)], cwd)
 
 
 def _done(program, arguments: list[str], cwd: Path | None) -> CompletedProcess:

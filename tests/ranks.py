@@ -57,7 +57,7 @@ def _server() -> subprocess.Popen:
 
 def _serve() -> None:
     """A job a line; the answer is null, or what went wrong."""
-    import megatron_hpt.weights.megatron_files  # noqa: F401
+    import megatron_hpt.models.megatron_files  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_hpt import recipe
-from megatron_hpt.config import Config, DataConfig, ModelConfig, apply_overrides, dump_yaml, load_yaml, validated
+from megatron_hpt.config import Config, DataConfig, ModelConfig
 from megatron_hpt.errors import ConfigError
+from megatron_hpt.overrides import apply_overrides, dump_yaml, load_yaml, validated
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
@@ -174,7 +175,16 @@ def test_no_such_recipe_and_other_files(tmp_path: Path) -> None:
 
 
 def test_configuration_and_pure_parts_import_no_torch() -> None:
-    names = ("config", "recipe", "weights.hf_config", "weights.manifest", "data.rows", "objective.gate", "launch.doctor")
+    names = (
+        "config",
+        "recipe",
+        "models.hf_config",
+        "transfer.manifest",
+        "batch.rows",
+        "objective.gate",
+        "engines.registry",
+        "doctor.doctor",
+    )
     modules = ", ".join(f"megatron_hpt.{name}" for name in names)
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_hpt.config import Config, DataConfig, HttpRewardConfig, ModelConfig, RewardConfig
+from megatron_hpt.engines.registry import ENGINES
 from megatron_hpt.environment import PASS, inherited, say_what_is_withheld, withheld
 from megatron_hpt.launch.children import Child
 from megatron_hpt.launch.launchers import TORCHRUN, LocalLauncher
-from megatron_hpt.rollout.engines import ENGINES
 from megatron_hpt.run import create
 
 LEFT_BY_OTHERS = {

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from megatron_hpt import recipe
-from megatron_hpt.config import Config, apply_overrides, dump_yaml, validated
+from megatron_hpt.config import Config
 from megatron_hpt.errors import HptError
 from megatron_hpt.launch import preflight
 from megatron_hpt.objective.algorithms import of_run
-from megatron_hpt.sections import alternatives, annotation_of, is_section
-from megatron_hpt.values import parse
+from megatron_hpt.overrides import apply_overrides, dump_yaml, validated
+from megatron_hpt.settings.sections import alternatives, annotation_of, is_section
+from megatron_hpt.settings.values import parse
 from tests import programs
 
 ROOT = Path(__file__).parents[1]

@@ -11,27 +11,17 @@ from hypothesis import strategies as st
 
 from megatron_hpt import config as configs
 from megatron_hpt import recipe
-from megatron_hpt.config import (
-    COUNTS_SOLVED,
-    AlgorithmConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    RewardConfig,
-    apply_overrides,
-    dump_yaml,
-    load_yaml,
-    validated,
-)
+from megatron_hpt.config import COUNTS_SOLVED, AlgorithmConfig, Config, DataConfig, ModelConfig, RewardConfig
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.grading import settings_of
-from megatron_hpt.launch.cluster import load_cluster
-from megatron_hpt.launch.plan import DEFAULT_CLUSTER
 from megatron_hpt.objective.algorithms import ALGORITHMS, build
 from megatron_hpt.objective.gate import Informative, Soft, Switch
+from megatron_hpt.overrides import apply_overrides, dump_yaml, load_yaml, note_twice, validated
+from megatron_hpt.plan.cluster import load_cluster
+from megatron_hpt.plan.plan import DEFAULT_CLUSTER
 from megatron_hpt.rewards.grades import Grade
 from megatron_hpt.rewards.pool import weighted, weights
-from megatron_hpt.values import dump, given_text, given_value, parse
+from megatron_hpt.settings.values import dump, given_text, given_value, parse
 
 BASE = Config(name="x", model=ModelConfig(path="m"), data=DataConfig(train="t"), algorithm=AlgorithmConfig(name="grpo"))
 
@@ -172,7 +162,7 @@ def test_a_section_is_changed_where_a_mapping_says_so(caplog: pytest.LogCaptureF
 def test_of_a_key_given_twice_the_last_counts_and_a_note_says_so(
     caplog: pytest.LogCaptureFixture, overrides: list[str], said: str
 ) -> None:
-    configs.note_twice.cache_clear()
+    note_twice.cache_clear()
     with caplog.at_level(logging.WARNING):
         found, _ = changed(*overrides), changed(*overrides)
     assert found == changed(overrides[-1])

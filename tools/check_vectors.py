@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from reference_vectors.check import Outcome, check_file
+from reference_vectors.graders import check_graders
 
 from megatron_hpt import command
 from megatron_hpt.errors import DataError
-from megatron_hpt.vectors.check import Outcome, check_file
-from megatron_hpt.vectors.graders import check_graders
 
 
 def main(

@@ -15,14 +15,14 @@ from typing import Annotated
 import typer
 
 from megatron_hpt import command
+from megatron_hpt.comparison.runs import draw, reached, table
 from megatron_hpt.config import Config
-from megatron_hpt.data.files import check_folder, write_whole
 from megatron_hpt.errors import ConfigError, Interrupted
-from megatron_hpt.evaluation.runs import draw, reached, table
+from megatron_hpt.files import check_folder, write_whole
 from megatron_hpt.launch.train import resume_point, resume_run, start_run
-from megatron_hpt.options import MOST_ROWS, number
 from megatron_hpt.recipe import load
 from megatron_hpt.run import RunDir, newest
+from megatron_hpt.settings.options import MOST_ROWS, number
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import duration
 

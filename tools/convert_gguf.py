@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from megatron_hpt import command
-from megatron_hpt.data.files import check_new_folder
 from megatron_hpt.examples import smollm2
+from megatron_hpt.files import check_new_folder
 
 
 def main(

@@ -25,9 +25,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from megatron_hpt import command
-from megatron_hpt.data.files import check_new_folder
 from megatron_hpt.errors import ModelError
-from megatron_hpt.options import processes
+from megatron_hpt.files import check_new_folder
+from megatron_hpt.settings.options import processes
 
 # Large tensors come and go: with large pages the kernel has far less to do for each. torch reads this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -57,9 +57,9 @@ def to_megatron(
     import torch
 
     from megatron_hpt.config import Config, DataConfig, ModelConfig, ParallelConfig
-    from megatron_hpt.launch.layout import check_layout
-    from megatron_hpt.weights.conversion import ToMegatron
-    from megatron_hpt.weights.hf_config import model_shape
+    from megatron_hpt.models.conversion import ToMegatron
+    from megatron_hpt.models.hf_config import model_shape
+    from megatron_hpt.plan.layout import check_layout
 
     if dtype is not None and dtype not in PRECISIONS:
         raise ModelError(f"--dtype: given {dtype}; allowed: {', '.join(PRECISIONS)}")
@@ -80,7 +80,7 @@ def to_hf(
     dry_run: DryRun = False,
 ) -> None:
     """Write the Hugging Face folder HF (a new folder) from a Megatron checkpoint."""
-    from megatron_hpt.weights.conversion import ToHf
+    from megatron_hpt.models.conversion import ToHf
 
     _convert(ToHf(checkpoint, shard_size, like), hf, dry_run)
 
@@ -88,7 +88,7 @@ def to_hf(
 @app.command()
 def verify(hf: Path, checkpoint: Path) -> None:
     """Compare every tensor of HF with CHECKPOINT: names, shapes, checksums."""
-    from megatron_hpt.weights.conversion import compare
+    from megatron_hpt.models.conversion import compare
 
     size, compared = compare(hf, checkpoint)
     count, differ, kinds = 0, [], set()
@@ -111,8 +111,8 @@ def verify(hf: Path, checkpoint: Path) -> None:
 @app.command()
 def show(hf: Path) -> None:
     """Show how the tensors of HF and those of Megatron correspond."""
-    from megatron_hpt.weights.hf_config import model_shape
-    from megatron_hpt.weights.mapping import FAMILIES
+    from megatron_hpt.models.hf_config import model_shape
+    from megatron_hpt.models.mapping import FAMILIES
 
     shape = model_shape(hf)
     table = Table(title=f"{shape.family}: {shape.layers} layers" + (f", {shape.experts} experts" if shape.experts else ""))

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from gpu_checks import actor, hardware, logprobs, transfer
+from gpu_checks.measurement import Measurement, markdown, read, write
+from gpu_checks.sizes import Sizes, on_gpu, on_host
 
 from megatron_hpt import command
-from megatron_hpt.data.files import check_folder
-from megatron_hpt.gpucheck import actor, hardware, logprobs, transfer
-from megatron_hpt.gpucheck.measurement import Measurement, markdown, read, write
-from megatron_hpt.gpucheck.sizes import Sizes, on_gpu, on_host
+from megatron_hpt.files import check_folder
 
 BUDGET_S = 460
 

@@ -14,11 +14,12 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_hpt import command
-from megatron_hpt.config import RewardConfig, reward_alone
+from megatron_hpt.config import RewardConfig
 from megatron_hpt.evaluation.grading import settings_of
-from megatron_hpt.options import MOST_ROWS, MOST_SECONDS, number
+from megatron_hpt.overrides import reward_alone
 from megatron_hpt.rewards import regrade
 from megatron_hpt.rewards.grades import Answer, Grade
+from megatron_hpt.settings.options import MOST_ROWS, MOST_SECONDS, number
 
 WIDTH = 400
 """Characters of a response that are shown: its end, where the answer is."""

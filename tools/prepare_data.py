@@ -35,29 +35,29 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from megatron_hpt import command
 from megatron_hpt.config import Config, DataConfig, ModelConfig, RewardConfig
-from megatron_hpt.data.files import check_file
-from megatron_hpt.data.preparation import formats
-from megatron_hpt.data.preparation.checks import Grade, Lengths
-from megatron_hpt.data.preparation.findings import UNUSABLE, Kind
-from megatron_hpt.data.preparation.formats import Format
-from megatron_hpt.data.preparation.hub import find
-from megatron_hpt.data.preparation.overlap import WORDS
-from megatron_hpt.data.preparation.pipeline import Plan, Preparation, rejects_path
-from megatron_hpt.data.preparation.reading import Batch, Files
-from megatron_hpt.data.preparation.sets import held_out, sets_in
-from megatron_hpt.data.preparation.telling import told
 from megatron_hpt.errors import DataError
 from megatron_hpt.examples import arithmetic as sums
 from megatron_hpt.examples import word_problems as words
-from megatron_hpt.options import MOST_ROWS, MOST_TOKENS, number
-from megatron_hpt.values import NotAValue, given_value
+from megatron_hpt.files import check_file
+from megatron_hpt.preparation import formats
+from megatron_hpt.preparation.checks import Grade, Lengths
+from megatron_hpt.preparation.findings import UNUSABLE, FindingKind
+from megatron_hpt.preparation.formats import RecordFormat
+from megatron_hpt.preparation.hub import find
+from megatron_hpt.preparation.overlap import WORDS
+from megatron_hpt.preparation.pipeline import Preparation, PreparationPlan, rejects_path
+from megatron_hpt.preparation.reading import Files, RecordBatch
+from megatron_hpt.preparation.sets import held_out, sets_in
+from megatron_hpt.preparation.summary import told
+from megatron_hpt.settings.options import MOST_ROWS, MOST_TOKENS, number
+from megatron_hpt.settings.values import NotAValue, given_value
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
 _SAY_EVERY_S = 30
 """Where the output is not a terminal."""
 
-Drop = Enum("Drop", {kind.name: kind.value for kind in Kind if kind not in UNUSABLE})
+Drop = Enum("Drop", {kind.name: kind.value for kind in FindingKind if kind not in UNUSABLE})
 SystemPrompt = Enum("SystemPrompt", {"STRIP": "strip", "KEEP": "keep"})
 Answers = Enum("Answers", {"ENTRY": "entry", "TEXT": "text"})
 Source = Annotated[str, typer.Argument(help="file, folder, or OWNER/NAME or OWNER/NAME/GLOB of the hub")]
@@ -89,7 +89,7 @@ class Options:
 
     def check(self) -> None:
         """An option without the one it needs would do nothing."""
-        asked = {f"--drop {one.value}": self._needed(Kind(one.value)) for one in self.drop or ()}
+        asked = {f"--drop {one.value}": self._needed(FindingKind(one.value)) for one in self.drop or ()}
         asked |= {
             f"--{name.replace('_', '-')}": [("--tokenizer", self.tokenizer)] for name in _OF_LENGTHS if getattr(self, name)
         }
@@ -98,19 +98,19 @@ class Options:
                 if not given:
                     raise DataError(f"{option} needs {name}")
 
-    def _needed(self, kind: Kind) -> list[tuple[str, Any]]:
+    def _needed(self, kind: FindingKind) -> list[tuple[str, Any]]:
         return {
-            Kind.CONTAMINATED: [("--against", self.against)],
-            Kind.WRONG: [("--reward", self.reward)],
-            Kind.LONG_PROMPT: [("--max-prompt", self.max_prompt)],
-            Kind.LONG_DEMONSTRATION: [("--max-response", self.max_response)],
+            FindingKind.CONTAMINATED: [("--against", self.against)],
+            FindingKind.WRONG: [("--reward", self.reward)],
+            FindingKind.LONG_PROMPT: [("--max-prompt", self.max_prompt)],
+            FindingKind.LONG_DEMONSTRATION: [("--max-response", self.max_response)],
         }.get(kind, [])
 
     def lengths(self) -> Lengths | None:
         """How lengths are counted."""
         if self.tokenizer is None:
             return None
-        from megatron_hpt.data.tokenizer import load_tokenizer
+        from megatron_hpt.models.tokenizer import load_tokenizer
 
         data = DataConfig(train="none", chat_template=self.chat_template)
         tokenizer = load_tokenizer(Config(name="preparation", model=ModelConfig(path=str(self.tokenizer)), data=data))
@@ -213,7 +213,7 @@ def reasoning_gym(
     options: Options,
 ) -> None:
     """Problems that reasoning-gym generates."""
-    from megatron_hpt.data.preparation.generated import generate
+    from megatron_hpt.preparation.generated import generate
 
     check_file(out)
     given = _once(_parameter(one) for one in parameters or ())
@@ -275,7 +275,7 @@ def _keep_source(source: str | Files, paths: Iterable[str], out: Path) -> None:
         raise DataError(f"{out}: is one of the source's files, or would be read as one the next time; write to another folder")
 
 
-def _prepare(source: str | Files, form: Format, out: Path, options: Options, split: str = "") -> None:
+def _prepare(source: str | Files, form: RecordFormat, out: Path, options: Options, split: str = "") -> None:
     check_file(out)
     files = find(source) if isinstance(source, str) else source
     _keep_source(source, files.paths, out)
@@ -284,9 +284,9 @@ def _prepare(source: str | Files, form: Format, out: Path, options: Options, spl
 
 
 def _write(
-    batches: Iterable[Batch],
+    batches: Iterable[RecordBatch],
     total: int,
-    form: Format,
+    form: RecordFormat,
     out: Path,
     options: Options,
     split: str = "train",
@@ -294,14 +294,14 @@ def _write(
 ) -> None:
     started = time.monotonic()
     with ExitStack() as stack:
-        plan = Plan(
+        plan = PreparationPlan(
             form,
             options.split or split,
             options.instruction,
             options.lengths(),
             held_out(options.against, options.words, {out, *sources}) if options.against else None,
             stack.enter_context(_graders(options.reward, options.workers)) if options.reward else None,
-            frozenset(Kind(one.value) for one in options.drop or ()),
+            frozenset(FindingKind(one.value) for one in options.drop or ()),
             options.box,
         )
         advance = stack.enter_context(_progress(out.name, total))

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from megatron_hpt import command
 from megatron_hpt.errors import HptError
-from megatron_hpt.options import MOST_ROWS, MOST_SECONDS, number
+from megatron_hpt.settings.options import MOST_ROWS, MOST_SECONDS, number
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out = Console(highlight=False, width=None if Console().is_terminal else 140)
@@ -43,12 +43,12 @@ def plan(
     receive: Annotated[float, number(1e-3, 1e6, help="10^9 bytes/s that one engine rank receives")] = 50.0,
 ) -> None:
     """Print who sends how much to whom, the lower bound, and the predicted seconds. Nothing is started."""
-    from megatron_hpt.weights import planning
+    from megatron_hpt.transfer import plan_report
 
     started = time.perf_counter()
-    case = planning.of_source(source, actor, engine, engines, dtype)
-    found = planning.make(case, transport)
-    planning.show(out, case, found, send, receive, time.perf_counter() - started)
+    case = plan_report.of_source(source, actor, engine, engines, dtype)
+    found = plan_report.make(case, transport)
+    plan_report.show(out, case, found, send, receive, time.perf_counter() - started)
 
 
 @app.command()
@@ -59,8 +59,8 @@ def push(
     deadline: Deadline = 120.0,
 ) -> None:
     """Bring a checkpoint into running engines, whole or not at all; the engines compare what they hold with it."""
-    from megatron_hpt.weights.checkpoints import describe
-    from megatron_hpt.weights.control import connect
+    from megatron_hpt.engines.registry import connect
+    from megatron_hpt.transfer.from_folder import describe
 
     contents, manifest = describe(checkpoint, version)
 
@@ -94,8 +94,8 @@ def verify(
     deadline: Deadline = 120.0,
 ) -> None:
     """Compare what engines hold with a checkpoint, tensor by tensor; exits with 1 and names the first that differs."""
-    from megatron_hpt.weights.checkpoints import describe
-    from megatron_hpt.weights.control import connect
+    from megatron_hpt.engines.registry import connect
+    from megatron_hpt.transfer.from_folder import describe
 
     contents, manifest = describe(checkpoint, 0)
     failed = []
@@ -117,7 +117,7 @@ def bench(
     folder: Annotated[Path | None, typer.Option(help="where files are written; default: the temporary folder")] = None,
 ) -> None:
     """Move weights between this process's sending and receiving ends, beside copying memory once."""
-    from megatron_hpt.weights.measure import local_speed
+    from megatron_hpt.transfer.speed import local_speed
 
     table = Table("transport", "stage s", "receive s", "GB/s", "of memcpy")
     with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -149,7 +149,7 @@ def watch(
 
 
 def _look(url: str) -> tuple[str, ...]:
-    from megatron_hpt.weights.control import connect
+    from megatron_hpt.engines.registry import connect
 
     try:
         control = connect(url, 2.0)

@@ -30,14 +30,13 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_hpt.actor import optimizer_state
 from megatron_hpt.actor.platform import Platform
-from megatron_hpt.data import sums
-from megatron_hpt.data.checkpoints import SIDE_FILES, checksums, mark_damaged, read_meta, record
-from megatron_hpt.data.files import swap_in
 from megatron_hpt.errors import CheckpointError
+from megatron_hpt.files import swap_in
+from megatron_hpt.models import checkpoint_sums
+from megatron_hpt.models.checkpoints import SIDE_FILES, checksums, mark_damaged, read_meta, record
+from megatron_hpt.models.hf_files import copy_side_files
 from megatron_hpt.process import die_with_parent
-from megatron_hpt.weights.hf_files import copy_side_files
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ def load(path: Path, chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | 
         for index, chunk in enumerate(chunks):
             _fill(chunk, state[_key(chunks, index)])
         if optimizer is not None:
-            optimizer_state.set_step(optimizer, state["optimizer"]["step"])
+            state.set_step(optimizer, state["optimizer"]["step"])
             _restore_rng(path)
     return meta
 
@@ -142,7 +141,7 @@ def _check_bytes(path: Path, resumes: bool) -> None:
     if written is None:
         logger.warning("note: %s was written without checksums: changed bytes in it would not be noticed", path)
         return
-    own = sums.differing(path, dict(list(written.items())[rank::ranks]))
+    own = checkpoint_sums.differing(path, dict(list(written.items())[rank::ranks]))
     found: list[str | None] = [None] * ranks
     dist.all_gather_object(found, own)
     if (reason := next(filter(None, found), None)) is not None:
@@ -209,7 +208,9 @@ def _in_writer(write: Callable[..., None], folder: Path, rank: int, *arguments: 
     os.register_at_fork(after_in_child=die_with_parent)  # it forks one process a file, and they would wait for it for ever
     torch.set_num_threads(1)  # a forked OpenMP pool has no threads, and waits for them for ever
     write(*arguments, **named)
-    sums.note(folder, rank, sorted(path.name for path in folder.glob(f"__{rank}_*")))  # as Megatron calls a rank's files
+    checkpoint_sums.note(
+        folder, rank, sorted(path.name for path in folder.glob(f"__{rank}_*"))
+    )  # as Megatron calls a rank's files
 
 
 def start_results_process() -> None:
@@ -242,7 +243,7 @@ def _state(chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | None) -> d
     """What is written, and what loading fills in place."""
     state: dict[str, Any] = {_key(chunks, i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
     if optimizer is not None:
-        state["optimizer"] = optimizer_state.sharded(optimizer, state)
+        state["optimizer"] = state.sharded(optimizer, state)
     return state
 
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_hpt.data.files import swap_in, whole_folder
-from megatron_hpt.weights.hf_files import copy_side_files, dtype_change, write_config
-from megatron_hpt.weights.mapping import ShardView
+from megatron_hpt.files import swap_in, whole_folder
+from megatron_hpt.models.hf_files import copy_side_files, dtype_change, write_config
+from megatron_hpt.models.mapping import ShardView
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from megatron_hpt.errors import HptError
 from megatron_hpt.objective.tokens import Denominators
 
 if TYPE_CHECKING:
-    from megatron_hpt.actor.train_step import Actor
+    from megatron_hpt.actor.state import Actor
     from megatron_hpt.config import Config
 
 EMPTY = "nothing to train"

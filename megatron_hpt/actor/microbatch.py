@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_hpt.actor.packing import RowPacking
-from megatron_hpt.data.packing import context_slice, places
-from megatron_hpt.data.rows import Row, Source
+from megatron_hpt.batch.packing import context_slice, places
+from megatron_hpt.batch.rows import Row, Source
 from megatron_hpt.errors import DataError
 
 
 @dataclass(frozen=True)
-class Cut:
+class MicroBatchLayout:
     """What the layout asks of a micro-batch."""
 
     row_multiple: int = 1
@@ -63,7 +64,7 @@ FILLER = Row("", 0, Source.DEMONSTRATION, (0, 0), 1, None, None, None, 0.0, None
 """A row that keeps a rank busy when others have more micro-batches; its weight of 0 makes its gradient exactly zero."""
 
 
-def pack(rows: Sequence[Row], device: torch.device, cut: Cut, total: int = 0) -> MicroBatch:
+def pack(rows: Sequence[Row], device: torch.device, cut: MicroBatchLayout, total: int = 0) -> MicroBatch:
     """Pack rows, with padding to `total` positions where they have fewer; no row gives one inert filler."""
     rows = rows or [FILLER]
     lengths = [len(row.tokens) - 1 for row in rows]
@@ -101,7 +102,9 @@ def pack(rows: Sequence[Row], device: torch.device, cut: Cut, total: int = 0) ->
     )
 
 
-def _routes(rows: Sequence[Row], starts: np.ndarray, local: np.ndarray, cut: Cut, device: torch.device) -> Tensor | None:
+def _routes(
+    rows: Sequence[Row], starts: np.ndarray, local: np.ndarray, cut: MicroBatchLayout, device: torch.device
+) -> Tensor | None:
     """[layers, local positions, top-k] of the rows' recorded experts, -1 elsewhere; None where no row has any.
 
     Raises:
@@ -125,7 +128,9 @@ def _routes(rows: Sequence[Row], starts: np.ndarray, local: np.ndarray, cut: Cut
     return torch.from_numpy(np.ascontiguousarray(routes[local].swapaxes(0, 1))).to(device)
 
 
-def pack_all(rows: Sequence[Row], plan: Sequence[Sequence[int]], device: torch.device, cut: Cut) -> list[MicroBatch]:
+def pack_all(
+    rows: Sequence[Row], plan: Sequence[Sequence[int]], device: torch.device, cut: MicroBatchLayout
+) -> list[MicroBatch]:
     """The micro-batches of one data parallel rank.
 
     Args:
@@ -136,7 +141,63 @@ def pack_all(rows: Sequence[Row], plan: Sequence[Sequence[int]], device: torch.d
     return [pack(part, device, cut, max(totals) if cut.equal else 0) for part in chosen]
 
 
-def ends_of(lengths: Sequence[int], cut: Cut) -> list[int]:
+def ends_of(lengths: Sequence[int], cut: MicroBatchLayout) -> list[int]:
     """Where rows of so many tokens end in their micro-batch, padding not counted."""
     slots = [length + -length % cut.row_multiple for length in lengths]
     return [end - slot + length for end, slot, length in zip(itertools.accumulate(slots), slots, lengths, strict=True)]
+
+
+@dataclass
+class RowPacking(PackedSeqParams):
+    """`PackedSeqParams` of rows that lie one after the other; the indices are made once a micro-batch, not once a layer."""
+
+    slots: tuple[int, ...] = ()
+    """Places of each row, padding included."""
+    context_size: int = 1
+    context_rank: int = 0
+    routes: Tensor | None = None
+    """[layers, local positions, top-k] experts to route by, -1 where routing is live; None: it is everywhere."""
+
+    @classmethod
+    def of(
+        cls,
+        slots: Sequence[int],
+        context_size: int,
+        context_rank: int,
+        device: torch.device,
+        routes: Tensor | None = None,
+    ) -> RowPacking:
+        """Rows with so many places each, cut over the context parallel ranks."""
+        cumulative = torch.tensor([0, *np.cumsum(slots)], dtype=torch.int32, device=device)
+        longest = max(slots)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cumulative,
+            cu_seqlens_kv=cumulative,
+            cu_seqlens_q_padded=cumulative if context_size > 1 else None,
+            cu_seqlens_kv_padded=cumulative if context_size > 1 else None,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            slots=tuple(slots),
+            context_size=context_size,
+            context_rank=context_rank,
+            routes=routes,
+        )
+
+    @cached_property
+    def unsliced(self) -> Tensor:
+        """[tokens]: where each packed position lies in the concatenation of all context parallel ranks' parts."""
+        order = np.concatenate([context_slice(self.slots, self.context_size, rank) for rank in range(self.context_size)])
+        return torch.from_numpy(np.argsort(order)).to(self.cu_seqlens_q.device)
+
+    @cached_property
+    def masks(self) -> list[Tensor]:
+        """Of each row, [slots / context_size, slots] bool: which places of the row each local query may look at."""
+        local = torch.from_numpy(context_slice(self.slots, self.context_size, self.context_rank))
+        parts = local.split([slot // self.context_size for slot in self.slots])
+        starts = np.cumsum([0, *self.slots])
+        device = self.cu_seqlens_q.device
+        return [
+            (part[:, None] - int(start) >= torch.arange(slot)).to(device)
+            for part, start, slot in zip(parts, starts, self.slots, strict=False)
+        ]

@@ -12,7 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_hpt.actor.platform import Platform
 from megatron_hpt.config import ParallelConfig
 from megatron_hpt.errors import ConfigError
-from megatron_hpt.weights.mapping import Place
+from megatron_hpt.models.mapping import Place
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_hpt.actor.logprob import Vocabulary, logprob_and_entropy
 from megatron_hpt.actor.microbatch import MicroBatch
-from megatron_hpt.actor.model import PolicyModel
+from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy
+from megatron_hpt.actor.model.policy import PolicyModel
 
 if TYPE_CHECKING:
-    from megatron_hpt.actor.train_step import Actor
+    from megatron_hpt.actor.state import Actor
 
 
 def model_logprobs(hidden: Tensor, batch: MicroBatch, model: PolicyModel, actor: Actor) -> tuple[Tensor, Tensor]:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_hpt.actor import guard
-from megatron_hpt.actor.frozen import penalised, reference_logprobs
-from megatron_hpt.actor.microbatch import Cut, MicroBatch, pack_all
-from megatron_hpt.actor.model import PolicyModel
-from megatron_hpt.actor.offload import Offload
-from megatron_hpt.actor.optimizer import learning_rate
-from megatron_hpt.actor.parallel import Ranks
-from megatron_hpt.actor.platform import Platform
+from megatron_hpt.actor.microbatch import MicroBatch, pack_all
+from megatron_hpt.actor.optimizer.optimizer import learning_rate
 from megatron_hpt.actor.predictions import model_logprobs
-from megatron_hpt.actor.timing import ObjectiveTimer
-from megatron_hpt.config import Config
-from megatron_hpt.data.packing import plan_micro_batches
-from megatron_hpt.data.rows import Row, Source
-from megatron_hpt.objective.algorithm import Algorithm
+from megatron_hpt.actor.reference_model import penalised, reference_logprobs
+from megatron_hpt.actor.state import Actor
+from megatron_hpt.batch.packing import plan_micro_batches
+from megatron_hpt.batch.rows import Row, Source
 from megatron_hpt.objective.estimator import Loss, part_names, unified_loss
 from megatron_hpt.objective.roles import Role
 from megatron_hpt.objective.tokens import Denominators, Tokens, count
@@ -33,37 +25,6 @@ from megatron_hpt.objective.tokens import Denominators, Tokens, count
 PROBE_ROWS = 8
 """Rollouts whose log-probabilities are compared with the engine's in every step, trained or not."""
 _MISMATCH = ("k3", "measured", "logprob_gap")
-
-
-@dataclass
-class Actor:
-    """The model on this rank and what it takes to train it."""
-
-    config: Config
-    algorithm: Algorithm
-    vocab: int
-    wrapped: list[DistributedDataParallel]
-    """This rank's chunks of the model with their gradient buffers; more than one under virtual pipelining."""
-    optimizer: MegatronOptimizer
-    ranks: Ranks
-    platform: Platform
-    cut: Cut
-    """What the layout asks of micro-batches."""
-    attention_parity: float
-    """Tokens of a row at which its attention costs as much as everything else."""
-    reference: list[PolicyModel] | None
-    """The frozen reference policy of the KL, laid out like the actor."""
-    offload: Offload
-    """What rests in host memory."""
-    entropy_coefficient: float
-    """Where an adaptive coefficient stands."""
-    skipped_in_a_row: int = 0
-    timer: ObjectiveTimer = field(default_factory=ObjectiveTimer)
-
-    @property
-    def chunks(self) -> list[PolicyModel]:
-        """The bare chunks of the model."""
-        return [wrapped.module for wrapped in self.wrapped]
 
 
 def selected_rows(rows: Sequence[Row], in_reward: bool = False) -> list[Row]:

@@ -13,24 +13,28 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_hpt.actor import checkpoint, export, guard, model, optimizer, parallel, platform, routing
-from megatron_hpt.actor.microbatch import Cut
-from megatron_hpt.actor.offload import Offload
-from megatron_hpt.actor.precision import check_fp8, this_machine, token_multiple
-from megatron_hpt.actor.train_step import Actor, train_step
+from megatron_hpt.actor import checkpoint, export, guard, parallel, platform
+from megatron_hpt.actor.microbatch import MicroBatchLayout
+from megatron_hpt.actor.model import policy, routing
+from megatron_hpt.actor.model.precision import check_fp8, this_machine, token_multiple
+from megatron_hpt.actor.optimizer import optimizer
+from megatron_hpt.actor.optimizer.offload import Offload
+from megatron_hpt.actor.state import Actor
+from megatron_hpt.actor.train_step import train_step
 from megatron_hpt.actor.waiting import Waiting
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.packing import attention_parity
 from megatron_hpt.blackboard import Blackboard, ready
-from megatron_hpt.config import Config, load_yaml
-from megatron_hpt.data.checkpoints import incompleteness, read_best, remove, superseded
-from megatron_hpt.data.files import whole, write_whole
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.packing import attention_parity
+from megatron_hpt.config import Config
+from megatron_hpt.engines import registry
+from megatron_hpt.files import whole, write_whole
+from megatron_hpt.models.checkpoints import incompleteness, read_best, remove, superseded
+from megatron_hpt.models.hf_config import run_shape
 from megatron_hpt.objective import algorithms
+from megatron_hpt.overrides import load_yaml
 from megatron_hpt.process import die_with_parent, ends_in_words, log_to
-from megatron_hpt.rollout import engines
 from megatron_hpt.run import RunDir
-from megatron_hpt.weights.hf_config import run_shape
-from megatron_hpt.weights.sender import Target, WeightSender
+from megatron_hpt.transfer.sender import Target, TransferOptions, WeightSender
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +46,14 @@ def build_actor(config: Config) -> Actor:
     ranks = parallel.initialize(config.parallel, where, config.trainer.seed, config.deadlines.step_s)
     shape = run_shape(config)
     algorithm = algorithms.of_run(config)
-    wrapped = optimizer.wrap(model.load(config.model.path, config, ranks, where), config.actor.fp8_param_gather)
+    wrapped = optimizer.wrap(policy.load(config.model.path, config, ranks, where), config.actor.fp8_param_gather)
     for chunk in wrapped:
         chunk.train()
     routing.install([chunk.module for chunk in wrapped], ranks)
     reference = None
     if algorithm.kl is not None:
         path = config.algorithm.kl.reference or config.model.path
-        reference = [chunk.requires_grad_(False).eval() for chunk in model.load(path, config, ranks, where)]
+        reference = [chunk.requires_grad_(False).eval() for chunk in policy.load(path, config, ranks, where)]
     megatron = optimizer.build(config.optimizer, wrapped, where)
     return Actor(
         config=config,
@@ -59,7 +63,7 @@ def build_actor(config: Config) -> Actor:
         optimizer=megatron,
         ranks=ranks,
         platform=where,
-        cut=Cut(
+        cut=MicroBatchLayout(
             config.parallel.row_multiple,
             config.parallel.batch_multiple * token_multiple(config.actor.fp8),
             ranks.context.size,
@@ -126,7 +130,7 @@ class Trainer:
         if config.trainer.export:
             shape = run_shape(config)
             export.export_hf(
-                self._folder, self._run.export, model.contributed_views(self._actor.chunks, shape, self._actor.ranks)
+                self._folder, self._run.export, policy.contributed_views(self._actor.chunks, shape, self._actor.ranks)
             )
             if self._actor.ranks.is_lead:
                 self._run.note_export(config.trainer.steps)
@@ -154,17 +158,17 @@ class Trainer:
     def _await_engines(self) -> list[Target]:
         config = self._config
         urls = self._board.wait("engines", config.deadlines.startup_s, "an engine")
-        return [Target(engines.control(config, url), engines.layout(config)) for url in urls]
+        return [Target(registry.control(config, url), registry.layout(config)) for url in urls]
 
     def _make_sender(self) -> WeightSender:
         config, shape = self._config, run_shape(self._config)
         self._tell(ready("trainer"), True)
         return WeightSender(
-            model.views(self._actor.chunks, shape, self._actor.ranks),
+            policy.views(self._actor.chunks, shape, self._actor.ranks),
             shape,
             self._targets or self._await_engines(),
             dist.group.WORLD,
-            engines.transfer_options(config),
+            TransferOptions.of_run(config),
         )
 
     def _take_memory(self) -> None:
@@ -225,7 +229,7 @@ class Trainer:
             return
         self._has_measured = True
         config = self._config
-        is_fp8 = config.actor.fp8 != "none" or engines.transfer_options(config).fp8 is not None
+        is_fp8 = config.actor.fp8 != "none" or TransferOptions.of_run(config).fp8 is not None
         guard.check_first(config, run_shape(config).experts > 0, is_fp8, step, k3)
 
     def _keep_if_skipped(self, step: int, metrics: dict[str, Any]) -> None:

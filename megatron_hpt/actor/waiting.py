@@ -6,7 +6,7 @@ import itertools
 import logging
 
 from megatron_hpt.blackboard import NOTICE, Blackboard
-from megatron_hpt.weights.sender import WeightSender
+from megatron_hpt.transfer.sender import WeightSender
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_hpt.data.shown import shown
-from megatron_hpt.errors import DataError
+from megatron_hpt.errors import DataError, shown
 
 
 def check_row(row: dict[str, Any], where: str) -> None:

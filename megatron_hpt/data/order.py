@@ -13,7 +13,7 @@ from megatron_hpt.errors import DataError
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """What reading makes near: rows of one block are had together."""
 
     small: Sequence[range]
@@ -42,7 +42,7 @@ class Shuffle:
     ones in every epoch, and the next part of every large one; its rows are in any order.
     """
 
-    def __init__(self, layout: Layout, seed: Sequence[int]) -> None:
+    def __init__(self, layout: BlockLayout, seed: Sequence[int]) -> None:
         """Args:
         seed: of one length for all that must differ.
         """
@@ -80,7 +80,7 @@ class Shuffle:
         return rows
 
 
-class Mixture:
+class SourceMixture:
     """Which source a position draws from, in proportion to weights.
 
     Positions come in cycles of `CYCLE`, in each of which every source has the same number of places, shuffled among each

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_hpt.data.files import whole
-from megatron_hpt.data.formats import MESSAGES
+from megatron_hpt.data.storage.formats import MESSAGES
+from megatron_hpt.files import whole
 
 SCHEMA = pa.schema(
     [

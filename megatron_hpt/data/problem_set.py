@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from megatron_hpt.data.blocks import Block
-from megatron_hpt.data.columns import check_schema, readable
-from megatron_hpt.data.formats import FORMATS, Format, format_of, rows_of
-from megatron_hpt.data.locations import Location, find
-from megatron_hpt.data.order import Layout
-from megatron_hpt.data.spool import Spool
+from megatron_hpt.data.order import BlockLayout
+from megatron_hpt.data.storage.blocks import Block
+from megatron_hpt.data.storage.columns import check_schema, readable
+from megatron_hpt.data.storage.formats import FORMATS, FileFormat, format_of, rows_of
+from megatron_hpt.data.storage.locations import Location, find
+from megatron_hpt.data.storage.row_cache import Spool
 from megatron_hpt.errors import DataError
 
 WINDOW_BYTES = 256 << 20
@@ -63,7 +63,7 @@ class ProblemSet:
             DataError: no files, not of a known format, a column missing or of another type, no rows.
         """
         self.name = paths if isinstance(paths, str) else ", ".join(paths)
-        self._formats: dict[str, Format] = {name: form() for name, form in FORMATS.items()}
+        self._formats: dict[str, FileFormat] = {name: form() for name, form in FORMATS.items()}
         self._scratch, self._prefix = scratch, prefix
         self._columns: dict[Location, Sequence[str]] = {}
         self.locations = find(paths)
@@ -155,11 +155,11 @@ class ProblemSet:
         return reader
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> BlockLayout:
         """The rows by block, in as many windows as keep one near `WINDOW_BYTES`."""
         parts = [
             (range(first, first + b.rows), b.bytes > LARGE_BYTES) for first, b in zip(self._firsts, self.blocks, strict=True)
         ]
         small, large = ([rows for rows, is_large in parts if is_large is kind] for kind in (False, True))
         windows = min(self.rows, -(-sum(block.bytes for block in self.blocks) // WINDOW_BYTES))
-        return Layout(small, large, max(1, windows if large else min(windows, len(small))))
+        return BlockLayout(small, large, max(1, windows if large else min(windows, len(small))))

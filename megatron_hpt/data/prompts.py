@@ -47,7 +47,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Limits:
+class LengthLimits:
     """Longest prompt and response in tokens, and what becomes of longer ones."""
 
     prompt: int
@@ -56,15 +56,15 @@ class Limits:
     long_demonstrations: Long = "refuse"
 
     @staticmethod
-    def of(data: DataConfig) -> Limits:
+    def of(data: DataConfig) -> LengthLimits:
         """Of a run's training data."""
-        return Limits(data.max_prompt_length, data.max_response_length, data.long_prompts, data.long_demonstrations)
+        return LengthLimits(data.max_prompt_length, data.max_response_length, data.long_prompts, data.long_demonstrations)
 
 
 class Reader:
     """Makes prompts of rows. What it drops or cuts is counted, under the names that docs/metrics.md has below ``data/``."""
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+    def __init__(self, tokenizer: Tokenizer, limits: LengthLimits) -> None:
         self._tokenizer, self._limits = tokenizer, limits
 
     def read(self, row: RawRow, visit: float, counts: Counter[str]) -> Prompt | None:
@@ -146,7 +146,7 @@ def demonstration_tokens(tokens: Sequence[int], end: int, limit: int, long: Long
     return [*tokens, end][:limit]
 
 
-def load_prompts(paths: str | Sequence[str], tokenizer: Tokenizer, limits: Limits) -> list[Prompt]:
+def load_prompts(paths: str | Sequence[str], tokenizer: Tokenizer, limits: LengthLimits) -> list[Prompt]:
     """All prompts of a set that is small enough to be held, in the order of its files.
 
     Raises:

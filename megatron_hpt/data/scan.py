@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from megatron_hpt.data.columns import data_sources, demonstrations, doubtful, identities, roles, truths
 from megatron_hpt.data.fields import check_row
-from megatron_hpt.data.locations import Location
 from megatron_hpt.data.placeholders import placeholders
 from megatron_hpt.data.problem_set import ProblemSet, RawRow
+from megatron_hpt.data.storage.columns import data_sources, demonstrations, doubtful, identities, roles, truths
+from megatron_hpt.data.storage.locations import Location
 from megatron_hpt.errors import DataError
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from megatron_hpt.config import Config, SourceConfig
 from megatron_hpt.data.curriculum import Curriculum, Streaks
-from megatron_hpt.data.fingerprint import fingerprints
-from megatron_hpt.data.order import Mixture, Shuffle, uniform
+from megatron_hpt.data.order import Shuffle, SourceMixture, uniform
 from megatron_hpt.data.problem_set import ProblemSet
-from megatron_hpt.data.prompts import Limits, Prompt, Reader, Tokenizer
+from megatron_hpt.data.prompts import LengthLimits, Prompt, Reader, Tokenizer
+from megatron_hpt.data.storage.fingerprint import fingerprints
 from megatron_hpt.errors import DataError
 
 COUNTS = ("dropped_prompts", "dropped_demonstrations", "cut_demonstrations", "passed_solved", "passed_failed")
@@ -42,7 +42,7 @@ class PromptSource:
         curriculum: Curriculum | None = None,
     ) -> None:
         self._sets, self._reader, self._seed, self._curriculum = sets, reader, seed, curriculum
-        self._mixture = Mixture(weights, (seed, len(sets)))
+        self._mixture = SourceMixture(weights, (seed, len(sets)))
         self._shuffles = [Shuffle(problems.layout, (seed, number)) for number, problems in enumerate(sets)]
 
     def take(self, position: int, number: int, streaks: Streaks = {}) -> Taken:  # noqa: B006 (never changed)
@@ -71,7 +71,7 @@ class PromptSource:
         if len(shares) == 1:
             return self._shuffles[0].rows
         needed = max(shuffle.rows / share for shuffle, share in zip(self._shuffles, shares, strict=True))
-        return math.ceil(needed) + Mixture.CYCLE  # a cycle is shuffled: a source's places may all be at its end
+        return math.ceil(needed) + SourceMixture.CYCLE  # a cycle is shuffled: a source's places may all be at its end
 
     def _at(self, position: int, streaks: Streaks, counts: Counter[str]) -> tuple[Prompt | None, bool]:
         """What a position gives, and whether its row can give nothing at other positions either."""
@@ -133,9 +133,9 @@ def check_same_files(before: Sequence[dict[str, Any]], config: Config) -> None:
             )
 
 
-def held_out_limits(config: Config) -> Limits:
+def held_out_limits(config: Config) -> LengthLimits:
     """Of evaluation sets: none of their prompts may be left out, and their demonstrations are not used."""
-    return Limits(config.data.max_prompt_length, config.data.max_response_length, long_demonstrations="drop")
+    return LengthLimits(config.data.max_prompt_length, config.data.max_response_length, long_demonstrations="drop")
 
 
 def sources(config: Config) -> list[SourceConfig]:
@@ -166,4 +166,4 @@ def training_source(config: Config, sets: Sequence[ProblemSet], tokenizer: Token
     if chosen.is_on:
         curriculum = Curriculum(chosen.visits, chosen.keep_solved, chosen.keep_failed, seed)
     weights = [source.weight for source in sources(config)]
-    return PromptSource(sets, weights, Reader(tokenizer, Limits.of(data)), seed, curriculum)
+    return PromptSource(sets, weights, Reader(tokenizer, LengthLimits.of(data)), seed, curriculum)

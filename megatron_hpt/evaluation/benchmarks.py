@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hpt.data.preparation.sets import set_name
 from megatron_hpt.errors import ConfigError, DataError, did_you_mean
+from megatron_hpt.preparation.sets import set_name
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 """Of files of problems: the project's schema (docs/data.md), or an array of ``{prompt, answer}`` as test sets are published."""

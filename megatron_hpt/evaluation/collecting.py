@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hpt.engines.types import Sampler
 from megatron_hpt.evaluation.grading import Graders
 from megatron_hpt.evaluation.journal import Journal
-from megatron_hpt.evaluation.problems import Problem
+from megatron_hpt.evaluation.problems import EvaluationProblem
 from megatron_hpt.evaluation.samples import Evaluation, SampleRow, count_samples, read_samples, samples_file, write_samples
 from megatron_hpt.evaluation.sampling import Wanted, draw, wanted
-from megatron_hpt.rollout.engine import Sampler
 
 
 @dataclass(frozen=True)
-class Source:
+class SampleSource:
     """Who answers."""
 
     engine: Sampler
@@ -30,7 +30,7 @@ class Source:
 class Collection:
     """The sets of one evaluation that are not complete yet; a context manager."""
 
-    def __init__(self, folder: Path, evaluation: Evaluation, sets: Mapping[str, Sequence[Problem]]) -> None:
+    def __init__(self, folder: Path, evaluation: Evaluation, sets: Mapping[str, Sequence[EvaluationProblem]]) -> None:
         """
         Args:
             sets: the problems of every benchmark in `evaluation`, by name.
@@ -54,7 +54,7 @@ class Collection:
         ]
 
     async def fill(
-        self, source: Source | None, graders: Graders, progress: Callable[[SampleRow], None] = lambda _: None
+        self, source: SampleSource | None, graders: Graders, progress: Callable[[SampleRow], None] = lambda _: None
     ) -> None:
         """Draw what is missing, and grade. Afterwards every set has its file.
 

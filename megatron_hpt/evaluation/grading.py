@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
 
-from megatron_hpt.config import RewardConfig, validated_section
+from megatron_hpt.config import RewardConfig
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.samples import SampleRow
 from megatron_hpt.rewards import reference
@@ -18,7 +18,8 @@ from megatron_hpt.rewards.boxes import boxed_answer
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rewards.registry import check, check_name
-from megatron_hpt.values import NotAValue, given_value
+from megatron_hpt.settings.sections import validated_section
+from megatron_hpt.settings.values import NotAValue, given_value
 
 _LABELLED = {"name", "by_source"}
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hpt.data.fields import ground_truth, messages
-from megatron_hpt.data.locations import find
 from megatron_hpt.data.parquet import schema_row
-from megatron_hpt.data.preparation.fields import Unfit
-from megatron_hpt.data.preparation.formats import benchmark
-from megatron_hpt.data.preparation.reading import Files
-from megatron_hpt.data.preparation.sets import set_name
 from megatron_hpt.data.problem_set import ProblemSet, RawRow
 from megatron_hpt.data.prompts import Prompt, Tokenizer
 from megatron_hpt.data.rendering import rendered
 from megatron_hpt.data.scan import scan
+from megatron_hpt.data.storage.locations import find
 from megatron_hpt.errors import ConfigError, DataError, did_you_mean
+from megatron_hpt.preparation.fields import Unfit
+from megatron_hpt.preparation.formats import benchmark
+from megatron_hpt.preparation.reading import Files
+from megatron_hpt.preparation.sets import set_name
 
 SYSTEM_PROMPTS = {"simplerl": "Please reason step by step, and put your final answer within \\boxed{}."}
 """By name; ``simplerl`` is what the paper's evaluator used."""
@@ -40,7 +40,7 @@ def system_prompt(given: str | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class Problem:
+class EvaluationProblem:
     """One problem, rendered and tokenised."""
 
     problem_id: str
@@ -52,7 +52,7 @@ class Problem:
     level: str | None = None
 
 
-def load_problems(file: Path, tokenizer: Tokenizer, system_prompt: str | None = None) -> list[Problem]:
+def load_problems(file: Path, tokenizer: Tokenizer, system_prompt: str | None = None) -> list[EvaluationProblem]:
     """Load a set.
 
     Args:
@@ -66,9 +66,12 @@ def load_problems(file: Path, tokenizer: Tokenizer, system_prompt: str | None = 
     return [_problem(row, tokenizer, system_prompt) for row in rows]
 
 
-def of_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> list[Problem]:
+def of_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> list[EvaluationProblem]:
     """Problems of prompts that are tokenised already: a run's."""
-    return [Problem(p.prompt_id, p.tokens, tokenizer.decode(p.tokens), p.ground_truth, p.data_source, p.level) for p in prompts]
+    return [
+        EvaluationProblem(p.prompt_id, p.tokens, tokenizer.decode(p.tokens), p.ground_truth, p.data_source, p.level)
+        for p in prompts
+    ]
 
 
 def sha256_of(paths: str | Sequence[str]) -> str:
@@ -106,7 +109,7 @@ def _json_rows(file: Path) -> list[RawRow]:
     return rows
 
 
-def _problem(row: RawRow, tokenizer: Any, system_prompt: str | None) -> Problem:
+def _problem(row: RawRow, tokenizer: Any, system_prompt: str | None) -> EvaluationProblem:
     chat = messages(row.fields["prompt"], f"{row.where}, prompt")
     if system_prompt is not None and all(message["role"] != "system" for message in chat):
         chat = [{"role": "system", "content": system_prompt}, *chat]
@@ -114,4 +117,4 @@ def _problem(row: RawRow, tokenizer: Any, system_prompt: str | None) -> Problem:
     text = rendered(tokenizer, chat, row.where)
     tokens = list(tokenizer.encode(text, add_special_tokens=False))
     truth, source = ground_truth(row.fields, row.where), row.fields.get("data_source") or ""
-    return Problem(row.prompt_id, tokens, tokenizer.decode(tokens), truth, source, row.level)
+    return EvaluationProblem(row.prompt_id, tokens, tokenizer.decode(tokens), truth, source, row.level)

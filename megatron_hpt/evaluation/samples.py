@@ -19,8 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_hpt.data.files import whole, write_whole
 from megatron_hpt.errors import DataError
+from megatron_hpt.files import whole, write_whole
 
 Key = tuple[str, int]
 """Of a sample: its problem and its number."""

@@ -7,10 +7,9 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hpt.evaluation.problems import Problem
+from megatron_hpt.engines.types import Sample, Sampler, SamplingRequest, seed_of
+from megatron_hpt.evaluation.problems import EvaluationProblem
 from megatron_hpt.evaluation.samples import Key, Protocol, SampleRow
-from megatron_hpt.rollout.engine import Sample, Sampler, SamplingRequest
-from megatron_hpt.rollout.sampling import seed_of
 
 
 @dataclass(frozen=True)
@@ -18,12 +17,14 @@ class Wanted:
     """One sample that is to be drawn. Its seed depends on nothing but the protocol's, the set, the problem and its number."""
 
     benchmark: str
-    problem: Problem
+    problem: EvaluationProblem
     sample: int
     seed: int
 
 
-def wanted(benchmark: str, problems: Sequence[Problem], samples: int, seed: int, have: Container[Key] = ()) -> list[Wanted]:
+def wanted(
+    benchmark: str, problems: Sequence[EvaluationProblem], samples: int, seed: int, have: Container[Key] = ()
+) -> list[Wanted]:
     """The samples of a set that are missing, problem by problem: an engine has a problem's prompt in its cache.
 
     Args:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_hpt.config import EvaluationConfig
-from megatron_hpt.data.checkpoints import BEST, Best, read_best, superseded, write_best
 from megatron_hpt.evaluation.metrics import average_key
+from megatron_hpt.models.checkpoints import BEST, Best, read_best, superseded, write_best
 from megatron_hpt.run import RunDir
 
 

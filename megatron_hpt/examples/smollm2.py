@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_hpt.data.files import whole_folder
 from megatron_hpt.errors import ModelError
+from megatron_hpt.files import whole_folder
 
 _LAYER = {
     "attn_norm": "input_layernorm",

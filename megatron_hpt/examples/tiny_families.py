@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_hpt.data.files import whole_folder
 from megatron_hpt.examples.tiny_llama import tokenizer
+from megatron_hpt.files import whole_folder
 
 POSITIONS = 64
 _SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_hpt.data.files import whole_folder
+from megatron_hpt.files import whole_folder
 
 _TOKENS = [*map(str, range(100)), *"+-*/=()., \n"]
 """Numbers below 100 are one token each: the model learns sums, not carries."""

@@ -14,39 +14,23 @@ from rich.table import Table
 
 from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config
-from megatron_hpt.data.files import check_folder
 from megatron_hpt.data.prompts import Prompt
-from megatron_hpt.data.tokenizer import load_tokenizer
+from megatron_hpt.engines.interface import Start
+from megatron_hpt.engines.registry import engine_of, interpreter
 from megatron_hpt.errors import ConfigError
-from megatron_hpt.launch import models, preflight
-from megatron_hpt.launch.inspection import Found
+from megatron_hpt.files import check_folder
+from megatron_hpt.launch import overridden_models, preflight
 from megatron_hpt.launch.launchers import gpus_here, on_this_machine
 from megatron_hpt.launch.train import prepare_inputs
+from megatron_hpt.launch.training_data import Found
+from megatron_hpt.models.tokenizer import load_tokenizer
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
 from megatron_hpt.run import RunDir
 
 ANSWER_S = 300
 """That an engine may take to look at its arguments; importing it is nearly all of that."""
-_READ = {
-    "vllm": """
-import sys
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-AsyncEngineArgs.from_cli_args(make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[4:])).create_engine_config()
-""",
-    "sglang": """
-import argparse, sys
-from sglang.srt.server_args import ServerArgs
-parser = argparse.ArgumentParser()
-ServerArgs.add_cli_args(parser)
-ServerArgs.from_cli_args(parser.parse_args(sys.argv[4:]))
-""",
-}
-"""What each engine does with its command line before it starts anything, in its own interpreter."""
 
 
 def check_recipe(source: str, overrides: list[str], root: Path, console: Console) -> None:
@@ -84,16 +68,16 @@ def check_engine_arguments(config: Config) -> None:
     Raises:
         ConfigError: it does not; ends with what it says.
     """
-    kind, on_gpus = ENGINES[config.rollout.engine], bool(gpus_here())
+    kind, on_gpus = engine_of(config), bool(gpus_here())
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
-        models.write(config, run)
+        overridden_models.write(config, run)
         start = Start(run.engine_model(config), 1, run.path, on_gpus)
         command = kind.command(config, interpreter(config), start)
         environment = {**kind.environment(config, on_gpus), "PYTHONUTF8": "1"}
         try:
             done = subprocess.run(
-                [command[0], "-c", _READ[config.rollout.engine], *command],
+                [command[0], "-c", kind.argument_check, *command],
                 env=environment,
                 capture_output=True,
                 timeout=ANSWER_S,

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_hpt.config import Config
+from megatron_hpt.engines.interface import Start
+from megatron_hpt.engines.registry import engine_of, interpreter
 from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import ConfigError, HptError
 from megatron_hpt.launch.children import Child, stop_all
 from megatron_hpt.launch.scratch import Scratch
-from megatron_hpt.launch.topology import Device, Slots, Topology, place_nodes, visible
-from megatron_hpt.rollout.engines import ENGINES, Start, interpreter
+from megatron_hpt.plan.topology import Device, Slots, Topology, place_nodes, visible
 from megatron_hpt.run import RunDir
 
 LOWEST_PORT = 10240
@@ -98,7 +99,7 @@ class LocalLauncher:
         return Child.start("coordinator", command, self._run.log("coordinator"), {**coordinators(self._config), **self._own})
 
     def engine(self, index: int) -> tuple[str, Child]:
-        config, kind = self._config, ENGINES[self._config.rollout.engine]
+        config, kind = self._config, engine_of(self._config)
         port = free_port(config.rollout.host)
         start = Start(self._run.engine_model(config), port, self._run.path, on_gpus=self._topology is not None)
         own = self._on(self._topology.engines[index]) if self._topology else {}

@@ -6,26 +6,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_hpt.config import Config, GateConfig, SourceGateConfig, files_of
-from megatron_hpt.data.locations import find
 from megatron_hpt.data.prompts import Prompt, load_prompts
 from megatron_hpt.data.source import held_out_limits, sources
-from megatron_hpt.data.tokenizer import load_tokenizer
+from megatron_hpt.data.storage.locations import find
+from megatron_hpt.engines.checks import check_cache, check_sampling
+from megatron_hpt.engines.registry import ENGINES, interpreter
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.evaluation.benchmarks import canonical
-from megatron_hpt.launch.engine_limits import check_cache, check_sampling
-from megatron_hpt.launch.fit import fit_gpus
-from megatron_hpt.launch.inspection import Found, check_training_data
-from megatron_hpt.launch.layout import check_layout, check_lengths
-from megatron_hpt.launch.memory import GIB
+from megatron_hpt.launch.training_data import Found, check_training_data
+from megatron_hpt.models.hf_config import ModelShape, read_config, run_shape, shape_of_any
+from megatron_hpt.models.mapping import hf_tensor_shapes
+from megatron_hpt.models.megatron_files import check_weights
+from megatron_hpt.models.tokenizer import load_tokenizer
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.advantage import Grouped
 from megatron_hpt.objective.algorithm import Algorithm
 from megatron_hpt.objective.gate import Gate, Phases, Union
+from megatron_hpt.plan.fit import fit_gpus
+from megatron_hpt.plan.layout import check_layout, check_lengths
+from megatron_hpt.plan.memory import GIB
 from megatron_hpt.rewards import registry
-from megatron_hpt.rollout.engines import ENGINES, interpreter
-from megatron_hpt.weights.hf_config import ModelShape, read_config, run_shape, shape_of_any
-from megatron_hpt.weights.mapping import hf_tensor_shapes
-from megatron_hpt.weights.megatron_files import check_weights
 
 
 def check(config: Config) -> Found:
@@ -106,7 +106,7 @@ def check_precision(config: Config) -> None:
         ConfigError: names what is missing.
     """
     if config.actor.fp8 != "none":
-        from megatron_hpt.actor.precision import check_fp8, this_machine  # imports torch
+        from megatron_hpt.actor.model.precision import check_fp8, this_machine  # imports torch
 
         check_fp8(config.actor.fp8, config.model.dtype, this_machine())
 
@@ -119,7 +119,7 @@ def check_engine(config: Config, shape: ModelShape) -> None:
     """
     import torch
 
-    from megatron_hpt.weights.transports import check_transport
+    from megatron_hpt.transfer.transports import check_transport
 
     check_sampling(config)
     if not config.rollout.urls:
@@ -185,7 +185,7 @@ def _check_engine_model(config: Config, shape: ModelShape) -> None:
     """The engine's folder, where it has one of its own, is the actor's model in a form that weights can be converted to."""
     if not config.rollout.model:
         return
-    from megatron_hpt.weights.wire import fp8_format  # imports torch
+    from megatron_hpt.transfer.wire import fp8_format  # imports torch
 
     fp8_format(read_config(config.rollout.model))
     if shape_of_any(config.rollout.model, config.model.overrides) != shape:

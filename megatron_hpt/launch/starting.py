@@ -8,8 +8,8 @@ from pathlib import Path
 
 from megatron_hpt.blackboard import Blackboard, ready
 from megatron_hpt.config import Config
+from megatron_hpt.engines.running import is_healthy
 from megatron_hpt.errors import DeadlineError
-from megatron_hpt.rollout.running import is_healthy
 
 PARTS = ("trainer", "coordinator")
 """They say themselves that they are ready; engines are asked."""

@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
+from megatron_hpt.engines.running import is_healthy
 from megatron_hpt.errors import DeadlineError, HptError, Interrupted, RequeueRequested
 from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of, stop_all
-from megatron_hpt.launch.deaf import GRACE_S, Deaf
 from megatron_hpt.launch.launchers import Launcher
 from megatron_hpt.launch.starting import Starting
+from megatron_hpt.listening import GRACE_S, StoppedListening
 from megatron_hpt.process import TOKEN_VARIABLE, token
-from megatron_hpt.rollout.running import is_healthy
 from megatron_hpt.run import RunDir
 from megatron_hpt.space import NoSpaceError, describe, full
 from megatron_hpt.telemetry import metrics
@@ -48,7 +48,7 @@ class Supervisor:
         """URL of an engine that was started again and does not answer yet → when."""
         self._wanting: list[str] = []
         """URLs of dead engines that wait for memory of the trainer's GPUs."""
-        self._deaf = Deaf()
+        self._deaf = StoppedListening()
         self._silences = 0
         """Engines that the coordinator has given up, so far."""
         self._granted = 0

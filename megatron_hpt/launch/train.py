@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hpt import recipe as recipes
-from megatron_hpt.config import Config, apply_overrides, dump_yaml, load_yaml
-from megatron_hpt.data.checkpoints import damage
-from megatron_hpt.data.files import check_folder, write_whole
+from megatron_hpt.config import Config
 from megatron_hpt.data.source import check_same_files, files
 from megatron_hpt.environment import say_what_is_withheld
 from megatron_hpt.errors import ConfigError, DataError
-from megatron_hpt.launch import models, preflight
+from megatron_hpt.files import check_folder, write_whole
+from megatron_hpt.launch import overridden_models, preflight
 from megatron_hpt.launch.launchers import Launcher, on_this_machine
+from megatron_hpt.models.checkpoints import damage
 from megatron_hpt.objective.algorithms import of_run, without_effect
+from megatron_hpt.overrides import apply_overrides, dump_yaml, load_yaml
 from megatron_hpt.run import RunDir, create, newest, open_run
 from megatron_hpt.space import in_words, is_no_space
 from megatron_hpt.telemetry import metrics
@@ -172,7 +173,7 @@ def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher, save
             if run.export.is_dir():
                 run.note_export(run.exported_step(saved) or 0)
             write_whole(run.config, dump_yaml(config))
-        models.write(config, run)
+        overridden_models.write(config, run)
         try:
             Supervisor(config, run, start, launcher).run()
         finally:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from megatron_hpt.config import AlgorithmConfig, Config, Section
 from megatron_hpt.errors import ConfigError, did_you_mean
-from megatron_hpt.imports import import_function
 from megatron_hpt.objective import advantage as a
 from megatron_hpt.objective import correction as c
 from megatron_hpt.objective import gates
@@ -32,6 +31,7 @@ from megatron_hpt.objective.reference import Current, Old, OldSequence, One
 from megatron_hpt.objective.roles import Role
 from megatron_hpt.objective.shaping import Saturating, Uncertain
 from megatron_hpt.objective.stability import CisMask, Clip
+from megatron_hpt.settings.user_functions import import_function
 
 ROLLOUT, DEMONSTRATION, OFF_POLICY = (frozenset({role}) for role in Role)
 BOTH = ROLLOUT | DEMONSTRATION

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_hpt.config import AlgorithmConfig, Config, DataConfig, ModelConfig, apply_overrides
+from megatron_hpt.config import AlgorithmConfig, Config, DataConfig, ModelConfig
 from megatron_hpt.objective.algorithm import Algorithm, Term
 from megatron_hpt.objective.algorithms import ALGORITHMS, lookup, of_run
 from megatron_hpt.objective.roles import Role
 from megatron_hpt.objective.shaping import Identity
+from megatron_hpt.overrides import apply_overrides
 
 _ROLES = {Role.ROLLOUT: "rollouts", Role.DEMONSTRATION: "demonstrations", Role.OFF_POLICY: "demonstrations in the band"}
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 from megatron_hpt.config import GateConfig, Schedule
 from megatron_hpt.errors import ConfigError
-from megatron_hpt.imports import import_function
 from megatron_hpt.objective.gate import Choice, Gate, Soft, Switch, Thresholds
+from megatron_hpt.settings.user_functions import import_function
 
 _GRID = [k / 64 for k in range(65)]
 """Where a schedule is checked to be monotone."""

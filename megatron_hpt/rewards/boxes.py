@@ -21,7 +21,7 @@ _WHOLE = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
-class Box(NamedTuple):
+class AnswerBox(NamedTuple):
     """What is in a box, and where the box is."""
 
     content: str
@@ -34,7 +34,7 @@ def visible(response: str) -> str:
     return response.rpartition(_CLOSE)[2].partition(_OPEN)[0]
 
 
-def last_box(text: str) -> Box | None:
+def last_box(text: str) -> AnswerBox | None:
     """The last box with content, the outer one of boxes within each other; None without one.
 
     None too if the last box does not close: the text was cut in the middle of its answer.
@@ -49,10 +49,10 @@ def last_box(text: str) -> Box | None:
             if end == command.end():
                 found = None
             elif content:
-                found = Box(content, command.start(), end)
+                found = AnswerBox(content, command.start(), end)
             place = end
         elif (bare := _BARE.match(text, command.end())) and command[0][-1:].isspace():
-            found = Box(bare[0], command.start(), bare.end())
+            found = AnswerBox(bare[0], command.start(), bare.end())
     return found
 
 

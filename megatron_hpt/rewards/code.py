@@ -23,7 +23,7 @@ def build(settings: RewardConfig) -> Callable[[Answer], float]:
     """
     sandbox.require()
     code = settings.code
-    limits = sandbox.Limits(code.time_s, code.memory_mib, code.processes, code.disk_mib)
+    limits = sandbox.SandboxLimits(code.time_s, code.memory_mib, code.processes, code.disk_mib)
 
     def grade(answer: Answer) -> float:
         tests = read_tests(answer.ground_truth)

@@ -36,7 +36,7 @@ _BUNCH = 32
 
 
 @dataclass(frozen=True)
-class Job:
+class GradingJob:
     """An answer that waits for a grade of one reward."""
 
     reward: str
@@ -103,10 +103,10 @@ class _Grader:
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
         self._connection, self._pid = connection, pid
-        self.suspect: Job | None = None
+        self.suspect: GradingJob | None = None
         """The job that it was at when it died."""
 
-    def grade(self, jobs: deque[Job], deadline_s: float, suspect: Job | None = None) -> bool:
+    def grade(self, jobs: deque[GradingJob], deadline_s: float, suspect: GradingJob | None = None) -> bool:
         """Grade jobs and take them off; False if the process is lost.
 
         The job that it was at is taken off too, if it took too long, or if it is the suspect, with which another process has
@@ -146,7 +146,7 @@ class GraderProcesses:
         """
         self._settings = settings
         self._nursery = _Nursery(settings)
-        self._bunches: queue.SimpleQueue[deque[Job] | None] = queue.SimpleQueue()
+        self._bunches: queue.SimpleQueue[deque[GradingJob] | None] = queue.SimpleQueue()
         self._closed = False
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(settings.workers)]
         for thread in self._threads:
@@ -154,7 +154,7 @@ class GraderProcesses:
 
     def submit(self, jobs: Iterable[tuple[str, Answer]]) -> list[Future[Grade]]:
         """Grade answers; the futures are in order. Neighbours go to the same process, which remembers what it has parsed."""
-        todo = [Job(reward, answer) for reward, answer in jobs]
+        todo = [GradingJob(reward, answer) for reward, answer in jobs]
         size = max(1, min(_BUNCH, -(-len(todo) // (4 * self._settings.workers))))
         for start in range(0, len(todo), size):
             self._bunches.put(deque(todo[start : start + size]))
@@ -162,7 +162,7 @@ class GraderProcesses:
 
     def _work(self) -> None:
         grader: _Grader | None = None
-        suspect: Job | None = None
+        suspect: GradingJob | None = None
         while (jobs := self._bunches.get()) is not None:
             while jobs and not self._closed:
                 try:

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from megatron_hpt.config import REWARDS as NAMES
 from megatron_hpt.config import RewardConfig
 from megatron_hpt.errors import ConfigError, did_you_mean
-from megatron_hpt.imports import import_function
 from megatron_hpt.rewards import answers, code, gym, math, reference
 from megatron_hpt.rewards.grades import Answer
+from megatron_hpt.settings.user_functions import import_function
 
 Reward = Callable[[Answer], float]
 """Runs in a grader process. Raising leaves the answer ungraded."""
 
 
 @dataclass(frozen=True)
-class Row:
+class RewardRow:
     """A reward of this project."""
 
     about: str
@@ -29,16 +29,16 @@ def _as_is(reward: Reward) -> Callable[[RewardConfig], Reward]:
     return lambda settings: reward
 
 
-LOCAL: dict[str, Row] = {
-    "math": Row("the last box after the reasoning says the same as the ground truth", _as_is(math.reward)),
-    "math_strict": Row("likewise, and units, words and per cent are written alike", _as_is(math.strict)),
-    "math_reference": Row("the rule that the HPT paper reports with: version 6 of its code", _as_is(reference.reward)),
-    "choice": Row("the letter chosen, A to D", _as_is(answers.choice)),
-    "exact": Row("the final answer, character by character", _as_is(answers.exact)),
-    "numeric": Row("the last number of the final answer, within reward.tolerance", answers.numeric),
-    "format": Row("the response matches reward.pattern", answers.form),
-    "reasoning_gym": Row("the verifier of the task in reasoning-gym", gym.build),
-    "code": Row("the program in the response passes the tests, in a sandbox", code.build),
+LOCAL: dict[str, RewardRow] = {
+    "math": RewardRow("the last box after the reasoning says the same as the ground truth", _as_is(math.reward)),
+    "math_strict": RewardRow("likewise, and units, words and per cent are written alike", _as_is(math.strict)),
+    "math_reference": RewardRow("the rule that the HPT paper reports with: version 6 of its code", _as_is(reference.reward)),
+    "choice": RewardRow("the letter chosen, A to D", _as_is(answers.choice)),
+    "exact": RewardRow("the final answer, character by character", _as_is(answers.exact)),
+    "numeric": RewardRow("the last number of the final answer, within reward.tolerance", answers.numeric),
+    "format": RewardRow("the response matches reward.pattern", answers.form),
+    "reasoning_gym": RewardRow("the verifier of the task in reasoning-gym", gym.build),
+    "code": RewardRow("the program in the response passes the tests, in a sandbox", code.build),
 }
 """Those that run in grader processes; `http` is the one that does not."""
 

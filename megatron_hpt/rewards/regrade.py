@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_hpt.config import RewardConfig
-from megatron_hpt.data.files import check_file, check_input, whole
 from megatron_hpt.errors import DataError
+from megatron_hpt.files import check_file, check_input, whole
 from megatron_hpt.rewards.grades import Answer, Grade
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.sections import MOST_SAMPLES
+from megatron_hpt.settings.sections import MOST_SAMPLES
 
 _SHOWN = 5
 """Missing samples of one problem that are named."""

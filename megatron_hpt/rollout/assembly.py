@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megatron_hpt.batch.advantages import TokenRewards, overlong_penalties, with_advantages
+from megatron_hpt.batch.rows import Batch, Row, Source
 from megatron_hpt.config import Config
-from megatron_hpt.data.estimation import TokenRewards, overlong_penalties, with_advantages
 from megatron_hpt.data.prompts import Prompt
-from megatron_hpt.data.rows import Batch, Row, Source
+from megatron_hpt.engines.types import Sample
 from megatron_hpt.objective.algorithm import Algorithm
 from megatron_hpt.objective.gate import Choice, Decision, Gate, Situation, decides_early
-from megatron_hpt.rollout.engine import Sample
 
 
 @dataclass(frozen=True)

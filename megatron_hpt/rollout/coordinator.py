@@ -14,24 +14,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_hpt.batch.history import History
+from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.blackboard import Blackboard, ready
-from megatron_hpt.config import Config, load_yaml
-from megatron_hpt.data.history import History
-from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.config import Config
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.data.source import open_sets, training_source
-from megatron_hpt.data.tokenizer import load_tokenizer
+from megatron_hpt.engines.pool import EnginePool, Patience
+from megatron_hpt.engines.registry import engine_of
 from megatron_hpt.evaluation.grading import Graders, label
 from megatron_hpt.evaluation.selection import Selection
+from megatron_hpt.models.tokenizer import load_tokenizer
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.gate import Choice
+from megatron_hpt.overrides import load_yaml
 from megatron_hpt.process import die_with_parent, ends_in_words, log_to
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rollout.assembly import GateDecider, Group, assemble, decide
-from megatron_hpt.rollout.engines import ENGINES
 from megatron_hpt.rollout.evaluations import Evaluations
-from megatron_hpt.rollout.pool import EnginePool, Patience
-from megatron_hpt.rollout.sampling import Early, Grader, Settings, grade, sample
+from megatron_hpt.rollout.sampling import Early, Grader, SamplingSettings, grade, sample
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry.metrics import MetricsLog
 from megatron_hpt.telemetry.metrics import read as read_metrics
@@ -100,7 +101,7 @@ class Coordinator:
 
     def _engine_pool(self, urls: list[str]) -> EnginePool:
         deadlines = self._config.deadlines
-        engines = [ENGINES[self._config.rollout.engine].client(self._config, url) for url in urls]
+        engines = [engine_of(self._config).client(self._config, url) for url in urls]
         # An engine comes back when it has started again and been given its weights.
         patience = Patience(deadlines.health_s, deadlines.silent_s, return_s=deadlines.startup_s + deadlines.transfer_s)
         return EnginePool(engines, patience, on_silence=self._report_silence)
@@ -172,7 +173,7 @@ class Coordinator:
             return await self._evaluations.evaluate(version, self._engines, self._engines.size)
 
     async def _sample(
-        self, prompts: list[Prompt], settings: Settings, purpose: str, version: int, early: Early | None = None
+        self, prompts: list[Prompt], settings: SamplingSettings, purpose: str, version: int, early: Early | None = None
     ) -> list[Group]:
         seed = (self._config.trainer.seed, purpose, version)
         async with self._engines.serving(version):
@@ -183,13 +184,13 @@ class Coordinator:
             return None
         return Early(GateDecider(self._algorithm.gate, step, self._history.choices), self._grader)
 
-    def _training_settings(self, step: int) -> Settings:
+    def _training_settings(self, step: int) -> SamplingSettings:
         rollout, gate = self._config.rollout, self._algorithm.gate
 
         def samples(prompt: Prompt) -> int:
             return gate.samples(rollout.samples_per_prompt, prompt.demonstration is not None, step)
 
-        return Settings(samples, rollout.temperature, 1.0, self._config.data.max_response_length, self._stop_token)
+        return SamplingSettings(samples, rollout.temperature, 1.0, self._config.data.max_response_length, self._stop_token)
 
     @property
     def _stop_token(self) -> int:

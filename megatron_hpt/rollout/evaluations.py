@@ -10,13 +10,13 @@ from typing import Any
 from megatron_hpt.config import Config, files_of
 from megatron_hpt.data.prompts import load_prompts
 from megatron_hpt.data.source import held_out_limits
-from megatron_hpt.evaluation.collecting import Collection, Source
+from megatron_hpt.engines.types import Sampler
+from megatron_hpt.evaluation.collecting import Collection, SampleSource
 from megatron_hpt.evaluation.grading import Graders, label
 from megatron_hpt.evaluation.metrics import of_samples
 from megatron_hpt.evaluation.problems import of_prompts, sha256_of
 from megatron_hpt.evaluation.samples import Evaluation, Protocol, SetRecord, read_samples, samples_file, write_record
 from megatron_hpt.evaluation.selection import remove_superseded
-from megatron_hpt.rollout.engine import Sampler
 from megatron_hpt.run import RunDir
 
 
@@ -51,7 +51,7 @@ class Evaluations:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed from an earlier step, perhaps with other settings
         record = replace(self._record, weights=f"version {version}", step=version)
         write_record(folder, record)
-        source = Source(engine, self._tokenizer, engines * self._config.rollout.max_running)
+        source = SampleSource(engine, self._tokenizer, engines * self._config.rollout.max_running)
         with Collection(folder, record, self._sets) as collection:
             await collection.fill(source, self._graders)
         metrics: dict[str, Any] = {}

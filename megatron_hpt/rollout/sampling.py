@@ -7,17 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from megatron_hpt.data.order import hashed
 from megatron_hpt.data.prompts import Prompt
+from megatron_hpt.engines.types import Sample, Sampler, SamplingRequest, seed_of
 from megatron_hpt.errors import EngineError
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rollout.assembly import Group
-from megatron_hpt.rollout.engine import Sample, Sampler, SamplingRequest
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingSettings:
     """How to sample."""
 
     samples: Callable[[Prompt], int]
@@ -26,11 +25,6 @@ class Settings:
     top_p: float
     max_tokens: int
     stop_token: int
-
-
-def seed_of(*parts: object) -> int:
-    """A seed for one request, the same in every run: 31 bits, since engines add the sample's index to it."""
-    return hashed(*parts) >> 33
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ class Early:
 async def sample(
     engine: Sampler,
     prompts: Sequence[Prompt],
-    settings: Settings,
+    settings: SamplingSettings,
     seed: Sequence[object],
     version: int,
     early: Early | None = None,

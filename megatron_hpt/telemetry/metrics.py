@@ -9,8 +9,8 @@ from typing import IO, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_hpt.data.files import write_whole
 from megatron_hpt.errors import DataError
+from megatron_hpt.files import write_whole
 from megatron_hpt.run import RunDir
 
 

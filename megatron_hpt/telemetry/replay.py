@@ -11,14 +11,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_hpt.config import apply_overrides, load_yaml
-from megatron_hpt.data.history import last_choices
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.rows import Batch, Source
+from megatron_hpt.batch.history import last_choices
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.rows import Batch, Source
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.objective.algorithms import of_run
 from megatron_hpt.objective.gate import Choice, Decision, Gate, Situation
 from megatron_hpt.objective.gates import hybrid
+from megatron_hpt.overrides import apply_overrides, load_yaml
 from megatron_hpt.run import open_run
 
 

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_hpt.actor import model, parallel, platform
-from megatron_hpt.actor.microbatch import Cut, MicroBatch, pack
+from megatron_hpt.actor import parallel, platform
+from megatron_hpt.actor.microbatch import MicroBatch, MicroBatchLayout, pack
+from megatron_hpt.actor.model import policy
+from megatron_hpt.batch.rows import Row, Source
 from megatron_hpt.config import Config, DataConfig, ModelConfig, ParallelConfig
-from megatron_hpt.data.rows import Row, Source
-from megatron_hpt.weights.hf_config import model_shape
+from megatron_hpt.models.hf_config import model_shape
 
 LENGTHS = (2, 19, 40, 7)
 
@@ -28,12 +29,12 @@ def rows(vocab: int) -> list[Row]:
     return [Row("", i, Source.DEMONSTRATION, own, 1, None, None, 1.0, 1.0, None) for i, own in enumerate(tokens)]
 
 
-def logits_of(chunks: list[model.PolicyModel], batch: MicroBatch, vocab: int) -> torch.Tensor:
+def logits_of(chunks: list[policy.PolicyModel], batch: MicroBatch, vocab: int) -> torch.Tensor:
     """[positions, vocabulary] on the last stage; elsewhere nothing."""
     group = parallel_state.get_tensor_model_parallel_group()
     found = [torch.empty(0)]
 
-    def forward(data, chunk: model.PolicyModel):
+    def forward(data, chunk: policy.PolicyModel):
         def collect(hidden: torch.Tensor, **_):
             if chunk.config.sequence_parallel:
                 parts = [torch.empty_like(hidden) for _ in range(group.size())]
@@ -67,8 +68,8 @@ def main() -> None:
     for folder in map(Path, sys.argv[2:]):
         config = Config(name="logits", model=ModelConfig(path=str(folder)), data=DataConfig(train=""), parallel=layout)
         shape = model_shape(folder)
-        chunks = [chunk.eval() for chunk in model.load(str(folder), config, ranks, where)]
-        cut = Cut(layout.row_multiple, layout.batch_multiple, ranks.context.size, ranks.context.rank)
+        chunks = [chunk.eval() for chunk in policy.load(str(folder), config, ranks, where)]
+        cut = MicroBatchLayout(layout.row_multiple, layout.batch_multiple, ranks.context.size, ranks.context.rank)
         found = logits_of(chunks, pack(rows(shape.vocab), where.device, cut), shape.vocab)
         if ranks.reports and ranks.data == 0:
             torch.save(found, folder.with_name(f"{folder.name}.logits.pt"))

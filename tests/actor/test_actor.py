@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.rows import Batch, Row, Source
 from megatron_hpt.config import (
     ActorConfig,
     AlgorithmConfig,
@@ -22,11 +24,9 @@ from megatron_hpt.config import (
     ParallelConfig,
     RolloutConfig,
     TrainerConfig,
-    dump_yaml,
 )
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.rows import Batch, Row, Source
-from megatron_hpt.weights.conversion import ToMegatron
+from megatron_hpt.models.conversion import ToMegatron
+from megatron_hpt.overrides import dump_yaml
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_hpt.config import dump_yaml
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.rows import Batch, Row, Source
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.rows import Batch, Row, Source
 from megatron_hpt.examples import tiny_llama
+from megatron_hpt.overrides import dump_yaml
 from tests.ranks import run_ranks
 
 from .test_actor import WORKER, Layouts

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_hpt.config import ActorConfig, dump_yaml
+from megatron_hpt.config import ActorConfig
 from megatron_hpt.examples import tiny_families, tiny_llama
+from megatron_hpt.overrides import dump_yaml
 from tests.ranks import run_ranks
 
 from .test_actor import WORKER, Layouts

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_hpt.actor import logprob
-from megatron_hpt.actor.logprob import Vocabulary, logprob_and_entropy
+from megatron_hpt.actor.model import logprob
+from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy
 
 
 @pytest.fixture(scope="module")

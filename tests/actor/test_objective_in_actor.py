@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_hpt.actor.train_step import PROBE_ROWS, selected_rows
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.rows import Batch, Row, Source
 from megatron_hpt.config import AlgorithmConfig, EntropyConfig, KlConfig, MismatchConfig, OptimizerConfig
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.rows import Batch, Row, Source
 
 from .test_actor import Layouts, Outcome, make_rows
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hpt.actor.offload import Resting
+from megatron_hpt.actor.optimizer.offload import Resting
 from megatron_hpt.config import ActorConfig, AlgorithmConfig, KlConfig, ModelConfig
 
 from .test_actor import Layouts

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hpt.actor.optimizer_state import boxes
+from megatron_hpt.actor.optimizer.state import boxes
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 

@@ -5,7 +5,7 @@ import torch
 from packaging.version import Version
 from pydantic import ValidationError
 
-from megatron_hpt.actor.precision import FP8_RECIPES, Machine, check_fp8, prove_fp8, this_machine
+from megatron_hpt.actor.model.precision import FP8_RECIPES, Machine, check_fp8, prove_fp8, this_machine
 from megatron_hpt.config import ActorConfig
 from megatron_hpt.errors import ConfigError
 

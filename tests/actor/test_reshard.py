@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_hpt.config import ModelConfig
 from megatron_hpt.examples import tiny_families, tiny_llama
-from megatron_hpt.weights.conversion import ToHf
+from megatron_hpt.models.conversion import ToHf
 
 from .test_actor import STEPS, Layouts, Outcome
 

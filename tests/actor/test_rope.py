@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_hpt.actor import platform
-from megatron_hpt.actor.rope import inverse_frequencies, place
-from megatron_hpt.weights.hf_config import LinearScaling, Llama3Scaling, ModelShape, RopeScaling
+from megatron_hpt.actor.model.rope import inverse_frequencies, place
+from megatron_hpt.models.hf_config import LinearScaling, Llama3Scaling, ModelShape, RopeScaling
 
 NAMES = {LinearScaling: "linear", Llama3Scaling: "llama3"}
 

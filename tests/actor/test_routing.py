@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_hpt.actor.microbatch import Cut, pack
-from megatron_hpt.actor.routing import RouterReplay
+from megatron_hpt.actor.microbatch import MicroBatchLayout, pack
+from megatron_hpt.actor.model.routing import RouterReplay
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.rows import Batch, Row, Source
 from megatron_hpt.config import ActorConfig
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.rows import Batch, Row, Source
 from megatron_hpt.errors import DataError
 from megatron_hpt.examples import tiny_families
 
@@ -41,7 +41,7 @@ def test_recorded_experts_replace_live_ones_and_keep_their_own_scores() -> None:
 
 
 def test_routes_of_another_model_are_refused() -> None:
-    cut = Cut(routers=(LAYERS, TOPK, EXPERTS))
+    cut = MicroBatchLayout(routers=(LAYERS, TOPK, EXPERTS))
     row = Row("p7", 0, Source.ROLLOUT, [1, 2, 3], 1, [-1.0, -1.0], 1.0, 1.0, 1.0, 0)
     good = np.zeros((2, LAYERS, TOPK), dtype=np.int16)
     assert pack([replace(row, routes=good.tobytes())], torch.device("cpu"), cut).packing.routes.shape == (LAYERS, 2, TOPK)

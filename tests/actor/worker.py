@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_hpt.actor import checkpoint, export, model, parallel
-from megatron_hpt.actor.train_step import Actor, accumulate, train_step
+from megatron_hpt.actor import checkpoint, export, parallel
+from megatron_hpt.actor.model import policy
+from megatron_hpt.actor.state import Actor
+from megatron_hpt.actor.train_step import accumulate, train_step
 from megatron_hpt.actor.trainer import build_actor
-from megatron_hpt.config import load_yaml
-from megatron_hpt.data.checkpoints import hf_side
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.weights.hf_config import run_shape
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.models.checkpoints import hf_side
+from megatron_hpt.models.hf_config import run_shape
+from megatron_hpt.overrides import load_yaml
 
 
 def write_gradients(actor: Actor, rows, out: Path) -> dict[str, float]:
@@ -27,7 +29,7 @@ def write_gradients(actor: Actor, rows, out: Path) -> dict[str, float]:
             shards = bucket.grad_data.chunk(group.size())
             dist.all_gather([shard for shard in shards], shards[group.rank()].clone(), group=group)
     shape = run_shape(actor.config)
-    gradients = model.contributed_views(actor.chunks, shape, actor.ranks, of=lambda parameter: parameter.main_grad)
+    gradients = policy.contributed_views(actor.chunks, shape, actor.ranks, of=lambda parameter: parameter.main_grad)
     export.export_hf(hf_side(actor.config.model.path), out, gradients)
     return sums
 
@@ -84,7 +86,7 @@ def main() -> None:
                 arguments.save, arguments.last, gpt, actor.optimizer, actor.platform, hf_side(config.model.path)
             )
     shape = run_shape(config)
-    export.export_hf(hf_side(config.model.path), arguments.out / "hf", model.contributed_views(gpt, shape, actor.ranks))
+    export.export_hf(hf_side(config.model.path), arguments.out / "hf", policy.contributed_views(gpt, shape, actor.ranks))
     finish(actor, metrics, arguments.out)
 
 

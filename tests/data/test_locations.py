@@ -5,8 +5,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from megatron_hpt.data.locations import find
 from megatron_hpt.data.problem_set import ProblemSet
+from megatron_hpt.data.storage.locations import find
 from megatron_hpt.errors import DataError
 
 from .problems import row, write

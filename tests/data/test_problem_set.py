@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem
 
-from megatron_hpt.data import lines, problem_set
-from megatron_hpt.data.blocks import Block
-from megatron_hpt.data.locations import Location
-from megatron_hpt.data.order import Layout
+from megatron_hpt.data import problem_set
+from megatron_hpt.data.order import BlockLayout
 from megatron_hpt.data.problem_set import ProblemSet
 from megatron_hpt.data.scan import scan
+from megatron_hpt.data.storage import lines
+from megatron_hpt.data.storage.blocks import Block
+from megatron_hpt.data.storage.locations import Location
 from megatron_hpt.errors import DataError
 
 from .problems import row, write
@@ -58,12 +59,12 @@ def test_rows_are_the_same_in_any_order_of_asking(files: Path, order: list[int],
 
 def test_a_set_larger_than_a_window_has_several(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [range(0, 10), range(10, 20), range(20, 25), range(25, 40), range(40, 57)]
-    assert ProblemSet(str(files)).layout == Layout(blocks, [], 1)
+    assert ProblemSet(str(files)).layout == BlockLayout(blocks, [], 1)
     sizes = [block.bytes for block in ProblemSet(str(files)).blocks]
     monkeypatch.setattr(problem_set, "WINDOW_BYTES", sum(sizes) // 2 + 1)
-    assert ProblemSet(str(files)).layout == Layout(blocks, [], 2)
+    assert ProblemSet(str(files)).layout == BlockLayout(blocks, [], 2)
     monkeypatch.setattr(problem_set, "LARGE_BYTES", sizes[-1] - 1)
-    assert ProblemSet(str(files)).layout == Layout(blocks[:-1], blocks[-1:], 2)
+    assert ProblemSet(str(files)).layout == BlockLayout(blocks[:-1], blocks[-1:], 2)
     monkeypatch.setattr(problem_set, "WINDOW_BYTES", 1)
     assert ProblemSet(str(files)).layout.windows == 57
 
@@ -130,9 +131,9 @@ CHAT = st.none() | st.lists(st.fixed_dictionaries({"role": BLANK, "content": BLA
 )
 def test_a_scan_finds_what_taking_a_row_would_refuse(tmp_path_factory, prompt, target, several, truth) -> None:
     """So nothing that is wrong with a row is left for the middle of a run."""
-    from megatron_hpt.data.columns import doubtful
     from megatron_hpt.data.fields import check_row
-    from megatron_hpt.data.formats import MESSAGES
+    from megatron_hpt.data.storage.columns import doubtful
+    from megatron_hpt.data.storage.formats import MESSAGES
 
     each = {"prompt": prompt, "target": target, "target_lst": several, "reward_model": {"ground_truth": truth}}
     types = {"prompt": MESSAGES, "target": MESSAGES, "target_lst": pa.list_(MESSAGES)}

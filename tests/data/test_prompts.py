@@ -11,12 +11,12 @@ import pytest
 from megatron_hpt import recipe
 from megatron_hpt.config import Config, DataConfig, ModelConfig
 from megatron_hpt.data.parquet import write_problems
-from megatron_hpt.data.prompts import Limits, load_prompts
-from megatron_hpt.data.tokenizer import load_tokenizer
+from megatron_hpt.data.prompts import LengthLimits, load_prompts
 from megatron_hpt.errors import ConfigError, DataError, ModelError
+from megatron_hpt.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
-LIMITS = Limits(prompt=16, response=32)
+LIMITS = LengthLimits(prompt=16, response=32)
 GOOD = {
     "prompt": [{"role": "user", "content": "1+2+3"}],
     "target": [{"role": "assistant", "content": "1+2=3,\\boxed{6}"}],
@@ -147,7 +147,7 @@ def test_the_seeds_plain_text_prompt_of_llama(tmp_path: Path) -> None:
     words = fast_tokenizer(template)
     assert words("x").input_ids[0] == words.bos_token_id
     chat = [{"role": "system", "content": "left out"}, {"role": "user", "content": "What is 1+2?\n(an integer)"}]
-    (prompt,) = load_prompts(write(tmp_path, {**GOOD, "prompt": chat}), words, Limits(1000, 1000))
+    (prompt,) = load_prompts(write(tmp_path, {**GOOD, "prompt": chat}), words, LengthLimits(1000, 1000))
     assert words.decode(prompt.tokens) == (
         "Question:\nWhat is 1+2?\n(an integer)\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
         "Answer:\nLet's think step by step."
@@ -180,7 +180,7 @@ def test_a_think_that_the_prompt_has_opened_is_not_opened_again(
 ) -> None:
     words = fast_tokenizer(template)
     path = write(tmp_path, {**GOOD, "target": [{"role": "assistant", "content": written}]})
-    (prompt,) = load_prompts(path, words, Limits(1000, 1000))
+    (prompt,) = load_prompts(path, words, LengthLimits(1000, 1000))
     assert words.decode(prompt.demonstration) == response + "</s>"
     rendered = words.apply_chat_template(GOOD["prompt"], add_generation_prompt=True, return_dict=False)
     assert prompt.tokens == rendered  # as rollouts are
@@ -197,7 +197,7 @@ def test_a_think_that_the_prompt_has_opened_is_not_opened_again(
     ],
 )
 def test_several_demonstrations_stand_in_place_of_one(tmp_path: Path, tokenizer, several: list | None, found: str) -> None:
-    (prompt,) = load_prompts(write(tmp_path, {**GOOD, "target_lst": several}), tokenizer, Limits(16, 32, "drop", "drop"))
+    (prompt,) = load_prompts(write(tmp_path, {**GOOD, "target_lst": several}), tokenizer, LengthLimits(16, 32, "drop", "drop"))
     assert tokenizer.decode(prompt.demonstration) == found
 
 

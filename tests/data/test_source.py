@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hpt.batch.history import History
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.rows import Batch
 from megatron_hpt.config import Config, CurriculumConfig, DataConfig, ModelConfig, SourceConfig, TrainerConfig
-from megatron_hpt.data import fingerprint
 from megatron_hpt.data.curriculum import Curriculum, advance
-from megatron_hpt.data.fingerprint import PIECE_BYTES, offsets
-from megatron_hpt.data.history import History
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.locations import find
-from megatron_hpt.data.rows import Batch
 from megatron_hpt.data.source import check_same_files, files, open_sets, training_source
+from megatron_hpt.data.storage import fingerprint
+from megatron_hpt.data.storage.fingerprint import PIECE_BYTES, offsets
+from megatron_hpt.data.storage.locations import find
 from megatron_hpt.errors import DataError
 
 from .problems import row, write

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import SharedEngines
+from tests.engine_servers import SharedEngines
 
 from .runs import RECIPE, STARTED, Run
 

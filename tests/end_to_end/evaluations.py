@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_hpt.engines.vllm.server import ONE_PROCESS
 from megatron_hpt.evaluation.samples import SampleRow, read_samples
 from megatron_hpt.launch.launchers import free_port
-from megatron_hpt.rollout.vllm import ONE_PROCESS
-from tests.engines import Server, engine_config
+from tests.engine_servers import Server, engine_config
 
 
 class Evaluation:

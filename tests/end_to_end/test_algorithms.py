@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.rows import Source
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.rows import Source
 
 from .conftest import OnShared
 from .runs import RECIPE, ROOT, SMALL

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_hpt.data.checkpoints import damage
+from megatron_hpt.models.checkpoints import damage
 
 from .conftest import OnShared
 from .runs import RECIPE, SMALL, Run

@@ -14,11 +14,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.rows import Source
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.rows import Source
 from megatron_hpt.evaluation.samples import SampleRow, read_record, read_samples
 from megatron_hpt.examples import arithmetic, tiny_llama
-from tests.engines import skip_without
+from tests.engine_servers import skip_without
 
 from .conftest import OnShared
 from .evaluations import Evaluation, stock_server
@@ -148,7 +148,7 @@ def test_resume_trains_the_ledger_again_and_ends_with_the_same_weights(finished:
 def test_tied_embeddings_arrive_from_two_pipeline_stages(tmp_path: Path) -> None:
     """The engine's tied output layer keeps a copy of its own, packed for the host: it must follow the embedding.
 
-    Adds training to what tests/weights/test_engines.py pushes from the same layouts into the same kind of engine.
+    Adds training to what tests/transfer/test_engines.py pushes from the same layouts into the same kind of engine.
     """
     tiny_llama.write(tmp_path / "model", hidden=64, layers=2, heads=2, kv_heads=1, tied=True)
     arithmetic.write(tmp_path / "data", held_out=8)
@@ -234,7 +234,7 @@ def test_a_complete_run_says_so(finished: Path) -> None:
 
 @pytest.mark.thorough
 def test_the_sbatch_script_trains_without_slurm(tmp_path: Path, on_shared: OnShared) -> None:
-    """Adds the script's way without Slurm to the way with it (tests/slurm) and to its dry run (tests/launch/test_slurm.py)."""
+    """Adds the script's way without Slurm to the way with it (tests/slurm) and to its dry run (tests/launch/slurm)."""
     given = {"HPT_RECIPE": str(RECIPE), "HPT_BIN": str(Path(sys.executable).with_name("megatron-hpt"))}
     settings = ("evaluation.sets={}", "trainer.steps=1", "parallel.tensor=1", *SMALL, *on_shared.settings(tmp_path))
     outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}

@@ -95,9 +95,9 @@ def test_a_bad_file_is_refused_with_its_row(tmp_path: Path, text: str, message: 
 
 def test_a_published_set_and_the_file_prepared_of_it_have_the_same_problems(tmp_path: Path) -> None:
     """Else what was evaluated on one could not be compared with what was on the other."""
-    from megatron_hpt.data.preparation.formats import benchmark
-    from megatron_hpt.data.preparation.pipeline import Plan, Preparation
-    from megatron_hpt.data.preparation.sets import sets_in
+    from megatron_hpt.preparation.formats import benchmark
+    from megatron_hpt.preparation.pipeline import Preparation, PreparationPlan
+    from megatron_hpt.preparation.sets import sets_in
 
     rows = [{"prompt": "1+1", "answer": 2, "id": "test/algebra/7.json", "source": "math"}, {"prompt": "2+2", "answer": "4"}]
     (tmp_path / "MATH-500").mkdir()
@@ -106,7 +106,7 @@ def test_a_published_set_and_the_file_prepared_of_it_have_the_same_problems(tmp_
     assert (one.name, one.samples) == ("math-500", 1)
     ((name, files),) = sets_in(tmp_path).items()
     prepared = tmp_path / "prepared.parquet"
-    Preparation(Plan(benchmark(name.lower()), "test")).write(files.batches(), prepared)
+    Preparation(PreparationPlan(benchmark(name.lower()), "test")).write(files.batches(), prepared)
     published = load_problems(one.file, tiny_llama.tokenizer())
     assert published == load_problems(prepared, tiny_llama.tokenizer())
     assert [problem.problem_id for problem in published] == ["test/algebra/7.json", "math-500-1"]
@@ -122,7 +122,7 @@ def test_the_published_sets_load() -> None:
 
 
 def test_a_run_asks_what_the_command_asks(arithmetic_data: Path, tokenizer) -> None:
-    from megatron_hpt.data.prompts import Limits, load_prompts
+    from megatron_hpt.data.prompts import LengthLimits, load_prompts
 
     file = arithmetic_data / "heldout.parquet"
-    assert of_prompts(load_prompts(str(file), tokenizer, Limits(8, 24)), tokenizer) == load_problems(file, tokenizer)
+    assert of_prompts(load_prompts(str(file), tokenizer, LengthLimits(8, 24)), tokenizer) == load_problems(file, tokenizer)

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hpt.config import RewardConfig
+from megatron_hpt.engines.types import Sample, SamplingRequest
 from megatron_hpt.errors import ConfigError, DataError, EngineError
-from megatron_hpt.evaluation.collecting import Collection, Source
+from megatron_hpt.evaluation.collecting import Collection, SampleSource
 from megatron_hpt.evaluation.grading import Graders, checked_grader, label, settings_of
 from megatron_hpt.evaluation.journal import Journal
-from megatron_hpt.evaluation.problems import Problem
+from megatron_hpt.evaluation.problems import EvaluationProblem
 from megatron_hpt.evaluation.samples import (
     Evaluation,
     Protocol,
@@ -25,11 +26,10 @@ from megatron_hpt.evaluation.samples import (
     write_record,
 )
 from megatron_hpt.examples import tiny_llama
-from megatron_hpt.rollout.engine import Sample, SamplingRequest
 
 TOKENIZER = tiny_llama.tokenizer()
 SETS = {
-    name: [Problem(f"{name}-{i}", [5 + i, 15], TOKENIZER.decode([5 + i, 15]), str(i)) for i in range(number)]
+    name: [EvaluationProblem(f"{name}-{i}", [5 + i, 15], TOKENIZER.decode([5 + i, 15]), str(i)) for i in range(number)]
     for name, number in (("easy", 3), ("hard", 2))
 }
 
@@ -58,7 +58,7 @@ def fill(folder: Path, graders: Graders, lives: float = float("inf"), seed: int 
     """Samples that were drawn."""
     sampler = Sampler(lives, random.Random(seed))
     with Collection(folder, record(samples), SETS) as collection:
-        asyncio.run(collection.fill(Source(sampler, TOKENIZER, 3), graders))
+        asyncio.run(collection.fill(SampleSource(sampler, TOKENIZER, 3), graders))
     return sampler.asked
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hpt.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainerConfig, validated
-from megatron_hpt.data.checkpoints import Best, read_best, superseded
+from megatron_hpt.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainerConfig
 from megatron_hpt.errors import CheckpointError, ConfigError
 from megatron_hpt.evaluation.selection import Selection, remove_superseded
 from megatron_hpt.launch.preflight import check_selection
+from megatron_hpt.models.checkpoints import Best, read_best, superseded
+from megatron_hpt.overrides import validated
 from megatron_hpt.run import RunDir
 
 CONFIG = EvaluationConfig(sets={"aime24": "a.parquet"}, validation={"mine": "b.parquet"}, select="mine", samples=4)

@@ -10,7 +10,7 @@ from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import launchers
 from megatron_hpt.launch.children import Child
 from megatron_hpt.launch.launchers import LocalLauncher, gpus_here, on_this_machine
-from megatron_hpt.launch.topology import Slots, place
+from megatron_hpt.plan.topology import Slots, place
 from megatron_hpt.run import RunDir, create
 
 NAMES = tuple(f"GPU-{letter}" for letter in "abcdefgh")

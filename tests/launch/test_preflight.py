@@ -14,17 +14,17 @@ from megatron_hpt.config import (
     ModelConfig,
     OverlongConfig,
     ParallelConfig,
-    dump_yaml,
 )
 from megatron_hpt.data.parquet import Problem, write_problems
 from megatron_hpt.errors import CheckpointError, ConfigError, HptError
 from megatron_hpt.examples import tiny_families, tiny_llama
 from megatron_hpt.launch import preflight
-from megatron_hpt.launch.layout import check_layout
+from megatron_hpt.models.conversion import ToMegatron
+from megatron_hpt.models.hf_config import model_shape, run_shape
+from megatron_hpt.models.hf_files import write_config
+from megatron_hpt.overrides import dump_yaml
+from megatron_hpt.plan.layout import check_layout
 from megatron_hpt.run import RunDir
-from megatron_hpt.weights.conversion import ToMegatron
-from megatron_hpt.weights.hf_config import model_shape, run_shape
-from megatron_hpt.weights.hf_files import write_config
 from tests import programs
 
 

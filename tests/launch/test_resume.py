@@ -9,22 +9,14 @@ from time import gmtime
 
 import pytest
 
-from megatron_hpt.config import (
-    AlgorithmConfig,
-    Config,
-    DataConfig,
-    MixtureConfig,
-    ModelConfig,
-    TrainerConfig,
-    dump_yaml,
-    load_yaml,
-)
-from megatron_hpt.data.checkpoints import record, superseded
-from megatron_hpt.data.files import swap_in
+from megatron_hpt.config import AlgorithmConfig, Config, DataConfig, MixtureConfig, ModelConfig, TrainerConfig
 from megatron_hpt.errors import ConfigError, DataError
+from megatron_hpt.files import swap_in
 from megatron_hpt.launch import preflight, train
 from megatron_hpt.launch.supervisor import Supervisor
 from megatron_hpt.launch.train import _check_same_batches, resume_point, resume_run
+from megatron_hpt.models.checkpoints import record, superseded
+from megatron_hpt.overrides import dump_yaml, load_yaml
 from megatron_hpt.run import RunDir, create, newest
 from megatron_hpt.telemetry.metrics import MetricsLog, read
 

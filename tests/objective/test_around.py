@@ -16,13 +16,13 @@ from megatron_hpt.config import (
     KlConfig,
     MismatchConfig,
     ModelConfig,
-    apply_overrides,
 )
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.objective.algorithms import ALGORITHMS, build, without_effect
 from megatron_hpt.objective.kl import K1, K2, K3, EntropyBonus
 from megatron_hpt.objective.shaping import Identity, Logarithm, PlusLogarithm, Power, Saturating, Uncertain
 from megatron_hpt.objective.value import value_loss
+from megatron_hpt.overrides import apply_overrides
 
 LOG_RATIOS = st.lists(st.floats(-3, 3), min_size=1, max_size=8)
 

@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from megatron_hpt import recipe
-from megatron_hpt.config import Config, dump_yaml, load_yaml
-from megatron_hpt.data.tokenizer import load_tokenizer
+from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.examples.paper import LayoutName, Method
 from megatron_hpt.launch import preflight
-from megatron_hpt.launch.plan import of_recipe
+from megatron_hpt.models.hf_config import ModelShape, model_shape
+from megatron_hpt.models.mapping import hf_tensor_shapes
+from megatron_hpt.models.tokenizer import load_tokenizer
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.objective.roles import Role
 from megatron_hpt.objective.tokens import Counts
+from megatron_hpt.overrides import dump_yaml, load_yaml
+from megatron_hpt.plan.plan import of_recipe
 from megatron_hpt.rewards import registry
-from megatron_hpt.weights.hf_config import ModelShape, model_shape
-from megatron_hpt.weights.mapping import hf_tensor_shapes
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hpt.config import REWARDS, Config, RewardConfig, apply_overrides, validated
+from megatron_hpt.config import REWARDS, Config, RewardConfig
 from megatron_hpt.errors import ConfigError
+from megatron_hpt.overrides import apply_overrides, validated
 from megatron_hpt.rewards import answers, gym, registry
 from megatron_hpt.rewards.grades import Answer, Cause, Grade, Ungradable, graded, ungraded
 from megatron_hpt.rewards.pool import GraderPool, weighted

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from megatron_hpt.config import HttpRewardConfig, RewardConfig
+from megatron_hpt.engines.registry import ENGINES
+from megatron_hpt.engines.vllm.server import ONE_PROCESS
 from megatron_hpt.launch.launchers import free_port
 from megatron_hpt.rewards.grades import Answer, Cause
 from megatron_hpt.rewards.http import RewardServer
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.rollout.engines import ENGINES
-from megatron_hpt.rollout.vllm import ONE_PROCESS
-
-from ..engines import Server, engine_config, skip_without
+from tests.engine_servers import Server, engine_config, skip_without
 
 pytestmark = pytest.mark.slow
 ANSWERS = [Answer(f"{n}+1={n + 1}", str(n + 1), prompt=f"{n}+1=?") for n in range(9)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_hpt.rewards import reference
 from megatron_hpt.rewards.reference.boxes import last_boxed
-from megatron_hpt.vectors.graders import DIFFERENT, VERSION
+from tools.reference_vectors.graders import DIFFERENT, VERSION
 
 SHARED = Path(__file__).parents[3] / "shared"
 VECTORS = SHARED / "vectors" / "grader_vectors.json"

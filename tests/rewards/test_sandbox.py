@@ -15,10 +15,10 @@ from megatron_hpt.errors import ConfigError
 from megatron_hpt.rewards import code, sandbox
 from megatron_hpt.rewards.grades import Answer, Ungradable
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.rewards.sandbox import Limits, SandboxError, run
+from megatron_hpt.rewards.sandbox import SandboxError, SandboxLimits, run
 
 pytestmark = pytest.mark.slow
-LIMITS = Limits(time_s=1.0, memory_mib=256, processes=16, disk_mib=8)
+LIMITS = SandboxLimits(time_s=1.0, memory_mib=256, processes=16, disk_mib=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +29,7 @@ def jailed() -> None:
         pytest.skip(str(error))
 
 
-def prints(program: str, expected: str, limits: Limits = LIMITS) -> None:
+def prints(program: str, expected: str, limits: SandboxLimits = LIMITS) -> None:
     """The program prints that, and nothing else."""
     assert run(program, [{"input": "", "output": expected}], limits) == {"passed": True, "detail": ""}
 
@@ -89,7 +89,7 @@ def test_memory_that_no_process_has_is_refused() -> None:
     prints("import ctypes; print(ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600))", "-1")
     prints("import os\ntry: os.memfd_create('x')\nexcept PermissionError: print('refused')", "refused")
     many = "import os\ntry:\n    for n in range(50_000): os.mknod(f'/tmp/{n}')\nexcept OSError: print(n < 20_000)"
-    prints(many, "True", Limits(10.0, 256, 16, 8))
+    prints(many, "True", SandboxLimits(10.0, 256, 16, 8))
 
 
 def test_there_is_no_network() -> None:

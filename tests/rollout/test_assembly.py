@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_hpt.batch.rows import Source
 from megatron_hpt.config import (
     AlgorithmConfig,
     Config,
@@ -14,12 +15,11 @@ from megatron_hpt.config import (
     TrainerConfig,
 )
 from megatron_hpt.data.prompts import Prompt
-from megatron_hpt.data.rows import Source
+from megatron_hpt.engines.types import Sample
 from megatron_hpt.objective import advantage as a
 from megatron_hpt.objective.algorithms import of_run
 from megatron_hpt.objective.gate import Choice
 from megatron_hpt.rollout.assembly import Group, assemble
-from megatron_hpt.rollout.engine import Sample
 
 LENGTH = 16
 

@@ -6,17 +6,17 @@ import pytest
 
 from megatron_hpt.config import GateConfig, RewardConfig
 from megatron_hpt.data.prompts import Prompt
+from megatron_hpt.engines.pool import EnginePool
+from megatron_hpt.engines.types import seed_of
 from megatron_hpt.errors import EngineError
 from megatron_hpt.objective.gates import hybrid
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rollout.assembly import GateDecider
-from megatron_hpt.rollout.pool import EnginePool
-from megatron_hpt.rollout.sampling import Early, Grader, Settings, grade, sample, seed_of
-
-from .servers import PATIENCE, Server, serve
+from megatron_hpt.rollout.sampling import Early, Grader, SamplingSettings, grade, sample
+from tests.engines.servers import PATIENCE, Server, serve
 
 N = 4
-SETTINGS = Settings(lambda _: N, 1.0, 1.0, 16, 1)
+SETTINGS = SamplingSettings(lambda _: N, 1.0, 1.0, 16, 1)
 PROMPT = Prompt("p", [5, 6], [8, 1], "7", "")
 SEED = seed_of(0, 0)
 """Of the first prompt's request."""

@@ -74,7 +74,7 @@ def test_96_ranks_and_four_engines_of_eight_beside_a_sick_node(cluster: Cluster,
 
 @pytest.mark.thorough
 def test_a_rank_that_always_dies_is_named_and_given_up_after_three_tries(cluster: Cluster, tmp_path: Path) -> None:
-    """Adds Slurm's own requeues to the count of tries, which tests/launch/test_slurm.py follows without Slurm."""
+    """Adds Slurm's own requeues to the count of tries, which tests/launch/slurm/test_launcher.py follows without Slurm."""
     job = submit(cluster, tmp_path, "true", HPT_DIES="42")
     deadline = time.monotonic() + 300
     while "the job is not started again" not in job.output:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_hpt.config import Config, apply_overrides
-from megatron_hpt.data.history import History
-from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.batch.history import History
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.config import Config
 from megatron_hpt.data.prompts import Prompt
+from megatron_hpt.engines.types import Sample
 from megatron_hpt.objective.algorithms import of_run
+from megatron_hpt.overrides import apply_overrides
 from megatron_hpt.rollout.assembly import Group, assemble
-from megatron_hpt.rollout.engine import Sample
 from megatron_hpt.run import RunDir, create
 from megatron_hpt.telemetry.metrics import MetricsLog
 

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hpt.batch.history import History
+from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.config import AlgorithmConfig, Config, DataConfig, GateConfig, ModelConfig, TrainerConfig
-from megatron_hpt.data.history import History
-from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.data.prompts import Prompt
+from megatron_hpt.engines.types import Sample
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.objective.algorithms import of_run
 from megatron_hpt.objective.gate import Choice
 from megatron_hpt.rollout.assembly import GateDecider, Group, assemble
-from megatron_hpt.rollout.engine import Sample
 from megatron_hpt.run import RunDir, create
 from megatron_hpt.telemetry.replay import replay
 from tests import programs

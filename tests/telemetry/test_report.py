@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.cli import app
 from megatron_hpt.config import Config, DataConfig, ModelConfig
-from megatron_hpt.data.ledger import Ledger
 from megatron_hpt.errors import ConfigError, DataError
 from megatron_hpt.objective.gate import Choice
 from megatron_hpt.run import RunDir, create
 from megatron_hpt.telemetry import metrics
-from megatron_hpt.telemetry.report import answers, record, visits, ways
+from megatron_hpt.telemetry.report import answers, record, timelines, visits
 from megatron_hpt.telemetry.report.visits import State, Visit
 from megatron_hpt.telemetry.report.write import write_report
 
@@ -140,7 +140,7 @@ def test_shares_are_means_over_the_visits_that_train(seen: list) -> None:
 def test_every_prompt_stands_somewhere_and_its_way_has_no_gap(seen: list) -> None:
     decided = visited(seen)
     assert all(sum(shares.values()) == pytest.approx(1) for _, shares in visits.population(decided))
-    found = ways.timelines(decided)
+    found = timelines.timelines(decided)
     assert found.prompts == len({visit.prompt_id for visit in decided})
     for timeline in found.shown:
         own = [visit for visit in decided if visit.prompt_id == timeline.prompt_id]

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hpt.gpucheck.measurement import Measurement, markdown
-from megatron_hpt.gpucheck.sizes import flops_per_token
-from megatron_hpt.weights.hf_config import ModelShape
+from megatron_hpt.models.hf_config import ModelShape
+from megatron_hpt.plan.timing import flops_per_token
+from tools.gpu_checks.measurement import Measurement, markdown
 
 from .test_tools import tool
 

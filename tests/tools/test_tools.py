@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_hpt.data.prompts import Limits, load_prompts
+from megatron_hpt.data.prompts import LengthLimits, load_prompts
 from megatron_hpt.examples import smollm2
 from megatron_hpt.rewards.reference import grade
 from tests import programs
@@ -33,7 +33,7 @@ def test_prepared_demonstrations_earn_the_reward_and_sets_do_not_overlap(tmp_pat
     sets = {}
     for name in ("train", "heldout"):
         answers_are_correct(tmp_path / f"{name}.parquet")
-        prompts = load_prompts(str(tmp_path / f"{name}.parquet"), tokenizer, Limits(10_000, 10_000))
+        prompts = load_prompts(str(tmp_path / f"{name}.parquet"), tokenizer, LengthLimits(10_000, 10_000))
         sets[name] = {tuple(prompt.tokens) for prompt in prompts}
     assert not sets["train"] & sets["heldout"]
     assert len(sets["heldout"]) == options[-1]

@@ -11,7 +11,7 @@ from megatron_hpt.rewards.math import relations
 from megatron_hpt.rewards.math.expressions import DEEPEST, LONGEST, read
 from megatron_hpt.rewards.math.nodes import Node, Unreadable
 from megatron_hpt.rewards.math.quantities import Quantity, quantity
-from megatron_hpt.rewards.math.structure import Kind, Part, parse
+from megatron_hpt.rewards.math.structure import Part, PartKind, parse
 from megatron_hpt.rewards.math.values import real, same
 from megatron_hpt.rewards.math.writing import normal, plain
 
@@ -60,7 +60,7 @@ def number(latex: str) -> float | None:
     part = _value(parse(plain(latex)))
     try:
         found = quantity(part.text)
-        return real(_times(read(found.body), found.scale)) if part.kind is Kind.LEAF else None
+        return real(_times(read(found.body), found.scale)) if part.kind is PartKind.LEAF else None
     except Unreadable:
         return None
 
@@ -73,7 +73,7 @@ def _same_text(given: str, truth: str) -> bool:
 def _equal(given: Part, truth: Part) -> bool:
     if _same_text(given.text, truth.text):
         return True
-    if given.kind is Kind.NAMED or truth.kind is Kind.NAMED:
+    if given.kind is PartKind.NAMED or truth.kind is PartKind.NAMED:
         return _equal_named(given, truth)
     if given.kind is truth.kind:
         return _SAME_KIND[given.kind](given, truth)
@@ -89,10 +89,10 @@ def _equal_named(given: Part, truth: Part) -> bool:
         if normal(given.mark) != normal(truth.mark):
             return relations.equal(_as_relation(given), _as_relation(truth), _equal)
     else:
-        named, other = (given, truth) if given.kind is Kind.NAMED else (truth, given)
-        if _is_member(named) and other.kind in (Kind.LIST, Kind.LEAF):
+        named, other = (given, truth) if given.kind is PartKind.NAMED else (truth, given)
+        if _is_member(named) and other.kind in (PartKind.LIST, PartKind.LEAF):
             return False  # x lies in (3, 4); 3 and 4 are something else
-        if other.kind is Kind.RELATION:
+        if other.kind is PartKind.RELATION:
             return _is_interval(named, other) or relations.equal(_as_relation(given), _as_relation(truth), _equal)
     return _is_consistent(given) and _equal(_value(given), _value(truth))
 
@@ -109,19 +109,19 @@ def _is_interval(named: Part, relation: Part) -> bool:
 
 
 def _value(part: Part) -> Part:
-    return part.parts[0] if part.kind is Kind.NAMED else part
+    return part.parts[0] if part.kind is PartKind.NAMED else part
 
 
 def _is_consistent(part: Part) -> bool:
     """x = 2 + 3 = 5 is, x = 2 + 3 = 6 is not."""
-    return part.kind is not Kind.NAMED or all(_equal(step, part.parts[0]) for step in part.parts[1:])
+    return part.kind is not PartKind.NAMED or all(_equal(step, part.parts[0]) for step in part.parts[1:])
 
 
 def _as_relation(part: Part) -> Part:
-    if part.kind is not Kind.NAMED:
+    if part.kind is not PartKind.NAMED:
         return part
-    name, value = Part(Kind.LEAF, part.mark), part.parts[0]
-    return Part(Kind.RELATION, part.text, (name, value), "=")
+    name, value = Part(PartKind.LEAF, part.mark), part.parts[0]
+    return Part(PartKind.RELATION, part.text, (name, value), "=")
 
 
 # Several answers.
@@ -133,8 +133,8 @@ def _equal_lists(given: Part, truth: Part) -> bool:
     Values of different names keep the order of the names: x = 1, y = 2 is not 2, 1.
     """
     one, other = _flattened(given), _flattened(truth)
-    names = {part.mark for part in (*one, *other) if part.kind is Kind.NAMED}
-    if len(names) > 1 and {part.kind is Kind.NAMED for part in one} != {part.kind is Kind.NAMED for part in other}:
+    names = {part.mark for part in (*one, *other) if part.kind is PartKind.NAMED}
+    if len(names) > 1 and {part.kind is PartKind.NAMED for part in one} != {part.kind is PartKind.NAMED for part in other}:
         return len(one) == len(other) and all(map(_equal, one, other))
     if any(_equal(a, b) for place, a in enumerate(other) for b in other[:place]):
         return len(one) == len(other) and _matched(one, other)
@@ -144,7 +144,7 @@ def _equal_lists(given: Part, truth: Part) -> bool:
 def _flattened(several: Part) -> tuple[Part, ...]:
     """Both values of a plus-minus sign are two of the list."""
     parts = several.parts
-    return tuple(part for one in parts for part in (one.parts if one.kind is Kind.LIST else (one,)))
+    return tuple(part for one in parts for part in (one.parts if one.kind is PartKind.LIST else (one,)))
 
 
 def _matched(parts: Sequence[Part], others: Sequence[Part]) -> bool:
@@ -177,8 +177,8 @@ def _equal_unions(given: Part, truth: Part) -> bool:
 
 def _flat(union: Part) -> Part:
     """Elements of finite sets are parts like intervals."""
-    parts = [element for part in union.parts for element in (part.parts if part.kind is Kind.SET else (part,))]
-    return Part(Kind.SET, union.text, tuple(parts))
+    parts = [element for part in union.parts for element in (part.parts if part.kind is PartKind.SET else (part,))]
+    return Part(PartKind.SET, union.text, tuple(parts))
 
 
 def _equal_ratios(given: Part, truth: Part) -> bool:
@@ -200,27 +200,27 @@ def _expressions(parts: Sequence[Part]) -> list[Node] | None:
 def _other_kinds(one: Part, other: Part) -> bool:
     """Different kinds that may say the same; asked both ways."""
     pair = (one.kind, other.kind)
-    if one.kind in (Kind.LIST, Kind.SET) and one.parts and all(_equal(part, other) for part in one.parts):
+    if one.kind in (PartKind.LIST, PartKind.SET) and one.parts and all(_equal(part, other) for part in one.parts):
         return True
-    if pair in ((Kind.LIST, Kind.SET), (Kind.SET, Kind.LIST)):
+    if pair in ((PartKind.LIST, PartKind.SET), (PartKind.SET, PartKind.LIST)):
         return _equal_lists(one, other)
-    if one.kind is Kind.UNION and all(part.kind is Kind.SET for part in one.parts):
+    if one.kind is PartKind.UNION and all(part.kind is PartKind.SET for part in one.parts):
         return _equal(_flat(one), other)
-    if pair == (Kind.LIST, Kind.TUPLE):
-        named = all(part.kind is Kind.NAMED for part in one.parts)
+    if pair == (PartKind.LIST, PartKind.TUPLE):
+        named = all(part.kind is PartKind.NAMED for part in one.parts)
         ordered = sorted(one.parts, key=lambda part: part.mark) if named else one.parts
         return other.mark == "()" and _equal_in_order(replace(one, parts=tuple(ordered)), other)
-    if pair == (Kind.LIST, Kind.UNION):
-        intervals = [relations.interval(part) if part.kind is Kind.RELATION else None for part in one.parts]
+    if pair == (PartKind.LIST, PartKind.UNION):
+        intervals = [relations.interval(part) if part.kind is PartKind.RELATION else None for part in one.parts]
         return None not in intervals and _equal_unions(replace(one, parts=tuple(intervals)), other)
-    if pair == (Kind.MATRIX, Kind.TUPLE):
+    if pair == (PartKind.MATRIX, PartKind.TUPLE):
         cells = [cell for row in one.parts for cell in row.parts]
         is_vector = len(one.parts) == 1 or all(len(row.parts) == 1 for row in one.parts)
-        return is_vector and other.mark == "()" and _equal_in_order(Part(Kind.ROW, one.text, tuple(cells)), other)
-    if pair == (Kind.RATIO, Kind.LEAF) and len(one.parts) == 2:
+        return is_vector and other.mark == "()" and _equal_in_order(Part(PartKind.ROW, one.text, tuple(cells)), other)
+    if pair == (PartKind.RATIO, PartKind.LEAF) and len(one.parts) == 2:
         nodes = _expressions([*one.parts, other])
         return nodes is not None and same(Node("/", (nodes[0], nodes[1])), nodes[2])
-    if pair == (Kind.RELATION, Kind.TUPLE):
+    if pair == (PartKind.RELATION, PartKind.TUPLE):
         interval = relations.interval(one)
         return interval is not None and _equal(interval, other)
     return False
@@ -282,16 +282,16 @@ def _infinite(body: str) -> str:
     return text if text.lstrip("-") == r"\infty" else ""
 
 
-_SAME_KIND: dict[Kind, Callable[[Part, Part], bool]] = {
-    Kind.LEAF: _equal_leaves,
-    Kind.LIST: _equal_lists,
-    Kind.SEQUENCE: _equal_in_order,
-    Kind.SET: _equal_lists,
-    Kind.TUPLE: _equal_tuples,
-    Kind.UNION: _equal_unions,
-    Kind.MATRIX: _equal_in_order,
-    Kind.ROW: _equal_in_order,
-    Kind.CASES: _equal_lists,
-    Kind.RATIO: _equal_ratios,
-    Kind.RELATION: lambda given, truth: relations.equal(given, truth, _equal),
+_SAME_KIND: dict[PartKind, Callable[[Part, Part], bool]] = {
+    PartKind.LEAF: _equal_leaves,
+    PartKind.LIST: _equal_lists,
+    PartKind.SEQUENCE: _equal_in_order,
+    PartKind.SET: _equal_lists,
+    PartKind.TUPLE: _equal_tuples,
+    PartKind.UNION: _equal_unions,
+    PartKind.MATRIX: _equal_in_order,
+    PartKind.ROW: _equal_in_order,
+    PartKind.CASES: _equal_lists,
+    PartKind.RATIO: _equal_ratios,
+    PartKind.RELATION: lambda given, truth: relations.equal(given, truth, _equal),
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from megatron_hpt.rewards.math.expressions import read
 from megatron_hpt.rewards.math.nodes import Node, Unreadable
-from megatron_hpt.rewards.math.structure import Kind, Part
+from megatron_hpt.rewards.math.structure import Part, PartKind
 from megatron_hpt.rewards.math.values import proportional
 
 Same = Callable[[Part, Part], bool]
@@ -69,16 +69,16 @@ def interval(relation: Part) -> Part | None:
     if len(signs) == 1:
         if not _is_name(sides[0]):
             return None
-        infinite = Part(Kind.LEAF, r"\infty"), Part(Kind.LEAF, r"-\infty")
+        infinite = Part(PartKind.LEAF, r"\infty"), Part(PartKind.LEAF, r"-\infty")
         low, high = (infinite[1], sides[1]) if "<" in signs[0] else (sides[1], infinite[0])
         closed = "=" in signs[0]
         mark = ("[" if closed and ">" in signs[0] else "(") + ("]" if closed and "<" in signs[0] else ")")
-        return Part(Kind.TUPLE, relation.text, (low, high), mark)
+        return Part(PartKind.TUPLE, relation.text, (low, high), mark)
     if signs[0][0] != signs[1][0] or not _is_name(sides[1]):
         return None
     low, high = (0, 1) if signs[0][0] == "<" else (1, 0)
     mark = ("[" if "=" in signs[low] else "(") + ("]" if "=" in signs[high] else ")")
-    return Part(Kind.TUPLE, relation.text, (sides[2 * low], sides[2 * high]), mark)
+    return Part(PartKind.TUPLE, relation.text, (sides[2 * low], sides[2 * high]), mark)
 
 
 def _is_name(part: Part) -> bool:

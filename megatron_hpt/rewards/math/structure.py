@@ -10,7 +10,7 @@ from functools import lru_cache
 from megatron_hpt.rewards.math.units import SENTENCE
 
 
-class Kind(StrEnum):
+class PartKind(StrEnum):
     """What a part of an answer is."""
 
     LEAF = "leaf"
@@ -35,7 +35,7 @@ class Kind(StrEnum):
 class Part:
     """A part of an answer."""
 
-    kind: Kind
+    kind: PartKind
     text: str
     parts: tuple[Part, ...] = ()
     mark: str = ""
@@ -77,21 +77,21 @@ def parse(text: str) -> Part:
     relation = _relation(text)
     if relation:
         return relation
-    for separators, kind in (((r"\cup",), Kind.UNION), ((":",), Kind.RATIO)):
+    for separators, kind in (((r"\cup",), PartKind.UNION), ((":",), PartKind.RATIO)):
         pieces = _split(text, separators)
         if len(pieces) > 1 and all(piece.strip() for piece in pieces) and not _CLOCK.fullmatch(text):
             return Part(kind, text, tuple(map(parse, pieces)))
-    return _bracketed(text) or _alternatives(text) or Part(Kind.LEAF, text)
+    return _bracketed(text) or _alternatives(text) or Part(PartKind.LEAF, text)
 
 
 def _rows(text: str, name: str, body: str) -> Part:
     rows = [row for row in _split(body, (r"\\",)) if row.strip()]
     if name == "pmatrix":
         cells = [_row(row) for row in rows]
-        return Part(Kind.MATRIX, text, tuple(cells))
+        return Part(PartKind.MATRIX, text, tuple(cells))
     if rows and any("&" in re.sub(r"&\s*(?==|<|>|\\[lg]e)", "", row) for row in rows):
         return Part(
-            Kind.CASES,
+            PartKind.CASES,
             text,
             tuple(_row(row) for row in rows),
         )
@@ -100,19 +100,19 @@ def _rows(text: str, name: str, body: str) -> Part:
 
 def _row(row: str) -> Part:
     """The cells of a row; what ends one as a sentence is left out."""
-    return Part(Kind.ROW, row, tuple(parse(cell.strip().rstrip(",.")) for cell in _split(row, ("&",))))
+    return Part(PartKind.ROW, row, tuple(parse(cell.strip().rstrip(",.")) for cell in _split(row, ("&",))))
 
 
 def _list(text: str, items: list[str]) -> Part:
     if not items or any(not item.strip() for item in items):
-        return Part(Kind.LEAF, text)
+        return Part(PartKind.LEAF, text)
     parts = [parse(item) for item in items]
     if any(item.strip() in _DOTS for item in items):
-        return Part(Kind.SEQUENCE, text, tuple(parts))
+        return Part(PartKind.SEQUENCE, text, tuple(parts))
     first, *others = parts
-    if first.kind is Kind.NAMED and not any(part.kind in (Kind.NAMED, Kind.RELATION) for part in others):
-        return Part(Kind.NAMED, text, (Part(Kind.LIST, text, (first.parts[0], *others)),), first.mark)  # m = 3, 5, 7
-    return Part(Kind.LIST, text, tuple(parts))
+    if first.kind is PartKind.NAMED and not any(part.kind in (PartKind.NAMED, PartKind.RELATION) for part in others):
+        return Part(PartKind.NAMED, text, (Part(PartKind.LIST, text, (first.parts[0], *others)),), first.mark)  # m = 3, 5, 7
+    return Part(PartKind.LIST, text, tuple(parts))
 
 
 def _relation(text: str) -> Part | None:
@@ -121,12 +121,12 @@ def _relation(text: str) -> Part | None:
     if not signs:
         return None
     if any(not side.strip() for side in sides):
-        return Part(Kind.LEAF, text)
+        return Part(PartKind.LEAF, text)
     if signs[0] in ("=", "in", "==") and set(signs) <= {"=", signs[0]} and _is_name(sides[0]):
         values = tuple(parse(side) for side in sides[1:])
         name = re.sub(r"\s", "", sides[0]) + ("" if signs[0] == "=" else f" {signs[0]}")
-        return Part(Kind.NAMED, text, (values[-1], *values[:-1]), name)
-    return Part(Kind.RELATION, text, tuple(Part(Kind.LEAF, side.strip()) for side in sides), " ".join(signs))
+        return Part(PartKind.NAMED, text, (values[-1], *values[:-1]), name)
+    return Part(PartKind.RELATION, text, tuple(Part(PartKind.LEAF, side.strip()) for side in sides), " ".join(signs))
 
 
 def _is_name(text: str) -> bool:
@@ -137,25 +137,25 @@ def _is_name(text: str) -> bool:
 def _bracketed(text: str) -> Part | None:
     """A set or tuple: brackets around everything, with a comma or nothing inside."""
     for opening, closing, kind, mark in (
-        (r"\{", (r"\}",), Kind.SET, ""),
-        (r"\langle", (r"\rangle",), Kind.TUPLE, "()"),
-        ("(", (")", "]"), Kind.TUPLE, "("),
-        ("[", ("]", ")"), Kind.TUPLE, "["),
+        (r"\{", (r"\}",), PartKind.SET, ""),
+        (r"\langle", (r"\rangle",), PartKind.TUPLE, "()"),
+        ("(", (")", "]"), PartKind.TUPLE, "("),
+        ("[", ("]", ")"), PartKind.TUPLE, "["),
     ):
         end = next((one for one in closing if text.startswith(opening) and text.endswith(one)), None)
         if end is None or not _encloses(text, opening, end):
             continue
         inner = text[len(opening) : -len(end)]
         items = _split(inner, (",", ";"))
-        if kind is Kind.SET and not inner.strip():
-            return Part(Kind.SET, text)
-        if kind is Kind.TUPLE and len(items) == 1:
+        if kind is PartKind.SET and not inner.strip():
+            return Part(PartKind.SET, text)
+        if kind is PartKind.TUPLE and len(items) == 1:
             return parse(inner) if (opening, end) == ("(", ")") and _cut(inner)[1] else None
-        if any(not item.strip() for item in items) or (kind is Kind.SET and re.search(r"\\mid|\||:", inner)):
+        if any(not item.strip() for item in items) or (kind is PartKind.SET and re.search(r"\\mid|\||:", inner)):
             return None
         mark = mark if len(mark) != 1 else opening + end
         return Part(kind, text, tuple(map(parse, items)), mark)
-    return Part(Kind.SET, text) if re.fullmatch(r"\\emptyset", text) else None
+    return Part(PartKind.SET, text) if re.fullmatch(r"\\emptyset", text) else None
 
 
 def _alternatives(text: str) -> Part | None:
@@ -164,7 +164,7 @@ def _alternatives(text: str) -> Part | None:
         return None
     upper = re.sub(r"\\mp(?![A-Za-z])", "-", re.sub(r"\\pm(?![A-Za-z])", "+", text))
     lower = re.sub(r"\\mp(?![A-Za-z])", "+", re.sub(r"\\pm(?![A-Za-z])", "-", text))
-    return Part(Kind.LIST, text, (Part(Kind.LEAF, upper.strip()), Part(Kind.LEAF, lower.strip())))
+    return Part(PartKind.LIST, text, (Part(PartKind.LEAF, upper.strip()), Part(PartKind.LEAF, lower.strip())))
 
 
 # Text at the top level: outside of all brackets.

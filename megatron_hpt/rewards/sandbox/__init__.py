@@ -26,7 +26,7 @@ _START_S = 5.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """Of one program."""
 
     time_s: float
@@ -41,7 +41,7 @@ class SandboxError(Exception):
     """The jail did not come about, or did not answer."""
 
 
-def run(program: str, tests: list[dict[str, str]], limits: Limits) -> dict[str, Any]:
+def run(program: str, tests: list[dict[str, str]], limits: SandboxLimits) -> dict[str, Any]:
     """Run a Python program on tests, until one fails.
 
     Args:
@@ -72,7 +72,7 @@ def run(program: str, tests: list[dict[str, str]], limits: Limits) -> dict[str, 
         raise SandboxError(errors.decode(errors="replace").strip()[-500:] or f"the jail ended with {jail.returncode}") from None
 
 
-def _place(limits: Limits, tests: int) -> dict[str, Any]:
+def _place(limits: SandboxLimits, tests: int) -> dict[str, Any]:
     """What the jail is told: limits, what it shows of this machine, and the interpreter."""
     shown = ["/usr", "/bin", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/etc/alternatives", sys.base_prefix, sys.prefix]
     cpu_s = int(limits.time_s * max(1, tests)) + 2
@@ -93,7 +93,7 @@ def require() -> None:
         ConfigError: says what stands in the way.
     """
     try:
-        verdict = run("print(input())", [{"input": "ready", "output": "ready"}], Limits(10.0, 512, 8, 1))
+        verdict = run("print(input())", [{"input": "ready", "output": "ready"}], SandboxLimits(10.0, 512, 8, 1))
         problem = None if verdict["passed"] else verdict["detail"]
     except SandboxError as error:
         problem = str(error)

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from megatron_hpt.data.checkpoints import hf_side
-from megatron_hpt.data.ledger import Ledger
-from megatron_hpt.data.rows import Source
-from megatron_hpt.data.tokenizer import read_tokenizer
+from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.rows import Source
 from megatron_hpt.errors import DataError
-from megatron_hpt.telemetry.report.record import Record
+from megatron_hpt.models.checkpoints import hf_side
+from megatron_hpt.models.tokenizer import read_tokenizer
+from megatron_hpt.telemetry.report.record import RunRecord
 from megatron_hpt.telemetry.report.visits import Visit, evenly
 
 MOST_STEPS = 40
@@ -29,7 +29,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
-class Answer:
+class ShownAnswer:
     """One response. Weight: its factor in the loss, 0 if it did not train."""
 
     text: str
@@ -41,7 +41,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptAnswers:
     """One prompt of a step: the gate's decision, its demonstration if the ledger has it, and some answers, best first."""
 
     prompt_id: str
@@ -55,7 +55,7 @@ class Asked:
     demonstration: str | None
     demonstration_step: int | None
     """Whose batch has it: a demonstration is in the ledger where it trained."""
-    answers: Sequence[Answer]
+    answers: Sequence[ShownAnswer]
     recorded: int
     """Answers in the ledger."""
 
@@ -69,7 +69,7 @@ class Reading:
     problems: Sequence[str] = ()
 
 
-def read(record: Record, visits: Sequence[Visit], budget: int) -> Reading:
+def read(record: RunRecord, visits: Sequence[Visit], budget: int) -> Reading:
     """Steps at equal distances, as many as fit.
 
     Args:
@@ -116,7 +116,7 @@ class _Reader:
     decode: Decode
     demonstrated: Mapping[str, tuple[int, int]]
 
-    def step(self, visits: Sequence[Visit]) -> tuple[list[Asked], int | None]:
+    def step(self, visits: Sequence[Visit]) -> tuple[list[PromptAnswers], int | None]:
         """Some prompts of a step, and the version of the weights that answered.
 
         Raises:
@@ -129,12 +129,12 @@ class _Reader:
         version = next((row["policy_version"] for row in rows if row["policy_version"] is not None), None)
         return [self._asked(visit, [row for row in rows if row["group"] == visit.group]) for visit in chosen], version
 
-    def _asked(self, visit: Visit, rows: Sequence[dict[str, Any]]) -> Asked:
+    def _asked(self, visit: Visit, rows: Sequence[dict[str, Any]]) -> PromptAnswers:
         rollouts = [row for row in rows if row["source"] == Source.ROLLOUT]
         ranked = sorted(rollouts, key=lambda row: -1.0 if row["reward"] is None else row["reward"], reverse=True)
         taught, where = self._demonstration(visit, rows)
         any_row = next(iter(rows), taught)
-        return Asked(
+        return PromptAnswers(
             visit.prompt_id,
             visit.source,
             self._text(any_row["tokens"][: any_row["prompt_length"]]) if any_row else "(the ledger has no row of this prompt)",
@@ -160,10 +160,10 @@ class _Reader:
         others = self.ledger.select(step, [group], _COLUMNS)
         return next(((row, step) for row in others if row["source"] == Source.DEMONSTRATION), (None, None))
 
-    def _answer(self, row: dict[str, Any]) -> Answer:
+    def _answer(self, row: dict[str, Any]) -> ShownAnswer:
         response = row["tokens"][row["prompt_length"] :]
         numbers = row["reward"], row["advantage"], row["weight"]
-        return Answer(self._text(response), len(response), *numbers, row["finish_reason"])
+        return ShownAnswer(self._text(response), len(response), *numbers, row["finish_reason"])
 
     def _text(self, tokens: Sequence[int]) -> str:
         text = self.decode(tokens)
@@ -171,7 +171,7 @@ class _Reader:
         return text if left_out <= 0 else f"{text[:_HEAD]}\n[… {left_out:,} characters left out …]\n{text[-_TAIL:]}"
 
 
-def _decoder(record: Record) -> tuple[Decode, list[str]]:
+def _decoder(record: RunRecord) -> tuple[Decode, list[str]]:
     """The run's tokenizer, of its model or, where that is gone, of what the run has written; else the ids themselves."""
     run = record.run
     written = [run.export, *(run.checkpoint(step) for step in reversed(run.checkpoint_steps()))]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_hpt.telemetry.report import charts, visits, ways
-from megatron_hpt.telemetry.report.record import Grid, Record, evaluation_title
+from megatron_hpt.telemetry.report import charts, timelines, visits
+from megatron_hpt.telemetry.report.record import Grid, RunRecord, evaluation_title
 from megatron_hpt.telemetry.report.visits import State, Visit
 
 PHASES = ("rollout", "reward", "train", "transfer", "eval")
@@ -57,7 +57,7 @@ PICTURE = ("rollout/accuracy", "gate/sft_share", "rollout/response_tokens", "tra
 """Of `TRAINING`, what the picture shows."""
 
 
-def training(records: Sequence[Record]) -> list[dict[str, Any]]:
+def training(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """The overlaid curves of the steps: ``{key, title, about, smooth, spec, curves}``; spec None: nothing is recorded.
 
     A curve is ``{grid, y}``; grid None: that of its run.
@@ -66,7 +66,7 @@ def training(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [panel for panel, declared in zip(drawn, TRAINING, strict=True) if panel["spec"] or not declared.optional]
 
 
-def evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
+def evaluations(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """As `training`, of the evaluations that any of the runs has."""
     keys = sorted({key for record in records for key in record.evaluated})
     panels = [Panel(key, evaluation_title(key), _measured(key), ".3f", share=True) for key in keys]
@@ -77,7 +77,7 @@ def _measured(key: str) -> str:
     return "mean reward" if "/avg@" in key else "share of problems"
 
 
-def _drawn(panel: Panel, curves: Sequence[tuple[Grid | None, list]], records: Sequence[Record]) -> dict[str, Any]:
+def _drawn(panel: Panel, curves: Sequence[tuple[Grid | None, list]], records: Sequence[RunRecord]) -> dict[str, Any]:
     values = [value for _, curve in curves for value in curve if value is not None]
     log = panel.log and any(value > 0 for value in values)
     beyond = any(not 0 <= value <= 1 for value in values)  # a user's reward
@@ -100,7 +100,7 @@ def columns(grid: Grid) -> dict[str, list[Any]]:
     return {**asdict(grid), "hours": [short(value) for value in grid.hours]}
 
 
-def points(panel: dict[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
+def points(panel: dict[str, Any], records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """What charts.js makes of the curves of a panel of `training`, by step."""
     return [
         {"x": x, "y": y, "series": f"s{index}", "lone": before is None is after}
@@ -114,7 +114,7 @@ def short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
 
 
-def depth(record: Record, decided: Sequence[Visit]) -> list[dict[str, Any]]:
+def depth(record: RunRecord, decided: Sequence[Visit]) -> list[dict[str, Any]]:
     """The charts of one run: ``{title, about, wide, spec}``; those of the gate need its decisions."""
     shown = [seconds(record)]
     if decided:
@@ -122,7 +122,7 @@ def depth(record: Record, decided: Sequence[Visit]) -> list[dict[str, Any]]:
     return shown
 
 
-def seconds(record: Record) -> dict[str, Any]:
+def seconds(record: RunRecord) -> dict[str, Any]:
     """Seconds per phase, stacked."""
     names = [*PHASES, "other"]
     curves = {phase: [value or 0.0 for value in record.curve(f"time/{phase}_s")] for phase in (*PHASES, "step")}
@@ -188,7 +188,7 @@ def _share_lines(shares: visits.Shares, colors: dict[str, str]) -> charts.Spec |
 
 
 def _ways(decided: Sequence[Visit]) -> dict[str, Any]:
-    found = ways.timelines(decided)
+    found = timelines.timelines(decided)
     values = [
         {
             "row": row,

@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_hpt.config import Config, load_yaml, read_yaml
+from megatron_hpt.config import Config
 from megatron_hpt.errors import DataError
 from megatron_hpt.objective.algorithms import of_run
+from megatron_hpt.overrides import load_yaml, read_yaml
 from megatron_hpt.run import RunDir
+from megatron_hpt.settings.values import dump
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import duration
-from megatron_hpt.values import dump
 
 Lines = Sequence[dict[str, Any]]
 MOST_POINTS = 500
@@ -48,7 +49,7 @@ def _cumulated(values: Sequence[float]) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """One run: its name in the report, configuration and lines of metrics."""
 
     run: RunDir
@@ -99,7 +100,7 @@ class Record:
         return [line["step"] for line in self.lines if line.get("train/skipped")]
 
 
-def read(run: RunDir, label: str) -> Record:
+def read(run: RunDir, label: str) -> RunRecord:
     """A run's record.
 
     Raises:
@@ -108,7 +109,7 @@ def read(run: RunDir, label: str) -> Record:
     lines = metrics.read(run.metrics)
     if not lines:
         raise DataError(f"{run.metrics}: no finished step to draw; wait for the first, or leave this run out")
-    return Record(run, label, load_yaml(run.config), lines)
+    return RunRecord(run, label, load_yaml(run.config), lines)
 
 
 def labels(runs: Sequence[RunDir]) -> list[str]:
@@ -123,7 +124,7 @@ def labels(runs: Sequence[RunDir]) -> list[str]:
     return next((names for names in options if len(set(names)) == len(names)), options[-1])
 
 
-def facts(record: Record) -> dict[str, str]:
+def facts(record: RunRecord) -> dict[str, str]:
     """What one wants to know first."""
     lines, config = record.lines, record.config
     folder = record.run.path.resolve().name
@@ -162,12 +163,12 @@ def _from_to(values: Sequence[float | None], form: str) -> str:
     return ends if max(there) in (there[0], there[-1]) or len(there) < 3 else f"{ends} (highest {max(there):{form}})"
 
 
-def notes(record: Record) -> list[str]:
+def notes(record: RunRecord) -> list[str]:
     """What a reader should know before the curves."""
     return list(_notes(record))
 
 
-def _notes(record: Record) -> Iterator[str]:
+def _notes(record: RunRecord) -> Iterator[str]:
     done, wanted, taken = len(record.lines), record.config.trainer.steps, record.not_taken
     if done < wanted:
         yield f"{done} of {wanted} steps are finished: the run goes on, or ended early."
@@ -181,7 +182,7 @@ def _notes(record: Record) -> Iterator[str]:
         yield f"A point of a curve is the mean of {record.per_point} steps."
 
 
-def differences(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
+def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Settings in which the runs differ, with each run's value."""
     flat = [dict(_leaves(read_yaml(record.run.config), "")) for record in records]
     keys = dict.fromkeys(key for settings in flat for key in settings)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.errors import DataError
 from megatron_hpt.objective.gate import Choice
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hpt.data.files import check_file, whole, write_whole
-from megatron_hpt.data.ledger import Ledger
+from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.errors import ConfigError
+from megatron_hpt.files import check_file, whole, write_whole
 from megatron_hpt.run import RunDir
 from megatron_hpt.telemetry.report import answers, charts, panels, record, visits
 from megatron_hpt.telemetry.report.page import VEGA_LITE, page
-from megatron_hpt.telemetry.report.record import Record
+from megatron_hpt.telemetry.report.record import RunRecord
 from megatron_hpt.telemetry.report.visits import Visits
 
 PAGE = 5_000_000
@@ -60,11 +60,11 @@ def write_report(runs: Sequence[RunDir], target: Path | None = None) -> Path:
     return target
 
 
-def _title(records: Sequence[Record]) -> str:
+def _title(records: Sequence[RunRecord]) -> str:
     return records[0].label if len(records) == 1 else f"{len(records)} runs: " + ", ".join(one.label for one in records)
 
 
-def _described(one: Record, index: int, decided: Visits) -> dict[str, Any]:
+def _described(one: RunRecord, index: int, decided: Visits) -> dict[str, Any]:
     """A run without its answers."""
     color, dash = charts.style(index)
     sampled = [f"Decisions of every {decided.every}th step."] if decided.every > 1 else []
@@ -79,12 +79,12 @@ def _described(one: Record, index: int, decided: Visits) -> dict[str, Any]:
     }
 
 
-def _answers(one: Record, decided: Visits, budget: int) -> dict[str, Any]:
+def _answers(one: RunRecord, decided: Visits, budget: int) -> dict[str, Any]:
     reading = answers.read(one, decided.all, budget) if decided.all else answers.Reading([])
     return {"steps": reading.steps, "notes": [*_missing(one, decided), *_short(reading.problems)]}
 
 
-def _missing(one: Record, decided: Visits) -> list[str]:
+def _missing(one: RunRecord, decided: Visits) -> list[str]:
     return [] if decided.all else [f"{one.label} has no ledger (batches/ is empty or gone): curves only."]
 
 
@@ -92,7 +92,7 @@ def _short(messages: Sequence[str], most: int = 3) -> list[str]:
     return [*messages[:most], *([f"… and {len(messages) - most} more"] if len(messages) > most else [])]
 
 
-def picture(records: Sequence[Record], training: Sequence[dict[str, Any]]) -> bytes:
+def picture(records: Sequence[RunRecord], training: Sequence[dict[str, Any]]) -> bytes:
     """Six of the curves as a PNG."""
     import vl_convert
 

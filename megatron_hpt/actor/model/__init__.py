@@ -1,0 +1,1 @@
+"""The policy: Megatron's model with the parts of it that are ours."""

@@ -1,0 +1,268 @@
+"""Building the Megatron GPT model of a Hugging Face folder, loading its weights, naming its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megatron_hpt.actor import checkpoint
+from megatron_hpt.actor.model import rope
+from megatron_hpt.actor.model.attention import PackedAttention
+from megatron_hpt.actor.model.norm import RMSNorm
+from megatron_hpt.actor.model.precision import FP8_RECIPES, prove_fp8
+from megatron_hpt.actor.parallel import Ranks
+from megatron_hpt.actor.platform import Platform
+from megatron_hpt.config import ActorConfig, Config, ParallelConfig
+from megatron_hpt.models.checkpoints import is_checkpoint
+from megatron_hpt.models.hf_config import ModelShape, run_shape
+from megatron_hpt.models.hf_files import HfTensors
+from megatron_hpt.models.mapping import ShardView, shard_views
+
+
+class PolicyModel(GPTModel):
+    """A GPT model whose last stage gives hidden states: log-probabilities are made of them without logits in between."""
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[local vocabulary, hidden], this rank's rows of the output layer; on the last stage only."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def transformer_config(shape: ModelShape, config: Config, platform: Platform) -> TransformerConfig:
+    """Megatron's configuration of the model; fusions that need CUDA extensions are off."""
+    dtype, parallel = getattr(torch, config.model.dtype), config.parallel
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
+        qk_layernorm=shape.qk_norm,  # also adds up the gradients of q/k norms over tensor ranks, whose heads differ
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not platform.is_cuda,
+        # Every weight is loaded afterwards, but without initialisation Megatron does not mark its parameters as tensor
+        # parallel, and the gradient norm would count only rank 0's shards.
+        perform_initialization=True,
+        # Packed micro-batches differ in length. An interleaved schedule of two stages would confuse the shapes of the two
+        # directions (both go to the same rank), so there all micro-batches of a step are padded to one length.
+        variable_seq_lengths=parallel.virtual_pipeline == 1,
+        batch_p2p_comm=False,
+        calculate_per_token_loss=True,  # the loss is already divided by its global denominators
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        **_RECOMPUTE[config.actor.recompute],
+        **_fp8(config.actor),
+        **_experts(shape, parallel),
+    )
+
+
+def _fp8(actor: ActorConfig) -> dict[str, Any]:
+    if actor.fp8 == "none":
+        return {}
+    return {
+        "fp8": FP8_RECIPES[actor.fp8].format,
+        "fp8_recipe": actor.fp8,
+        "fp8_param": actor.fp8_param_gather,
+        "first_last_layers_bf16": actor.bf16_layers > 0,
+        "num_layers_at_start_in_bf16": actor.bf16_layers,
+        "num_layers_at_end_in_bf16": actor.bf16_layers,
+    }
+
+
+def _experts(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
+    dispatch = {"moe_token_dispatcher_type": "alltoall"}  # the default refuses variable lengths, even in a dense model
+    if not shape.experts:
+        return dispatch
+    return {
+        **dispatch,
+        "num_moe_experts": shape.experts,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.ffn,
+        # The softmax over the chosen experts alone is that over all experts divided by its sum over the chosen.
+        "moe_router_pre_softmax": not shape.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        # No auxiliary loss: it would pull the policy away from what the objective asks for.
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
+    }
+
+
+def build(shape: ModelShape, config: TransformerConfig, ranks: Ranks, platform: Platform) -> list[PolicyModel]:
+    """This rank's chunks of the model, with weights not yet loaded."""
+    pieces = config.virtual_pipeline_model_parallel_size or 1
+    return [_build_chunk(shape, config, ranks, platform, piece if pieces > 1 else None) for piece in range(pieces)]
+
+
+def _build_chunk(
+    shape: ModelShape, config: TransformerConfig, ranks: Ranks, platform: Platform, piece: int | None
+) -> PolicyModel:
+    with platform.building():
+        model = PolicyModel(
+            config,
+            _block(shape, get_num_layers_to_build(config, vp_stage=piece), platform, config.params_dtype),
+            vocab_size=padded_vocabulary(shape.vocab, ranks.tensor.size),
+            max_sequence_length=shape.max_positions,
+            pre_process=ranks.pipeline == 0 and not piece,
+            post_process=ranks.is_last_stage and piece in (None, (config.virtual_pipeline_model_parallel_size or 1) - 1),
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            vp_stage=piece,
+        )
+        rope.place(model, shape)
+    return model.to(platform.device)
+
+
+def _block(shape: ModelShape, layers: int, platform: Platform, dtype: torch.dtype) -> TransformerBlockSubmodules:
+    """The layers: Transformer Engine's where there is one, else Megatron's with an attention and a norm of our own.
+
+    Transformer Engine's fused attention computes in half precision only.
+    """
+    kind = {"num_experts": shape.experts or None, "moe_grouped_gemm": False, "qk_layernorm": shape.qk_norm}
+    if platform.has_transformer_engine and dtype is not torch.float32:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = get_gpt_layer_with_transformer_engine_spec(**kind)
+        return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
+    layer = get_gpt_layer_local_spec(**kind, normalization="RMSNorm")
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if shape.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if shape.experts:
+        # Checkpoints have Transformer Engine's names, in which the norm before a router is a module of its own.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def load(folder: str, config: Config, ranks: Ranks, platform: Platform) -> list[PolicyModel]:
+    """This rank's chunks of the model in a Hugging Face folder or a checkpoint, in the run's layout."""
+    shape = run_shape(config, folder)
+    chunks = build(shape, transformer_config(shape, config, platform), ranks, platform)
+    prove_fp8(config.actor.fp8, (module for chunk in chunks for module in chunk.modules()))
+    if is_checkpoint(folder):
+        checkpoint.load(Path(folder), chunks, None, platform)
+    else:
+        load_hf(chunks, shape, ranks, folder)
+    return chunks
+
+
+def padded_vocabulary(vocab: int, tensor: int) -> int:
+    """Rows of the embedding so that it divides by the tensor parallel ranks."""
+    return -(-vocab // tensor) * tensor
+
+
+def global_parameters(chunks: Sequence[PolicyModel], shape: ModelShape, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    """This rank's parameters under names with the global numbers of layer and expert."""
+    first_expert = ranks.expert.rank * (shape.experts // ranks.expert.size)
+    for chunk in chunks:
+        layers = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
+        for name, parameter in chunk.named_parameters():
+            name = _shifted(name, "decoder.layers.", layers)
+            yield _shifted(name, ".local_experts.", first_expert), parameter
+
+
+def _shifted(name: str, before: str, by: int) -> str:
+    """The name with `by` added to the number that follows `before`."""
+    head, found, tail = name.partition(before)
+    if not found:
+        return name
+    number, _, rest = tail.partition(".")
+    return f"{head}{before}{int(number) + by}.{rest}"
+
+
+def is_expert(parameter: Tensor) -> bool:
+    """A parameter of an expert: cut over expert (tensor) parallel ranks, replicated over expert data parallel ranks."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def views(
+    chunks: Sequence[PolicyModel],
+    shape: ModelShape,
+    ranks: Ranks,
+    *,
+    loading: bool = False,
+    contributing: bool = False,
+    of: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> list[ShardView]:
+    """Every Hugging Face box that this rank's parameters hold.
+
+    Args:
+        contributing: only those that this rank contributes to an export: each box of the model comes from one rank.
+        of: what of a parameter is looked at: itself, or a tensor of its shape (its gradient).
+    """
+    found = []
+    for name, parameter in global_parameters(chunks, shape, ranks):
+        expert = is_expert(parameter)
+        place = ranks.expert_tensor if expert else ranks.tensor
+        mine = shard_views(name, of(parameter), shape, place, loading=loading)
+        if contributing:
+            first = ranks.expert_data == 0 if expert else ranks.data == 0 and ranks.context.rank == 0
+            mine = [view for view in mine if first and (place.rank == 0 or not view.copied)]
+        found += mine
+    return found
+
+
+def contributed_views(
+    chunks: Sequence[PolicyModel], shape: ModelShape, ranks: Ranks, of: Callable[[Tensor], Tensor] = Tensor.detach
+) -> list[ShardView]:
+    """The boxes that this rank contributes to an export."""
+    return views(chunks, shape, ranks, contributing=True, of=of)
+
+
+@torch.no_grad()
+def load_hf(chunks: Sequence[PolicyModel], shape: ModelShape, ranks: Ranks, folder: str | Path) -> None:
+    """Fill this rank's parameters from the folder's safetensors; every parameter is written completely.
+
+    Raises:
+        ModelError: no safetensors, a damaged file, a missing tensor or one of another shape.
+    """
+    files = HfTensors(folder)
+    files.check(shape)
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        parameter.zero_()  # rows that only pad the vocabulary
+    for view in views(chunks, shape, ranks, loading=True):
+        view.write(files.get(view.name))

@@ -1,0 +1,1 @@
+"""The optimizer, its state in boxes, and where that rests."""

@@ -1,0 +1,59 @@
+"""Megatron's data parallel wrapper, its distributed optimizer, and the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+
+from megatron_hpt.actor.optimizer import adam
+from megatron_hpt.actor.platform import Platform
+from megatron_hpt.config import OptimizerConfig
+
+
+def wrap(chunks: Sequence[GPTModel], fp8_param_gather: bool) -> list[DistributedDataParallel]:
+    """Gradient buffers that are reduced in float32 and sharded over the data parallel ranks, one for each chunk."""
+    config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True, fp8_param_gather=fp8_param_gather
+    )
+    model = chunks[0].config
+    # num_tokens is dropped: it would divide the gradient a second time by a denominator the loss already has.
+    model.finalize_model_grads_func = lambda models, num_tokens=None, **kwargs: finalize_model_grads(models, None, **kwargs)
+    return [DistributedDataParallel(model, config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+
+
+def build(config: OptimizerConfig, wrapped: Sequence[DistributedDataParallel], platform: Platform) -> MegatronOptimizer:
+    """Adam with float32 master weights, its state sharded over the data parallel ranks."""
+    adam.offer_to_megatron()
+    dtype = wrapped[0].config.params_dtype
+    megatron = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    with platform.building():
+        optimizer = get_megatron_optimizer(megatron, list(wrapped))
+        # Moments are there from the start: a run whose first steps are all skipped writes a checkpoint too.
+        for part in optimizer.chained_optimizers:
+            part.init_state_fn(part.optimizer)
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of step 0 … steps-1: linear warm-up, then a straight line to `decay_to`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    return config.lr * (1 - (1 - config.decay_to) * min(1.0, progress))

@@ -1,0 +1,72 @@
+"""The frozen reference policy of a KL penalty: its log-probabilities, and the penalty on rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_hpt.actor.microbatch import MicroBatch, ends_of
+from megatron_hpt.actor.model.policy import PolicyModel
+from megatron_hpt.actor.predictions import model_logprobs
+from megatron_hpt.batch.advantages import overlong_penalties, with_advantages
+from megatron_hpt.batch.rows import Row, Source
+
+if TYPE_CHECKING:
+    from megatron_hpt.actor.state import Actor
+
+
+@torch.no_grad()
+def reference_logprobs(chunks: Sequence[PolicyModel], actor: Actor, batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """log π_ref of every response token of every micro-batch, [positions] each; empty before the last stage. Collective."""
+    parts = get_forward_backward_func()(
+        forward_step_func=lambda data, stage: _forward(actor, next(data), stage),
+        data_iterator=[iter(batches) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=batches[0].length,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    return [part["logprobs"] for part in parts] if actor.ranks.is_last_stage else []
+
+
+def _forward(actor: Actor, batch: MicroBatch, model: PolicyModel):
+    output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
+
+    def collect(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logprobs, _ = model_logprobs(hidden, batch, model, actor)
+        nothing = torch.zeros((), device=hidden.device)
+        return nothing, torch.ones((), dtype=torch.int, device=hidden.device), {"logprobs": logprobs}
+
+    return output, collect
+
+
+def penalised(rows: Sequence[Row], plan: Sequence[Sequence[int]], references: Sequence[Tensor], actor: Actor) -> list[Row]:
+    """The rows with advantages estimated again, from rewards less coefficient · KL at every rollout token. Collective.
+
+    The KL is that of the policy that sampled, so it does not depend on the step being taken.
+
+    Args:
+        plan: this rank's micro-batches, as indices of rows.
+        references: log π_ref of their targets.
+    """
+    kl = actor.algorithm.kl
+    mine: dict[int, list[float]] = {}
+    if actor.ranks.reports:
+        for indices, logprobs in zip(plan, references, strict=True):
+            for index, end in zip(indices, ends_of([len(rows[index].tokens) - 1 for index in indices], actor.cut), strict=True):
+                row = rows[index]
+                if row.source is Source.ROLLOUT:
+                    behaviour = torch.tensor(row.behaviour_logprobs, dtype=torch.float64)
+                    log_ratio = behaviour - logprobs[end - row.response_length : end].double().cpu()
+                    mine[index] = (-kl.coefficient * kl.estimator(log_ratio)).tolist()
+    everyone: list[dict[int, list[float]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    penalties = {index: penalty for part in everyone for index, penalty in part.items()}
+    estimated = [index for index, row in enumerate(rows) if row.is_estimated]
+    return with_advantages(rows, estimated, actor.algorithm, penalties, overlong_penalties(rows, actor.config))

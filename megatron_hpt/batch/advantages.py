@@ -1,0 +1,54 @@
+"""Advantages of a batch's rows, by the algorithm's estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from megatron_hpt.batch.rows import Row, Source
+from megatron_hpt.config import Config
+from megatron_hpt.objective.advantage import Outcome
+from megatron_hpt.objective.algorithm import Algorithm
+
+TokenRewards = Mapping[int, Sequence[float]]
+"""Index of a row → reward of each of its response tokens, besides what the verifier gave the whole."""
+
+
+def with_advantages(
+    rows: Sequence[Row], estimated: Sequence[int], algorithm: Algorithm, *token_rewards: TokenRewards
+) -> list[Row]:
+    """The rows with their advantages filled in.
+
+    Args:
+        estimated: indices of the rows that take part; the others have no advantage.
+        token_rewards: penalties on rewards; they add up.
+    """
+    result = [replace(row, advantage=None, token_advantages=None) for row in rows]
+    outcomes = [_outcome(rows[index], [penalty[index] for penalty in token_rewards if index in penalty]) for index in estimated]
+    estimates = algorithm.estimate([rows[index].role for index in estimated], outcomes)
+    for index, estimate in zip(estimated, estimates, strict=True):
+        scalar = estimate[0] if isinstance(estimate, list) and len(set(estimate)) == 1 else estimate
+        field = "token_advantages" if isinstance(scalar, list) else "advantage"
+        result[index] = replace(result[index], **{field: scalar})
+    return result
+
+
+def _outcome(row: Row, penalties: Sequence[Sequence[float]]) -> Outcome:
+    sums = [sum(token) for token in zip(*penalties, strict=True)] if penalties else None
+    return Outcome(row.group, row.reward, row.response_length, row.source is Source.DEMONSTRATION, sums)
+
+
+def overlong_penalties(rows: Sequence[Row], config: Config) -> TokenRewards:
+    """DAPO's soft punishment of long rollouts, at their last token (arXiv 2503.14476, eq. 13).
+
+    It grows from 0 to `overlong.penalty` over the last `overlong.buffer` tokens before the limit.
+    """
+    overlong, limit = config.algorithm.overlong, config.data.max_response_length
+    if not overlong.buffer:
+        return {}
+    penalties = {}
+    for index, row in enumerate(rows):
+        beyond = row.response_length - (limit - overlong.buffer)
+        if row.source is Source.ROLLOUT and beyond > 0:
+            penalties[index] = [*[0.0] * (row.response_length - 1), -overlong.penalty * min(1.0, beyond / overlong.buffer)]
+    return penalties

@@ -1,0 +1,1 @@
+"""Where the rows of data lie, and how they are read piece by piece."""

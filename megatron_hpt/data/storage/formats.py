@@ -1,0 +1,105 @@
+"""Reading files piece by piece: parquet by row group, JSONL by ranges of bytes. Nothing here holds a whole file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_hpt.data.storage.blocks import OPEN_FILES, Block
+from megatron_hpt.data.storage.lines import Lines
+from megatron_hpt.data.storage.locations import Location
+from megatron_hpt.errors import DataError
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_READ_BYTES = 1 << 20
+
+
+class FileFormat(Protocol):
+    """A kind of file."""
+
+    def schema(self, location: Location) -> pa.Schema:
+        """Columns of the file."""
+
+    def blocks(self, location: Location, columns: Sequence[str]) -> list[Block]:
+        """The rows of the file, in order."""
+
+    def batches(self, block: Block, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """The rows of a block."""
+
+    def restored(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row of a batch as its file has it."""
+
+
+class Parquet:
+    """Row groups; only the columns that are asked for are read. A few files stay open: reading a footer takes its time."""
+
+    def __init__(self) -> None:
+        self._file = lru_cache(OPEN_FILES)(_open_parquet)
+
+    def schema(self, location: Location) -> pa.Schema:
+        """From the footer."""
+        return self._file(location).schema_arrow
+
+    def blocks(self, location: Location, columns: Sequence[str]) -> list[Block]:
+        """One a row group, empty ones left out."""
+        metadata, blocks, first = self._file(location).metadata, [], 0
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            chunks = (group.column(number) for number in range(group.num_columns))
+            size = sum(c.total_uncompressed_size for c in chunks if _is_below(c.path_in_schema, columns))
+            if group.num_rows:
+                blocks.append(Block(location, index, first, group.num_rows, size, f"row group {index}"))
+            first += group.num_rows
+        return blocks
+
+    def batches(self, block: Block, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Streamed through the pages of the row group."""
+        reader = self._file(block.location)
+        # One thread: several decode several columns of a row group at a time, and hold that much more.
+        yield from reader.iter_batches(block.batch_rows, row_groups=[block.index], columns=list(columns), use_threads=False)
+
+    def restored(self, row: dict[str, Any]) -> dict[str, Any]:
+        """As it is."""
+        return row
+
+
+def _is_below(path: str, columns: Sequence[str]) -> bool:
+    return any(path == column or path.startswith(f"{column}.") for column in columns)
+
+
+def _open_parquet(location: Location) -> pq.ParquetFile:
+    return pq.ParquetFile(location.open(), pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True)
+
+
+FORMATS: dict[str, Callable[[], FileFormat]] = {"parquet": Parquet, "JSONL": Lines}
+LINES = (".jsonl", ".json", ".ndjson")
+"""Suffixes of JSONL."""
+
+
+def format_of(location: Location) -> str:
+    """By the name's suffix; a file without a known one is parquet."""
+    return "JSONL" if location.path.lower().endswith(LINES) else "parquet"
+
+
+def rows_of(form: FileFormat, block: Block, columns: Sequence[str], skip: int = 0) -> Iterator[pa.RecordBatch]:
+    """The rows of a block after its first `skip` ones.
+
+    Raises:
+        DataError: they cannot be read; names file, row group and row.
+    """
+    done = 0
+    try:
+        for batch in form.batches(block, columns):
+            batch.validate(full=True)  # text is UTF-8, which parquet does not see to
+            before, done = done, done + batch.num_rows
+            if done > skip:
+                yield batch.slice(max(0, skip - before))
+    except (pa.ArrowException, OSError) as error:
+        where = f"{block.place(done)} (in {block.part}, rows {block.first} to {block.first + block.rows - 1})"
+        raise DataError(f"{where}: cannot be read: {error}") from None
+    if done != block.rows:
+        raise DataError(f"{block.location.name}: {block.rows} rows were announced, {done} are there; was it changed meanwhile?")

@@ -1,0 +1,110 @@
+"""Where a data set lies: one file, several, a folder or a pattern; on this machine or behind a URL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from megatron_hpt.data.storage.splits import check_one_split
+from megatron_hpt.errors import DataError
+
+SUFFIXES = (".parquet", ".jsonl")
+"""What is taken from a folder; other files there, and those whose names begin with . or _, are left alone."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """One file."""
+
+    filesystem: pafs.FileSystem = field(compare=False)
+    path: str
+    """Inside the filesystem."""
+    name: str
+    """As messages call it."""
+    size: int
+    """Bytes."""
+
+    def open(self) -> BinaryIO:
+        """The file, for reading at random places."""
+        return self.filesystem.open_input_file(self.path)
+
+
+def find(paths: str | Sequence[str]) -> list[Location]:
+    """The files of a data set, in an order that depends on their names alone.
+
+    Args:
+        paths: each a file, a folder, or a pattern (``*`` within a name, ``**`` across folders), as a path of this machine
+            or a URL of a filesystem of pyarrow (s3://, gs://, hdfs://, file://) or of fsspec.
+
+    Raises:
+        DataError: nothing there, a folder with files of several splits, or a filesystem that is not installed.
+    """
+    return [location for path in ([paths] if isinstance(paths, str) else paths) for location in _matching(path)]
+
+
+def _matching(given: str) -> list[Location]:
+    wildcard = re.search(r"[^/]*\*", given)
+    base = given[: wildcard.start()] if wildcard else given
+    try:
+        filesystem, inner = _filesystem(base or ".")
+        info = filesystem.get_file_info(inner)
+        found = {given: info}
+        if info.type is pafs.FileType.Directory:
+            meant = _matcher(given[len(base) :]) if wildcard else _is_data
+            root = base if not base or base.endswith("/") else f"{base}/"
+            below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+            named = {inside: each for each in below if meant(inside := _inside(each.path, inner))}
+            if not wildcard:
+                check_one_split(given, [inside for inside, each in named.items() if each.type is pafs.FileType.File])
+            found = {root + inside: each for inside, each in named.items()}
+    except OSError as error:
+        raise DataError(f"{given}: cannot be looked for: {error}") from None
+    files = [
+        Location(filesystem, each.path, name, each.size) for name, each in found.items() if each.type is pafs.FileType.File
+    ]
+    if not files:
+        what = "a folder without any" if info.type is pafs.FileType.Directory and not wildcard else "no such file"
+        raise DataError(f"{given}: {what}; expected a parquet or JSONL file of prompts, a folder or a pattern of such files")
+    return sorted(files, key=lambda file: file.path)
+
+
+def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    if "://" not in path:
+        return pafs.LocalFileSystem(), path
+    try:
+        return pafs.FileSystem.from_uri(path)
+    except pa.ArrowInvalid:
+        pass  # not one of pyarrow's own
+    import fsspec
+
+    protocol = path.partition("://")[0]
+    try:
+        filesystem = fsspec.filesystem(protocol)
+    except (ValueError, ImportError) as error:
+        raise DataError(f"{path}: no filesystem for {protocol}://: {error}") from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), filesystem._strip_protocol(path)
+
+
+def _inside(path: str, folder: str) -> str:
+    """Path from a folder on; filesystems differ in leading slashes, and in whether they write the working directory."""
+    return path.removeprefix("./") if folder == "." else path.strip("/").removeprefix(folder.strip("/")).lstrip("/")
+
+
+def _is_data(path: str) -> bool:
+    return path.endswith(SUFFIXES) and not _has_part(path, (".", "_"))
+
+
+def _has_part(path: str, beginnings: tuple[str, ...]) -> bool:
+    return any(part.startswith(beginnings) for part in path.split("/"))
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    """``**/`` any folders, ``*`` any part of a name, nothing that is hidden; no other character is special."""
+    meaning = {"**/": r"(?:.*/)?", "*": r"[^/]*"}
+    compiled = re.compile("".join(meaning.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*)", pattern)))
+    return lambda path: compiled.fullmatch(path) is not None and not _has_part(path, (".",))

@@ -1,0 +1,1 @@
+"""Whether a machine can run what is asked of it."""

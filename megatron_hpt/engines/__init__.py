@@ -1,0 +1,1 @@
+"""What generates: one folder an engine, and what they have in common."""

@@ -1,0 +1,183 @@
+"""vLLM as a rollout engine: how its server is started, and its token-in, token-out route.
+
+Written against vLLM 0.32 (``/inference/v1/generate``, vllm/entrypoints/scale_out/token_in_token_out).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Hashable
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+import httpx
+
+from megatron_hpt.config import Config
+from megatron_hpt.engines.client import HttpEngine, answer_of, connections_of
+from megatron_hpt.engines.host import cores_of_ranks, threads_of_one_rank
+from megatron_hpt.engines.interface import EngineKind, RunningServer, SamplingLimits, Start
+from megatron_hpt.engines.types import SEEDS, Sample, SamplingRequest
+from megatron_hpt.engines.vllm.completions import UNLABELLED, CompletionsEngine
+from megatron_hpt.engines.vllm.control import VllmControl
+from megatron_hpt.environment import inherited_here
+
+ONE_PROCESS = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
+"""The class, because vLLM replaces the word ``uni`` on a host (platforms/cpu.py)."""
+WORKSPACE_BYTES = 3 * 2**30
+"""An engine's own activations and buffers (vLLM; SGLang leaves a share of what it has)."""
+
+
+def server_command(config: Config, python: str, start: Start) -> list[str]:
+    """Command line of a server."""
+    return [
+        *(python, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", start.model, "--served-model-name", config.name),
+        *("--host", config.rollout.host, "--port", str(start.port)),
+        *("--middleware", "megatron_hpt.engines.vllm.token_guard.TokenGuard"),
+        *("--dtype", config.model.dtype, "--tensor-parallel-size", str(config.rollout.tensor_parallel)),
+        *("--max-model-len", str(config.max_sequence_length), "--max-num-seqs", str(config.rollout.max_running)),
+        # vLLM 0.32 rewinds a seeded request's generator when it cuts a prompt in two, which the CPU generator cannot do.
+        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(_batched_tokens(config))),
+        # A trainer's weights come before the first request, so none are read here.
+        *("--load-format", start.weights.value, "--weight-transfer-config", json.dumps({"backend": "megatron_hpt"})),
+        *("--worker-extension-cls", "megatron_hpt.engines.vllm.plugin.Outcomes"),
+        # The log-probabilities of the distribution that was sampled from, temperature and nucleus applied.
+        *("--logprobs-mode", "processed_logprobs"),
+        *("--generation-config", "vllm", "--skip-tokenizer-init", "--enable-scale-out", "--enforce-eager"),
+        *("--disable-uvicorn-access-log", "--seed", str(config.trainer.seed % SEEDS)),
+        *(_gpu_arguments(config) if start.on_gpus else _host_arguments(config)),
+    ]
+
+
+def _batched_tokens(config: Config) -> int:
+    """Tokens of one forward pass: vLLM wants a whole sequence and one of each that it decodes in it (config/scheduler.py)."""
+    return max(4096, config.max_sequence_length, config.rollout.max_running)
+
+
+def _gpu_arguments(config: Config) -> list[str]:
+    """The share is of the GPU's whole memory; vLLM wants that much free when it starts (v1/worker/utils.py, request_memory)."""
+    sleep = ["--enable-sleep-mode"] if config.rollout.sleep else []
+    return ["--gpu-memory-utilization", f"{config.rollout.gpu_memory_share:g}", *sleep]
+
+
+def _host_arguments(config: Config) -> list[str]:
+    """One rank computes in the engine's process: vLLM's own choice is one more, which takes as long to start as the others."""
+    return list(ONE_PROCESS) if config.rollout.tensor_parallel == 1 else []
+
+
+def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
+    """Environment of the server, on top of what it inherits."""
+    return {
+        **inherited_here(),
+        **({} if on_gpus else _host_environment(config)),
+        "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; TokenGuard stands before all of them
+        "VLLM_PLUGINS": "megatron_hpt",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _host_environment(config: Config) -> dict[str, str]:
+    ranks = config.rollout.tensor_parallel
+    # Left to itself vLLM wants a NUMA node for each rank, and binds one rank to a core that may be another program's.
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)} if ranks > 1 else {"OMP_NUM_THREADS": threads_of_one_rank()}
+    return {
+        **threads,
+        "TORCHDYNAMO_DISABLE": "1",  # the first request would wait half a minute for a sampler that is no faster
+        "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib),
+    }
+
+
+class VllmEngine(HttpEngine):
+    """One running vLLM server."""
+
+    generate_route = "/inference/v1/generate"
+    version_route = "/weight_info"
+    progress_route = "/metrics"
+
+    def progress_of(self, answer: bytes) -> Hashable:
+        """Tokens produced since its start (vllm/v1/metrics/loggers.py); None where statistics are switched off."""
+        lines = answer.decode(errors="replace").splitlines()
+        return tuple(line.rpartition(" ")[2] for line in lines if line.startswith("vllm:generation_tokens_total")) or None
+
+    def body(self, request: SamplingRequest) -> dict[str, Any]:
+        return {
+            "token_ids": request.tokens,
+            "sampling_params": {
+                "n": request.samples,
+                "seed": request.seed,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+                "max_tokens": request.max_tokens,
+                "stop_token_ids": [request.stop_token],
+                "logprobs": 0,
+                "detokenize": False,
+            },
+        }
+
+    def samples(self, answer: Any) -> list[Sample]:
+        return [
+            self.whole_sample(
+                choice["token_ids"],
+                [entry["logprob"] for entry in choice["logprobs"]["content"]],
+                choice["finish_reason"],
+                {span["version"] for span in choice["weight_versions"] or ()},
+            )
+            for choice in answer["choices"]
+        ]
+
+
+def client(config: Config, url: str, own: str | None = None) -> VllmEngine:
+    """The client of a server of a run."""
+    return VllmEngine(url, config.deadlines.rollout_s, config.deadlines.silent_s, connections_of(config), own)
+
+
+def recognise(url: str, http: httpx.Client) -> RunningServer | None:
+    """A vLLM server that runs already. One of a run needs no tokenizer and names its weights; any other is asked by
+    OpenAI's route."""
+    models = answer_of(http, "/v1/models")
+    if models is None or (model := models["data"][0])["owned_by"] != "vllm":
+        return None
+    weights = answer_of(http, CompletionsEngine.version_route)
+    label = UNLABELLED if weights is None else str(weights["weight_version"])
+    of_a_run = weights is not None and http.get(VllmEngine.generate_route).status_code == HTTPStatus.METHOD_NOT_ALLOWED
+    make = partial(_client_of_a_run, url, label) if of_a_run else partial(_client_of_any, url, model["id"], label)
+    return RunningServer(
+        url, VLLM.name, model["id"], model.get("root") or model["id"], label, model.get("max_model_len"), client=make
+    )
+
+
+def _client_of_a_run(url: str, label: str, vocab: int, deadline_s: float, silent_s: float) -> VllmEngine:
+    return VllmEngine(url, deadline_s, silent_s, own=label)
+
+
+def _client_of_any(url: str, served: str, label: str, vocab: int, deadline_s: float, silent_s: float) -> CompletionsEngine:
+    return CompletionsEngine(url, deadline_s, silent_s, served, label)
+
+
+VLLM = EngineKind(
+    name="vllm",
+    title="vLLM",
+    packages=("vllm", "vllm-cpu"),
+    plugin_group="vllm.general_plugins",
+    install="make .venv/.ready",
+    python=lambda: sys.executable,
+    command=server_command,
+    environment=server_environment,
+    argument_check="""
+import sys
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+AsyncEngineArgs.from_cli_args(make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[4:])).create_engine_config()
+""",
+    client=client,
+    control=VllmControl,
+    recognise=recognise,
+    # sampling_params.py (_MAX_TEMP, _verify_args), entrypoints/scale_out/token_in_token_out/serving.py.
+    limits=SamplingLimits(coldest=0.01, hottest=2.0, samples_are_one_request=True),
+    workspace_bytes=lambda share: WORKSPACE_BYTES,
+    host_head_dims=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512),  # v1/attention/backends/cpu_attn.py
+)

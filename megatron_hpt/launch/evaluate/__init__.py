@@ -1,0 +1,1 @@
+"""``megatron-hpt evaluate``: engines for one evaluation, and what it is asked to do."""

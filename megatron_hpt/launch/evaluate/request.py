@@ -1,0 +1,190 @@
+"""What an evaluation is asked to do, with everything read and checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_hpt.config import Config, RolloutConfig
+from megatron_hpt.engines.checks import check_temperature
+from megatron_hpt.engines.interface import RunningServer
+from megatron_hpt.engines.registry import engine_of
+from megatron_hpt.engines.running import look
+from megatron_hpt.errors import ConfigError
+from megatron_hpt.evaluation.benchmarks import Chosen, choose
+from megatron_hpt.evaluation.grading import checked_grader
+from megatron_hpt.evaluation.problems import EvaluationProblem, load_problems, sha256_of, system_prompt
+from megatron_hpt.evaluation.samples import Evaluation, Protocol, SetRecord
+from megatron_hpt.files import check_folder
+from megatron_hpt.launch.evaluate.subject import Subject, dtype_of, resolve
+from megatron_hpt.launch.launchers import gpus_here
+from megatron_hpt.launch.preflight import check_started_engine
+from megatron_hpt.models.hf_config import read_config
+from megatron_hpt.models.tokenizer import load_tokenizer
+from megatron_hpt.overrides import apply_overrides
+
+OUT = Path("evaluations")
+"""Folder of evaluations that are given none."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What the command line says beside model and benchmarks; the defaults are the paper's protocol."""
+
+    data: Path = Path("data")
+    out: Path | None = None
+    samples: int | None = None
+    grader: str | None = None
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 8192
+    seed: int = 0
+    system_prompt: str | None = None
+    tokenizer: Path | None = None
+    overrides: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """One evaluation with everything that was read for it."""
+
+    config: Config
+    """Engine, tokenizer and graders are made from it."""
+    subject: Subject
+    servers: tuple[RunningServer, ...]
+    """That run already; none: they are started."""
+    tokenizer: Any
+    sets: dict[str, list[EvaluationProblem]]
+    record: Evaluation
+    folder: Path
+
+
+def prepare(model: str, benchmarks: Sequence[str], options: EvaluationOptions) -> EvaluationJob:
+    """Read and check everything.
+
+    Raises:
+        ConfigError, ModelError, DataError: naming what was given and what is allowed.
+        EngineError: a server that does not answer, or is none.
+    """
+    if options.out:
+        check_folder(options.out)
+    chosen = choose(benchmarks, options.data, options.samples, options.grader)
+    subject = resolve(model)
+    servers = tuple(look(url) for url in subject.urls)
+    config = _settings(subject, servers, options)
+    chosen = [replace(one, grader=checked_grader(one.grader, config.reward)) for one in chosen]
+    check_temperature("--temperature", options.temperature, engine_of(config))
+    if not servers:
+        check_started_engine(config, _head_dim(read_config(config.model.path)))
+    tokenizer = load_tokenizer(config)
+    system = system_prompt(options.system_prompt)
+    sets = {one.name: load_problems(one.file, tokenizer, system) for one in chosen}
+    longest = _check_context(sets, options.max_tokens, _context(config, servers))
+    lengths = {"max_prompt_length": longest, "max_response_length": options.max_tokens}
+    config = config.model_copy(update={"data": config.data.model_copy(update=lengths)})
+    protocol = Protocol(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        system_prompt=system,
+        chat_template=config.data.chat_template,
+    )
+    record = Evaluation(
+        model=str(subject.path) if subject.path else model,
+        weights=servers[0].label if servers else subject.weights(),
+        protocol=protocol,
+        benchmarks={one.name: _set_record(one, len(sets[one.name])) for one in chosen},
+        step=subject.step,
+        engine=config.rollout.engine,
+        dtype="" if servers else config.model.dtype,
+        overrides=config.model.overrides,
+    )
+    return EvaluationJob(config, subject, servers, tokenizer, sets, record, options.out or OUT / subject.name)
+
+
+def _set_record(one: Chosen, problems: int) -> SetRecord:
+    return SetRecord(str(one.file), sha256_of(str(one.file)), problems, one.samples, one.grader)
+
+
+def _settings(subject: Subject, servers: Sequence[RunningServer], options: EvaluationOptions) -> Config:
+    """The configuration that engines, tokenizer and graders are made from.
+
+    Raises:
+        ConfigError: an override that is none, servers of different weights, or a tokenizer that is not on this machine.
+    """
+    config = subject.configuration()
+    if servers:
+        model = str(options.tokenizer or _model_of(servers))
+        engine = {"urls": [server.url for server in servers], "engine": servers[0].kind}
+    else:
+        model = str(subject.path)
+        # What a run's engines leave to its trainer, an evaluation's have for themselves.
+        share = RolloutConfig.model_fields["gpu_memory_share"].default
+        engine = {"urls": [], "model": "", "host": "127.0.0.1", "sleep": False, "gpu_memory_share": share}
+    own = {"path": model, "overrides": {}}  # checkpoints and exports of a run have its overrides in them
+    if subject.run is None and not servers:
+        own["dtype"] = dtype_of(read_config(model))
+    changes = {"model": config.model.model_copy(update=own), "rollout": config.rollout.model_copy(update=engine)}
+    config = apply_overrides(config.model_copy(update=changes), list(options.overrides))
+    return config if servers else _placed(config, any(given.startswith("rollout.servers=") for given in options.overrides))
+
+
+def _placed(config: Config, chosen: bool) -> Config:
+    """With as many engines as there are GPUs for, unless their number was chosen.
+
+    Raises:
+        ConfigError: there are too few GPUs.
+    """
+    width, there = config.rollout.tensor_parallel, len(gpus_here())
+    number = config.rollout.servers if chosen else max(1, there // width)
+    if there and number * width > there:
+        raise ConfigError(
+            f"rollout.servers={number} of rollout.tensor_parallel={width} need {number * width} GPUs; this machine has {there}"
+        )
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"servers": number})})
+
+
+def _model_of(servers: Sequence[RunningServer]) -> str:
+    found = {(server.kind, server.model, server.label) for server in servers}
+    if len(found) > 1:
+        raise ConfigError(f"servers of different models or weights: {', '.join(map(str, sorted(found)))}")
+    if not Path(servers[0].model).is_dir():
+        raise ConfigError(
+            f"{servers[0].url} serves {servers[0].model}, which is no folder of this machine: give --tokenizer FOLDER"
+        )
+    return servers[0].model
+
+
+def _head_dim(contents: dict[str, Any]) -> int | None:
+    """Size of an attention head, from a config.json of any family; None: it does not say."""
+    heads, hidden = contents.get("num_attention_heads"), contents.get("hidden_size")
+    return contents.get("head_dim") or (hidden // heads if heads and hidden else None)
+
+
+def _context(config: Config, servers: Sequence[RunningServer]) -> int | None:
+    if servers:
+        return min((server.context for server in servers if server.context), default=None)
+    return read_config(config.model.path, config.model.overrides).get("max_position_embeddings")
+
+
+def _check_context(sets: Mapping[str, Sequence[EvaluationProblem]], max_tokens: int, context: int | None) -> int:
+    """Length of the longest prompt.
+
+    Raises:
+        ConfigError: prompt and response do not fit into the model's context.
+    """
+    name, longest = max(
+        ((name, problem) for name, problems in sets.items() for problem in problems), key=lambda pair: len(pair[1].tokens)
+    )
+    length = len(longest.tokens)
+    if context is not None and length + max_tokens > context:
+        room = f"--max-tokens {context - length} fits" if length < context else "no response fits: leave the problem out"
+        raise ConfigError(
+            f"{name}, problem {longest.problem_id}: a prompt of {length} tokens and --max-tokens {max_tokens} do not fit into "
+            f"the model's context of {context}; {room}. model.overrides.max_position_embeddings (and rope_theta) widen a "
+            "folder's context"
+        )
+    return length

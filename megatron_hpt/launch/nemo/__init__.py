@@ -1,0 +1,1 @@
+"""``megatron-hpt launch``: a recipe as a task of NeMo-Run."""

@@ -1,0 +1,1 @@
+"""``megatron-hpt slurm``: a run as a batch job."""

@@ -1,0 +1,44 @@
+"""``python -m megatron_hpt.launch.slurm.task [--rank] [--gpus 4,5] COMMAND…``: what srun starts on a node becomes COMMAND.
+
+A notice reaches the parts of a run over the blackboard, so SIGUSR1 is ignored: `scancel --signal=USR1` without `--batch` goes
+to every process of the job, and would kill them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Mapping
+
+_RANKS = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+"""What torch.distributed reads ← what srun sets (MASTER_ADDR and MASTER_PORT come with the step)."""
+
+
+def environment(slurm: Mapping[str, str], rank: bool, gpus: str | None) -> dict[str, str]:
+    """What COMMAND gets on top of srun's environment.
+
+    Args:
+        gpus: numbers among the step's GPUs; None: all.
+    """
+    own = {name: slurm[source] for name, source in _RANKS.items()} if rank else {}
+    if gpus is not None:
+        given = slurm["CUDA_VISIBLE_DEVICES"].split(",")
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(given[int(gpu)] for gpu in gpus.split(","))
+    return own
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rank", action="store_true", help="COMMAND is a rank of torch.distributed")
+    parser.add_argument("--gpus", help="COMMAND sees these of the step's GPUs alone")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    os.environ.update(environment(os.environ, arguments.rank, arguments.gpus))
+    os.execvp(arguments.command[0], arguments.command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What is looked at of the training data before anything starts, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_hpt.config import Config
+from megatron_hpt.data.problem_set import RawRow
+from megatron_hpt.data.prompts import LengthLimits, Prompt, Reader, Tokenizer
+from megatron_hpt.data.scan import Overview, scan
+from megatron_hpt.data.source import open_sets
+from megatron_hpt.errors import ConfigError, DataError, ModelError
+from megatron_hpt.models.checkpoints import hf_side
+from megatron_hpt.models.fidelity import first_difference, loss
+from megatron_hpt.objective.gate import Gate
+
+logger = logging.getLogger(__name__)
+EXAMPLES = 64
+"""Prompts that are kept for a closer look."""
+LOOKED_AT = 1024
+"""Rows that are tokenised before anything starts; the others are when they are taken."""
+ROUND_TRIPS = 64
+"""Of these, whose tokens become text again."""
+
+
+@dataclass
+class Found:
+    """What is known of a run's training data before it starts."""
+
+    name: str
+    """As `data.train` has it."""
+    rows: int = 0
+    """That were tokenised: `LOOKED_AT` rows, evenly spread, or all."""
+    prompts: int = 0
+    """Of these, not dropped."""
+    demonstrations: int = 0
+    """Of these, with one that can be used."""
+    counts: Counter[str] = field(default_factory=Counter)
+    overview: Overview = field(default_factory=Overview)
+    longest_prompt: int = 0
+    """Of those that were tokenised and not dropped, in tokens."""
+    longest_demonstration: int = 0
+    """Likewise, end-of-sequence included."""
+    examples: list[Prompt] = field(default_factory=list)
+    """The first `EXAMPLES` of them."""
+    unrewarded: int = 0
+    """Demonstrations among the examples that were graded and did not earn 1."""
+
+    def add(self, prompt: Prompt | None) -> None:
+        """One more row was tokenised; None: and dropped."""
+        self.rows += 1
+        if prompt is None:
+            return
+        self.prompts += 1
+        self.demonstrations += prompt.demonstration is not None
+        self.longest_prompt = max(self.longest_prompt, len(prompt.tokens))
+        self.longest_demonstration = max(self.longest_demonstration, len(prompt.demonstration or ()))
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(prompt)
+
+
+def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> Found:
+    """Read every row of `data.train`, and tokenise some; shows how far it is.
+
+    Raises:
+        DataError: as `scan` and `Reader.read`, with file and row.
+    """
+    sets = open_sets(config)
+    reader, found = Reader(tokenizer, LengthLimits.of(config.data)), Found(", ".join(problems.name for problems in sets))
+
+    first: list[RawRow] = []
+
+    def look(row: RawRow) -> None:
+        if len(first) < ROUND_TRIPS:
+            first.append(row)
+        found.add(reader.read(row, 0.0, found.counts))
+
+    columns = (TextColumn("reading the data"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        rows = progress.add_task("", total=sum(problems.rows for problems in sets))
+        found.overview = scan(sets, look, LOOKED_AT, lambda number: progress.advance(rows, number))
+    _check_tokens(config, tokenizer, reader, first)
+    return found
+
+
+def _check_tokens(config: Config, tokenizer: Tokenizer, reader: Reader, rows: Iterable[RawRow]) -> None:
+    """Prompts and demonstrations come back from their tokens, which are those of tokenizer.json.
+
+    Raises:
+        DataError: with file and row: a text that the tokens lose something of.
+        ModelError: the tokenizer is not what its file says.
+    """
+    folder, written = hf_side(config.model.path), []
+    for row in rows:
+        prompt, texts = reader.texts(row)
+        written += texts
+        for text in (prompt, *texts):
+            if lost := loss(tokenizer, text):
+                raise DataError(
+                    f"{row.where}: {lost}: the tokenizer in {folder} has no tokens for it, so the model can neither read nor "
+                    "write it; change the text, or the tokenizer"
+                )
+    if found := first_difference(tokenizer, folder, written):
+        raise ModelError(f"model.path: {found}")
+
+
+def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate, held_out: Set[str]) -> Found:
+    """Every row can be read and used, and there is what the algorithm learns from. Returns what was found.
+
+    Args:
+        held_out: data sources of the evaluation sets, which may have rewards of their own.
+
+    Raises:
+        DataError: with file and row.
+        ConfigError: the gate or the reward names a data source that is not there.
+    """
+    found = look_at(config, tokenizer, Console(stderr=True))
+    trained = found.overview.data_sources
+    _check_named("algorithm.gate.by_source", config.algorithm.gate.by_source, trained, found.name)
+    _check_named("reward.by_source", config.reward.by_source, trained | held_out, f"{found.name} or the evaluation sets")
+    if not found.prompts:
+        raise DataError(
+            f"{found.name}: all of the {found.rows} prompts looked at are longer than "
+            f"data.max_prompt_length={config.data.max_prompt_length} tokens"
+        )
+    none_fits = found.counts["dropped_demonstrations"] and not found.demonstrations
+    if gate.needs_demonstrations and (none_fits or not found.overview.demonstrations):
+        raise DataError(_without_demonstrations(config, found))
+    if placeholders := found.overview.placeholders:
+        logger.warning(
+            "note: %d rows of %s have a ground truth that says that there is none (%s): no rollout can earn their reward; "
+            "tools/prepare_data.py leaves such rows out",
+            placeholders.total(),
+            found.name,
+            ", ".join(f"{truth!r}: {number}" for truth, number in placeholders.most_common(5)),
+        )
+    for name, number in found.counts.items():
+        if number:
+            logger.warning("note: %s of the %d prompts looked at: %d", name.replace("_", " "), found.rows, number)
+    return found
+
+
+def _check_named(key: str, named: Iterable[str], there: Set[str], where: str) -> None:
+    for name in named:
+        if name not in there:
+            has = ", ".join(sorted(map(repr, there)))
+            raise ConfigError(f"{key}.{name}: no row of {where} is of that data_source; it has {has}")
+
+
+def _without_demonstrations(config: Config, found: Found) -> str:
+    if not found.overview.demonstrations:
+        return (
+            f"{found.name}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "
+            "add targets, or choose an algorithm that learns from rollouts alone (grpo, dr_grpo)"
+        )
+    return (
+        f"{found.name}: none of the {found.rows} prompts looked at has a demonstration of at most "
+        f"data.max_response_length={config.data.max_response_length} tokens, but algorithm.name={config.algorithm.name} "
+        "learns from demonstrations; allow more, or choose data.long_demonstrations=cut"
+    )

@@ -1,0 +1,1 @@
+"""``megatron-hpt plan``: what a recipe will take on a cluster, before anything is started."""

@@ -1,0 +1,208 @@
+"""Checks: each looks at a batch of items and adds what it finds."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from megatron_hpt.data.rendering import rendered
+from megatron_hpt.errors import DataError
+from megatron_hpt.preparation.findings import FindingKind, Item
+from megatron_hpt.preparation.overlap import HeldOut, canonical
+from megatron_hpt.preparation.reading import Record
+from megatron_hpt.preparation.seen import Seen
+from megatron_hpt.rewards.boxes import last_box, visible
+
+Check = Callable[[Sequence[Item]], None]
+"""Gets items that have a problem and nothing that makes them unusable."""
+Grade = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
+"""(response, ground truth) pairs → grades; None: not to be graded."""
+
+
+class Places:
+    """Numbers of items → where they come from. In memory are only those whose row does not follow from the one before."""
+
+    def __init__(self) -> None:
+        self._firsts: list[int] = []
+        self._records: list[Record] = []
+
+    def note(self, item: Item) -> None:
+        """Take up an item, in the order of their numbers."""
+        if not self._firsts or self._follows(item) != item.record.row or item.record.file != self._records[-1].file:
+            self._firsts.append(item.number)
+            self._records.append(Record(item.record.file, item.record.row, {}))
+
+    def _follows(self, item: Item) -> int:
+        return self._records[-1].row + item.number - self._firsts[-1]
+
+    def say(self, number: int) -> str:
+        """As in every message: file and row."""
+        last = bisect_right(self._firsts, number) - 1
+        return f"{self._records[last].file}, row {self._records[last].row + number - self._firsts[last]}"
+
+
+class UniqueIds:
+    """An id that came before."""
+
+    def __init__(self, places: Places) -> None:
+        self._seen, self._places = Seen(), places
+
+    def __call__(self, items: Sequence[Item]) -> None:
+        found = self._seen.before([item.identity for item in items], [item.number for item in items])
+        for item, first in zip(items, found, strict=True):
+            if first is not None:
+                item.find(FindingKind.DUPLICATE_ID, f"{item.identity!r} is also the id of {self._places.say(first)}")
+
+
+class Duplicates:
+    """A prompt that came before, without regard to white space and system prompt."""
+
+    def __init__(self, places: Places) -> None:
+        self._seen, self._places = Seen(), places
+
+    def __call__(self, items: Sequence[Item]) -> None:
+        found = self._seen.before([canonical(_spoken(item)) for item in items], [item.number for item in items])
+        for item, first in zip(items, found, strict=True):
+            if first is not None:
+                item.find(FindingKind.DUPLICATE, f"the same prompt as {self._places.say(first)}")
+
+
+def _spoken(item: Item) -> str:
+    """All that is said before an answer, but for the system prompt."""
+    return "\n".join(message["content"] for message in item.problem.prompt if message["role"] != "system")
+
+
+class Overlap:
+    """Prompts that share words with test problems; what they mean is known when all were seen."""
+
+    def __init__(self, tests: HeldOut) -> None:
+        self._tests = tests
+
+    def __call__(self, items: Sequence[Item]) -> None:
+        for item in items:
+            new = all(finding.kind is not FindingKind.DUPLICATE for finding in item.findings)
+            item.hits = self._tests.hits(_spoken(item), new)
+
+
+class Demonstrations:
+    """Demonstrations that do not earn the reward for their own ground truth."""
+
+    def __init__(self, grade: Grade, drop: bool = False) -> None:
+        """Args:
+        drop: leave wrong ones out of rows that have right ones too.
+        """
+        self._grade, self._drop = grade, drop
+
+    def __call__(self, items: Sequence[Item]) -> None:
+        shown = _shown(items)
+        grades = self._grade([(text, item.problem.answer) for item, text in shown])
+        given = iter(grades)
+        for item in items:
+            self._judge(item, list(islice(given, len(item.problem.demonstrations))))
+
+    def _judge(self, item: Item, grades: Sequence[float | None]) -> None:
+        shown = item.problem.demonstrations
+        right = [text for text, grade in zip(shown, grades, strict=True) if grade is not None and grade >= 1]
+        is_mended = self._drop and bool(right)
+        for number, grade in enumerate(grades, start=1):
+            if grade is None or grade < 1:
+                which = f"demonstration {number} of {len(grades)} " if len(grades) > 1 else ""
+                what = "cannot be graded" if grade is None else f"is graded {grade:g}"
+                item.find(FindingKind.WRONG, f"{which}{what} against {item.problem.answer!r}", is_mended)
+        if is_mended:
+            item.problem = replace(item.problem, demonstration=right[0], more=tuple(right[1:]))
+
+
+def _shown(items: Sequence[Item]) -> list[tuple[Item, str]]:
+    return [(item, text) for item in items for text in item.problem.demonstrations]
+
+
+def boxes(add: bool) -> Check:
+    """Count demonstrations that end without a box, where a verifier of mathematics reads none.
+
+    Args:
+        add: put a sentence with the answer in a box behind them. A thought that does not end is left as it is: what is behind
+            it would be thought too.
+    """
+
+    def check(items: Sequence[Item]) -> None:
+        for item in items:
+            shown = item.problem.demonstrations
+            bare = {text for text in shown if not _is_boxed(text)}
+            mended = {text for text in bare if add and not _is_open(text)}
+            item.boxed, item.unboxed = (sum(text in some for text in shown) for some in (mended, bare - mended))
+            if mended:
+                box = f"\n\nThe answer is \\boxed{{{item.problem.answer}}}."
+                first, *more = [text.rstrip() + box if text in mended else text for text in shown]
+                item.problem = replace(item.problem, demonstration=first, more=tuple(more))
+
+    return check
+
+
+def _is_boxed(text: str) -> bool:
+    return last_box(visible(text)) is not None
+
+
+def _is_open(text: str) -> bool:
+    return text.rfind("<think>") > text.rfind("</think>")
+
+
+def instructed(instruction: str) -> Check:
+    """A line after every question."""
+
+    def check(items: Sequence[Item]) -> None:
+        for item in items:
+            item.problem = replace(item.problem, question=f"{item.problem.question}\n{instruction}")
+
+    return check
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths in tokens, as a run counts them."""
+
+    tokenizer: Any
+    """Of Hugging Face, with a chat template."""
+    prompt: int | None = None
+    """The longest prompt that is not long."""
+    response: int | None = None
+    """The longest demonstration that is not long, with end-of-sequence."""
+
+    def __call__(self, items: Sequence[Item]) -> None:
+        prompts = [(item, prompt) for item in items if (prompt := self._rendered(item)) is not None]
+        items = [item for item, _ in prompts]
+        for item, length in zip(items, self._count([prompt for _, prompt in prompts]), strict=True):
+            item.prompt_length = length
+            _limit(item, FindingKind.LONG_PROMPT, length, self.prompt)
+        shown = _shown(items)
+        for (item, _), length in zip(shown, self._count([text for _, text in shown]), strict=True):
+            item.demonstration_lengths.append(length + 1)
+            _limit(item, FindingKind.LONG_DEMONSTRATION, length + 1, self.response)
+
+    def _rendered(self, item: Item) -> str | None:
+        record = item.record
+        try:
+            return rendered(self.tokenizer, item.problem.prompt, f"{record.file}, row {record.row}")
+        except DataError as why:
+            item.find(FindingKind.MALFORMED, str(why))
+            return None
+
+    def _count(self, texts: list[str]) -> list[int]:
+        if not texts:
+            return []
+        return [len(tokens) for tokens in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def characters(items: Sequence[Item]) -> None:
+    """Lengths in characters: what can be said without a tokenizer."""
+    for item in items:
+        item.prompt_length = sum(len(message["content"]) for message in item.problem.prompt)
+        item.demonstration_lengths = [len(text) for text in item.problem.demonstrations]
+
+
+def _limit(item: Item, kind: FindingKind, length: int, limit: int | None) -> None:
+    if limit is not None and length > limit:
+        item.find(kind, f"{length} tokens, not long: {limit}")

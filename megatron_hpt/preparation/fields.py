@@ -1,0 +1,144 @@
+"""Values of a record as what a problem is made of, or the reason why not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_hpt.data.parquet import Message
+from megatron_hpt.data.placeholders import is_placeholder
+from megatron_hpt.errors import shown
+
+
+class Unfit(Exception):
+    """A record that cannot become a problem; the message names the field."""
+
+
+class NoAnswer(Unfit):
+    """A record that holds something in place of its answer."""
+
+
+def optional(given: Any, field: str) -> str | None:
+    """An `answer`, or nothing for null and empty text."""
+    return None if given is None or given == "" else answer(given, field)
+
+
+def beginnings(path: str) -> list[str]:
+    """What a path may be of: `a.b.c` itself, a field of `a.b`, of `a`; the longest first."""
+    names = path.split(".")
+    return [".".join(names[:number]) for number in range(len(names), 0, -1)]
+
+
+def value(fields: Mapping[str, Any], path: str) -> Any:
+    """The value of a field, or of a field of a field: `reward_model.ground_truth`; None if it or what it is in is null.
+
+    A field whose own name has dots comes before a field of a field.
+
+    Raises:
+        Unfit: no such field.
+    """
+    found: Any = fields
+    rest = path
+    while rest:
+        if found is None:
+            return None
+        name = next((name for name in beginnings(rest) if isinstance(found, dict) and name in found), None)
+        if name is None:
+            has = ", ".join(found) if isinstance(found, dict) else f"a {type(found).__name__}"
+            raise Unfit(f"{path}: missing; there is {has}")
+        found, rest = found[name], rest[len(name) + 1 :]
+    return found
+
+
+def text(given: Any, field: str) -> str:
+    """Text that says something and can be written.
+
+    Raises:
+        Unfit: null, another type, only white space, not Unicode.
+    """
+    if given is None:
+        raise Unfit(f"{field}: null")
+    if not isinstance(given, str):
+        raise Unfit(f"{field}: given {shown(given)} ({type(given).__name__}), expected text")
+    if not given or given.isspace():
+        raise Unfit(f"{field}: empty")
+    try:
+        given.encode()
+    except UnicodeEncodeError:  # half a surrogate pair: JSON can spell it
+        raise Unfit(f"{field}: not Unicode: {shown(given)}") from None
+    return given
+
+
+def answer(given: Any, field: str) -> str:
+    """An answer: text, or a number as it is written.
+
+    Raises:
+        Unfit: neither, or a number that is none.
+    """
+    if isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
+        return str(given)
+    return text(given, field).strip()
+
+
+def truth(given: Any, field: str) -> str:
+    """An answer that a response can be compared with.
+
+    Raises:
+        NoAnswer: it only says that there is none.
+        Unfit: as `answer`.
+    """
+    found = answer(given, field)
+    if is_placeholder(found):
+        raise NoAnswer(f"{field}: {shown(found)} stands in place of an answer")
+    return found
+
+
+def messages(given: Any, field: str) -> list[Message]:
+    """A chat: what has role and content.
+
+    Raises:
+        Unfit: no messages, or one of them is empty.
+    """
+    if not isinstance(given, list) or not given:
+        raise Unfit(f"{field}: given {shown(given)}, expected a list of messages with role and content")
+    return [
+        {key: text(value(_record(message, field), key), f"{field}.{key}") for key in ("role", "content")} for message in given
+    ]
+
+
+def chat(given: Any, field: str) -> tuple[tuple[Message, ...], str]:
+    """What comes before a question, and the question: the last message, the user's; text alone is a question.
+
+    Raises:
+        Unfit: as `messages`; the last one is not the user's.
+    """
+    if isinstance(given, str) or given is None:
+        return (), text(given, field)
+    *before, last = messages(given, field)
+    if last["role"] != "user":
+        raise Unfit(f"{field}: the last message is of role {last['role']!r}, expected 'user'")
+    return tuple(before), last["content"]
+
+
+def demonstrations(given: Any, field: str) -> list[str]:
+    """Solutions: a text, a message in a list, or a list of several of either; none for null and what is empty.
+
+    Raises:
+        Unfit: another type, a list with something empty.
+    """
+    if given is None or given == [] or (isinstance(given, str) and (not given or given.isspace())):
+        return []
+    if not isinstance(given, list):
+        return [text(given, field)]
+    if all(isinstance(one, dict) for one in given):
+        if len(given) > 1:
+            raise Unfit(f"{field}: {len(given)} messages; a demonstration is one message")
+        return [messages(given, field)[0]["content"]]
+    return [one for each in given for one in (demonstrations(each, field) or [text(None, field)])]
+
+
+def _record(given: Any, field: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise Unfit(f"{field}: given {shown(given)}, expected messages with role and content")
+    return given

@@ -1,0 +1,216 @@
+"""Records of parquet and JSON files, one after the other, in memory for a batch.
+
+A damaged file is an error, a damaged record is a record that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_hpt.data.storage import jsonl
+from megatron_hpt.data.storage.columns import check_names
+from megatron_hpt.data.storage.splits import check_one_split, split_of
+from megatron_hpt.errors import DataError, did_you_mean
+from megatron_hpt.preparation.fields import beginnings
+
+BATCH = 1024
+SUFFIXES = (".parquet", ".json", ".jsonl")
+_BUFFER = 1 << 20
+"""Bytes of a column that are read ahead."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a file."""
+
+    file: str
+    row: int
+    """From 0; of JSON Lines: the line."""
+    fields: dict[str, Any]
+    damage: str = ""
+    """Why there are no fields."""
+
+
+@dataclass(frozen=True)
+class RecordBatch:
+    """Records and the share of the input that they are."""
+
+    records: list[Record]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files that are read one after the other."""
+
+    paths: tuple[Path, ...]
+
+    @property
+    def split(self) -> str | None:
+        """Of all files, by their names and the folders they are in; None: these name none."""
+        named = {split_of(f"{path.absolute().parent.name}/{path.name}") for path in self.paths}
+        return named.pop() if len(named) == 1 else None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files."""
+        return sum(path.stat().st_size for path in self.paths)
+
+    def batches(self, columns: Collection[str] | None = None) -> Iterator[RecordBatch]:
+        """All records.
+
+        Args:
+            columns: all that are needed, to leave the others of a parquet file on the disk; None: all of the file.
+
+        Raises:
+            DataError: with the file, and the rows where that can be said: not readable, damaged, empty.
+        """
+        for path in self.paths:
+            empty = True
+            for batch in (_parquet if path.suffix == ".parquet" else _json)(path, columns):
+                empty &= not batch.records
+                yield batch
+            if empty:
+                raise DataError(f"{path}: has no rows")
+
+    def require(self, columns: Collection[str]) -> None:
+        """See that every parquet file has columns, or what they are in; a JSON record is asked when it is read.
+
+        Raises:
+            DataError: names the file and what it has.
+        """
+        for path in self.paths:
+            if path.suffix == ".parquet":
+                has = _open(path).schema_arrow.names
+                for name in columns:
+                    if not any(beginning in has for beginning in beginnings(name)):
+                        raise DataError(f"{path}: no column {name!r}; it has {', '.join(has)}{did_you_mean(name, has)}")
+
+
+def local_files(source: Path) -> Files:
+    """A file, or the files of a folder in the order of their names.
+
+    Raises:
+        DataError: nothing there that can be read, or files of several splits.
+    """
+    if source.is_dir():
+        paths = files_below(source)
+        if not paths:
+            raise DataError(f"{source}: no file in it ends in {', '.join(SUFFIXES)}")
+        return one_split(str(source), source, paths)
+    if not source.is_file():
+        raise DataError(f"{source}: no such file or folder")
+    if source.suffix not in SUFFIXES:
+        raise DataError(f"{source}: not a kind of file that is read; allowed: {', '.join(SUFFIXES)}")
+    return Files((source,))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """What a folder and its folders have to read, by name; names that begin with . or _ are somebody's notes."""
+    found = (path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    return sorted(path for path in found if not any(part[0] in "._" for part in path.relative_to(folder).parts))
+
+
+def one_split(source: str, folder: Path, paths: Iterable[Path]) -> Files:
+    """Files below a folder that are read together; train/… and test/… are not, by oversight.
+
+    Raises:
+        DataError: names of several splits.
+    """
+    found = tuple(sorted(paths))
+    check_one_split(source, [path.relative_to(folder).as_posix() for path in found])
+    return Files(found)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file: {error}") from None
+    check_names(file.schema_arrow, str(path))
+    return file
+
+
+def _parquet(path: Path, columns: Collection[str] | None) -> Iterator[RecordBatch]:
+    file = _open(path)
+    wanted = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
+    row, bytes_per_row = 0, path.stat().st_size / max(1, file.metadata.num_rows)
+    for group in range(file.num_row_groups):
+        last = row + file.metadata.row_group(group).num_rows - 1
+        batches = file.iter_batches(BATCH, row_groups=[group], columns=wanted)
+        where = f"{path}, row group {group} (rows {row} to {last})"
+        while (batch := _next(batches, where)) is not None:
+            yield RecordBatch(_records(batch, path, row), round(bytes_per_row * len(batch)))
+            row += len(batch)
+
+
+def _next(batches: Iterator[pa.RecordBatch], where: str) -> pa.RecordBatch | None:
+    try:
+        return next(batches, None)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where}: damaged: {error}; fetch the file again") from None
+
+
+def _records(batch: pa.RecordBatch, path: Path, first: int) -> list[Record]:
+    try:
+        return [Record(str(path), first + index, fields) for index, fields in enumerate(batch.to_pylist())]
+    except UnicodeDecodeError as error:  # parquet holds any bytes: find the row
+        damage = f"text that is not UTF-8: {error.reason} at byte {error.start}"
+    except (pa.ArrowException, ValueError, OverflowError, KeyError) as error:  # a date of the year 300,000
+        damage = f"a value that Python has no like of: {error}"
+    if len(batch) == 1:
+        return [Record(str(path), first, {}, damage)]
+    half = len(batch) // 2
+    return _records(batch.slice(0, half), path, first) + _records(batch.slice(half), path, first + half)
+
+
+def _json(path: Path, columns: Collection[str] | None) -> Iterator[RecordBatch]:
+    """An array, or one record a line: the first character says which."""
+    with path.open("rb") as file:
+        start = file.read(_BUFFER)
+        file.seek(0)
+        try:
+            jsonl.check_beginning(start)
+            records = _lines(file, str(path))
+        except jsonl.NotJson as why:
+            if not jsonl.is_array(start):
+                raise DataError(f"{path}: {why}") from None
+            records = _array(file, str(path))
+        done = 0
+        while batch := list(islice(records, BATCH)):
+            yield RecordBatch(batch, file.tell() - done)
+            done = file.tell()
+
+
+def _array(file: BinaryIO, path: str) -> Iterator[Record]:
+    row = -1
+    try:
+        for row, found in enumerate(jsonl.elements(file)):
+            yield _record(path, row, lambda found=found: jsonl.as_record(found))
+    except jsonl.NotJson as why:
+        raise DataError(f"{path}, row {row + 1}: damaged: {why}; fetch the file again") from None
+
+
+def _lines(file: BinaryIO, path: str) -> Iterator[Record]:
+    """One a line; rows are numbered as lines are."""
+    row = -1
+    try:
+        for row, line in enumerate(jsonl.lines(file)):
+            if not jsonl.is_blank(line):
+                yield _record(path, row, lambda line=line: jsonl.record(line))
+    except jsonl.NotJson as why:
+        raise DataError(f"{path}, row {row + 1}: {why}") from None
+
+
+def _record(path: str, row: int, read: Callable[[], dict[str, Any]]) -> Record:
+    try:
+        return Record(path, row, read())
+    except jsonl.NotJson as why:
+        return Record(path, row, {}, str(why))

@@ -1,0 +1,63 @@
+"""Test sets in a folder, each a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from megatron_hpt.errors import DataError
+from megatron_hpt.preparation.fields import Unfit, chat, value
+from megatron_hpt.preparation.overlap import HeldOut
+from megatron_hpt.preparation.reading import SUFFIXES, Files, files_below, local_files
+
+
+def sets_in(source: Path) -> dict[str, Files]:
+    """Name → file: a file by its own name, FOLDER/NAME/test.json by its folder's; a folder has as many sets as files.
+
+    Raises:
+        DataError: no file, or two of one name.
+    """
+    if not source.is_dir():
+        return {set_name(source): local_files(source)}
+    sets: dict[str, Files] = {}
+    for path in files_below(source):
+        if set_name(path) in sets:
+            raise DataError(f"{source}: two files of the name {set_name(path)}: {sets[set_name(path)].paths[0]} and {path}")
+        sets[set_name(path)] = Files((path,))
+    if not sets:
+        raise DataError(f"{source}: no file in it ends in {', '.join(SUFFIXES)}")
+    return sets
+
+
+def set_name(path: Path) -> str:
+    """What a file of problems is called; NAME/test.json is called by its folder."""
+    return path.parent.name if path.stem == "test" else path.stem
+
+
+def held_out(sources: Sequence[Path], words: int, own: Collection[Path] = ()) -> HeldOut:
+    """The prompts of test sets, as JSON or in the project's schema.
+
+    Args:
+        words: of the sequences that are compared.
+        own: files that are prepared, which are no test sets though they may lie beside them.
+
+    Raises:
+        DataError: no test set; with file and row: a prompt that is none.
+    """
+    found, prepared = HeldOut(words), {path.resolve() for path in own}
+    sets = [(name, files) for source in sources for name, files in sets_in(source).items()]
+    others = [(name, files) for name, files in sets if files.paths[0].resolve() not in prepared]
+    if not others:
+        raise DataError(f"{', '.join(map(str, sources))}: no test set but what is prepared here")
+    for name, files in others:
+        files.require(["prompt"])
+        for record in (record for batch in files.batches(["prompt"]) for record in batch.records):
+            where = f"{record.file}, row {record.row}"
+            if record.damage:
+                raise DataError(f"{where}: {record.damage}")
+            try:
+                _, question = chat(value(record.fields, "prompt"), "prompt")
+            except Unfit as why:
+                raise DataError(f"{where}, {why}") from None
+            found.add(name, record.row, question)
+    return found

@@ -1,0 +1,115 @@
+"""How large the checks are: on a GPU, and small on the host where they are only rehearsed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hpt.files import whole_folder
+from megatron_hpt.models.hf_config import model_shape
+from megatron_hpt.models.mapping import hf_tensor_shapes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One set of sizes."""
+
+    device: torch.device
+    copy_elements: int
+    matrix: int
+    linear: tuple[int, int, int]
+    """Tokens, inputs, outputs of one layer."""
+    logprob: tuple[int, int, int]
+    """Tokens, hidden units, rows of vocabulary."""
+    model: dict[str, Any]
+    """config.json of the timed model."""
+    parity: dict[str, Any]
+    """config.json of the model whose gradient is compared with the host's."""
+    rows: int
+    row_tokens: int
+    micro_batch_tokens: int
+    parity_tokens: int
+    steps: int
+    """Timed steps, after as many."""
+    has_expectations: bool
+
+
+def _llama(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, positions: int) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+        "max_position_embeddings": positions,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def on_gpu() -> Sizes:
+    """A model of Llama-3.2-1B's shape on rows of 4096 tokens, 64k tokens a step."""
+    return Sizes(
+        device=torch.device("cuda"),
+        copy_elements=2**30,
+        matrix=8192,
+        linear=(4096, 2048, 4096),
+        logprob=(16384, 1536, 151936),
+        model=_llama(16, 2048, 32, 8, 8192, 128256, 4096),
+        parity=_llama(4, 512, 8, 4, 1408, 8192, 512),
+        rows=16,
+        row_tokens=4096,
+        micro_batch_tokens=16384,
+        parity_tokens=192,
+        steps=4,
+        has_expectations=True,
+    )
+
+
+def on_host() -> Sizes:
+    """The same code paths in seconds; the numbers say nothing."""
+    return Sizes(
+        device=torch.device("cpu"),
+        copy_elements=2**12,
+        matrix=64,
+        linear=(32, 16, 32),
+        logprob=(64, 32, 256),
+        model=_llama(2, 64, 4, 2, 128, 256, 64),
+        parity=_llama(2, 64, 4, 2, 128, 256, 64),
+        rows=6,
+        row_tokens=32,
+        micro_batch_tokens=64,
+        parity_tokens=24,
+        steps=1,
+        has_expectations=False,
+    )
+
+
+def write_model(folder: Path, config: dict[str, Any]) -> Path:
+    """A Hugging Face folder of this configuration with random weights; made once."""
+    if not folder.exists():
+        from safetensors.torch import save_file
+
+        generator = torch.Generator().manual_seed(0)
+        with whole_folder(folder) as temporary:
+            (temporary / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            tensors = hf_tensor_shapes(model_shape(temporary))
+            save_file({name: _random(shape, generator) for name, shape in tensors.items()}, temporary / "model.safetensors")
+    return folder
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
