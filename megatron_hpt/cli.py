@@ -239,11 +239,14 @@ def config(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
     overrides: Overrides = None,
 ) -> None:
-    """Print the resolved configuration of a recipe, every default written out."""
+    """Print the resolved configuration of a recipe, every default written out, if train would take it."""
+    from megatron_hpt.launch import settings
     from megatron_hpt.overrides import dump_yaml
     from megatron_hpt.recipe import load
 
-    sys.stdout.write(dump_yaml(load(recipe, overrides or []).config))
+    config = load(recipe, overrides or []).config
+    settings.check(config)
+    sys.stdout.write(dump_yaml(config))
 
 
 @app.command(context_settings={"allow_interspersed_args": True})

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import typing
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -728,20 +729,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if (rows := self.trainer.prompts_per_step * self.rollout.samples_per_prompt) > MOST_ROWS:
-            raise ValueError(
-                f"trainer.prompts_per_step {self.trainer.prompts_per_step} × rollout.samples_per_prompt "
-                f"{self.rollout.samples_per_prompt} are {rows} rollouts a step; at most {MOST_ROWS}"
-            )
-        if self.algorithm.name in COUNTS_SOLVED or self.data.curriculum.is_on:
-            choices = {"reward.name": self.reward.name}
-            choices |= {f"reward.by_source.{name}": choice for name, choice in self.reward.by_source.items()}
-            for key, choice in choices.items():
-                if not may_be_one(choice, self.reward.http.threshold is None):
-                    raise ValueError(
-                        f"{key}: given {choice}; no answer can reach exactly 1 with it, and {self.algorithm.name} counts the "
-                        "answers whose reward is 1: choose weights of which some, e.g. all, add up to 1"
-                    )
+        if problems := [problem for rule in _RULES for problem in rule(self)]:
+            raise ValueError("\n  ".join(problems))
         return self
 
     @property
@@ -753,3 +742,76 @@ class Config(Section):
     def max_sequence_length(self) -> int:
         """Prompt and response together, in tokens."""
         return self.data.max_prompt_length + self.data.max_response_length
+
+
+def _rollouts_of_a_step(config: Config) -> Iterator[str]:
+    prompts, samples = config.trainer.prompts_per_step, config.rollout.samples_per_prompt
+    if (rows := prompts * samples) > MOST_ROWS:
+        yield (
+            f"trainer.prompts_per_step {prompts} × rollout.samples_per_prompt {samples} are {rows} rollouts a step; at most "
+            f"{MOST_ROWS}"
+        )
+
+
+def _rewards_that_are_counted(config: Config) -> Iterator[str]:
+    """Some answer must be able to earn exactly 1 where answers that do are counted."""
+    if config.algorithm.name not in COUNTS_SOLVED and not config.data.curriculum.is_on:
+        return
+    choices = {"reward.name": config.reward.name}
+    choices |= {f"reward.by_source.{name}": choice for name, choice in config.reward.by_source.items()}
+    for key, choice in choices.items():
+        if not may_be_one(choice, config.reward.http.threshold is None):
+            yield (
+                f"{key}: given {choice}; no answer can reach exactly 1 with it, and {config.algorithm.name} counts the "
+                "answers whose reward is 1: choose weights of which some, e.g. all, add up to 1"
+            )
+
+
+def _bands(config: Config) -> Iterator[str]:
+    """A band between a count and a share, which only the number of samples makes comparable."""
+    gate, n = config.algorithm.gate, config.rollout.samples_per_prompt
+    sections: dict[str, GateConfig | SourceGateConfig] = {"algorithm.gate": gate}
+    sections |= {f"algorithm.gate.by_source.{name}": section for name, section in gate.by_source.items()}
+    for key, section in sections.items():
+        if isinstance(section.threshold, int) and section.threshold > n:
+            yield f"{key}.threshold: given {section.threshold} of {n} samples; at most {n}"
+        low, high = (t if isinstance(t, int) or t is None else t * n for t in (section.threshold, section.off_policy_threshold))
+        if high is not None and high < low:
+            yield (
+                f"{key}.off_policy_threshold: given {section.off_policy_threshold}, below the threshold {section.threshold} "
+                f"for {n} samples; the band would be empty"
+            )
+
+
+def _overlong_buffer(config: Config) -> Iterator[str]:
+    buffer, longest = config.algorithm.overlong.buffer, config.data.max_response_length
+    if buffer >= longest:
+        yield f"algorithm.overlong.buffer: given {buffer}; must be below data.max_response_length ({longest})"
+
+
+def _order_without_a_clock(config: Config) -> Iterator[str]:
+    if config.data.curriculum.keep_failed < 1 and config.rollout.cancel_decided:
+        yield (
+            f"data.curriculum.keep_failed: given {config.data.curriculum.keep_failed:g}; needs rollout.cancel_decided=false: "
+            "which rollouts are graded before the rest is cancelled depends on the clock, and so would the data order"
+        )
+
+
+def _checkpoints_to_select(config: Config) -> Iterator[str]:
+    evaluation, every = config.evaluation, config.trainer.save_every
+    if evaluation.select is not None and (not every or not evaluation.every or evaluation.every % every):
+        yield (
+            f"evaluation.select={evaluation.select}: every evaluation must find a checkpoint to choose, so evaluation.every "
+            f"(given {evaluation.every}) must be a multiple of trainer.save_every (given {every}), and neither may be 0"
+        )
+
+
+_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
+    _rollouts_of_a_step,
+    _rewards_that_are_counted,
+    _bands,
+    _overlong_buffer,
+    _order_without_a_clock,
+    _checkpoints_to_select,
+)
+"""What sections refuse of each other: each rule yields a line for every problem, which begins with the setting's key."""

@@ -8,9 +8,24 @@ from __future__ import annotations
 from megatron_hpt.config import Config
 from megatron_hpt.engines.host import cache_room
 from megatron_hpt.engines.interface import EngineKind
-from megatron_hpt.engines.registry import engine_of
+from megatron_hpt.engines.registry import engine_of, interpreter
 from megatron_hpt.errors import ConfigError
-from megatron_hpt.models.hf_config import ModelShape
+from megatron_hpt.models.hf_config import ModelShape, read_config, shape_of_any
+
+
+def check(config: Config, shape: ModelShape, on_gpus: bool) -> None:
+    """Refuse an engine that cannot be started here with the run's settings, or given its weights.
+
+    Raises:
+        ConfigError: names the key and says what to do.
+    """
+    check_sampling(config)
+    if not config.rollout.urls:
+        check_started_engine(config, shape.head_dim, on_gpus)
+        if not on_gpus:
+            check_cache(config, shape)
+    check_sleep(config, on_gpus)
+    _check_engine_model(config, shape)
 
 
 def check_sampling(config: Config) -> None:
@@ -59,4 +74,49 @@ def check_cache(config: Config, shape: ModelShape) -> None:
         raise ConfigError(
             f"rollout.kv_cache_gib: given {config.rollout.kv_cache_gib}, which holds {room} tokens; a prompt with its response "
             f"may have {longest} (data.max_prompt_length + data.max_response_length): at least {needed}"
+        )
+
+
+def check_started_engine(config: Config, head_dim: int | None, on_gpus: bool) -> None:
+    """Refuse an engine that cannot be started on this machine.
+
+    Args:
+        head_dim: size of the model's attention heads; None: not known.
+
+    Raises:
+        ConfigError: its environment is missing, or its attention; says what to do.
+    """
+    interpreter(config)
+    allowed = () if on_gpus else engine_of(config).host_head_dims
+    if allowed and head_dim is not None and head_dim not in allowed:
+        raise ConfigError(
+            f"rollout.engine={config.rollout.engine}: its attention on the host has no heads of {head_dim} "
+            f"({config.model.path}/config.json); allowed: {', '.join(map(str, allowed))}, or another engine"
+        )
+
+
+def check_sleep(config: Config, on_gpus: bool) -> None:
+    """Refuse engines that are to sleep on a host, where they keep their memory: vLLM's worker there ignores sleep
+    (v1/worker/cpu_worker.py) and its configuration refuses it (config/model.py); SGLang's memory saver is a CUDA library.
+
+    Raises:
+        ConfigError: they are to sleep on a host.
+    """
+    if config.rollout.sleep and not on_gpus:
+        raise ConfigError(
+            f"rollout.sleep: {config.rollout.engine} gives memory back on GPUs only, and this machine has none; set "
+            "rollout.sleep=false"
+        )
+
+
+def _check_engine_model(config: Config, shape: ModelShape) -> None:
+    """Refuse a folder of the engine's own that is not the actor's model, or whose form weights cannot be converted to."""
+    if not config.rollout.model:
+        return
+    from megatron_hpt.transfer.wire import fp8_format  # imports torch
+
+    fp8_format(read_config(config.rollout.model))
+    if shape_of_any(config.rollout.model, config.model.overrides) != shape:
+        raise ConfigError(
+            f"rollout.model: the model in {config.rollout.model} has another shape than that in {config.model.path}"
         )

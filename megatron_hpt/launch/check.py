@@ -22,7 +22,7 @@ from megatron_hpt.files import check_folder
 from megatron_hpt.launch import overridden_models, preflight
 from megatron_hpt.launch.launchers import gpus_here, on_this_machine
 from megatron_hpt.launch.train import prepare_inputs
-from megatron_hpt.launch.training_data import Found
+from megatron_hpt.launch.training_data import TrainingDataReport
 from megatron_hpt.models.tokenizer import load_tokenizer
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.rewards.grades import Answer
@@ -97,7 +97,7 @@ def _last_error(stderr: str) -> list[str]:
     return lines[named[-1] if named else -6 :][:6]
 
 
-def _told(config: Config, found: Found) -> Iterator[tuple[str, str]]:
+def _told(config: Config, found: TrainingDataReport) -> Iterator[tuple[str, str]]:
     data, trainer, rollout = config.data, config.trainer, config.rollout
     taken = trainer.steps * trainer.prompts_per_step
     yield "model", f"{config.model.path}, {config.model.dtype}"
@@ -117,7 +117,7 @@ def _told(config: Config, found: Found) -> Iterator[tuple[str, str]]:
     yield "engine", f"{rollout.engine}: " + (f"servers {', '.join(rollout.urls)}" if rollout.urls else "takes its arguments")
 
 
-def _graded(config: Config, found: Found) -> Iterator[tuple[str, str]]:
+def _graded(config: Config, found: TrainingDataReport) -> Iterator[tuple[str, str]]:
     """What the run's own reward says of some demonstrations: they teach the form in which it looks for an answer."""
     shown = [prompt for prompt in found.examples if prompt.demonstration]
     if not shown:
@@ -134,7 +134,7 @@ def _graded(config: Config, found: Found) -> Iterator[tuple[str, str]]:
     yield "reward", f"{len(grades) - found.unrewarded} of {len(grades)} demonstrations earn 1"
 
 
-def _notes(config: Config, found: Found) -> Iterator[str]:
+def _notes(config: Config, found: TrainingDataReport) -> Iterator[str]:
     if found.unrewarded:
         yield (
             f"{found.unrewarded} demonstrations do not earn the reward that the rollouts are judged by: they teach another "

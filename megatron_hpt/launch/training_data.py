@@ -30,7 +30,7 @@ ROUND_TRIPS = 64
 
 
 @dataclass
-class Found:
+class TrainingDataReport:
     """What is known of a run's training data before it starts."""
 
     name: str
@@ -65,14 +65,17 @@ class Found:
             self.examples.append(prompt)
 
 
-def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> Found:
+def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> TrainingDataReport:
     """Read every row of `data.train`, and tokenise some; shows how far it is.
 
     Raises:
         DataError: as `scan` and `Reader.read`, with file and row.
     """
     sets = open_sets(config)
-    reader, found = Reader(tokenizer, LengthLimits.of(config.data)), Found(", ".join(problems.name for problems in sets))
+    reader, found = (
+        Reader(tokenizer, LengthLimits.of(config.data)),
+        TrainingDataReport(", ".join(problems.name for problems in sets)),
+    )
 
     first: list[RawRow] = []
 
@@ -110,7 +113,7 @@ def _check_tokens(config: Config, tokenizer: Tokenizer, reader: Reader, rows: It
         raise ModelError(f"model.path: {found}")
 
 
-def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate, held_out: Set[str]) -> Found:
+def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate, held_out: Set[str]) -> TrainingDataReport:
     """Every row can be read and used, and there is what the algorithm learns from. Returns what was found.
 
     Args:
@@ -153,7 +156,7 @@ def _check_named(key: str, named: Iterable[str], there: Set[str], where: str) ->
             raise ConfigError(f"{key}.{name}: no row of {where} is of that data_source; it has {has}")
 
 
-def _without_demonstrations(config: Config, found: Found) -> str:
+def _without_demonstrations(config: Config, found: TrainingDataReport) -> str:
     if not found.overview.demonstrations:
         return (
             f"{found.name}: no row has a target, but algorithm.name={config.algorithm.name} learns from demonstrations; "

@@ -15,6 +15,7 @@ from megatron_hpt.errors import ConfigError, did_you_mean
 from megatron_hpt.objective import advantage as a
 from megatron_hpt.objective import correction as c
 from megatron_hpt.objective import gates
+from megatron_hpt.objective.advantage import Grouped
 from megatron_hpt.objective.aggregation import (
     ConstantLength,
     PromptShare,
@@ -266,6 +267,33 @@ ALGORITHMS: dict[str, Record] = {
 def of_run(config: Config) -> Algorithm:
     """The algorithm of a run; see `build`."""
     return build(config.algorithm, config.data.max_response_length, config.trainer.steps)
+
+
+def check(config: Config, algorithm: Algorithm) -> None:
+    """Refuse settings with which the algorithm cannot be trained.
+
+    Raises:
+        ConfigError: it needs what is not there; names the key.
+    """
+    name, samples = config.algorithm.name, config.rollout.samples_per_prompt
+    if algorithm.needs_values:
+        raise ConfigError(
+            f"algorithm.name: {name} estimates advantages from a critic's values, and there is no critic model yet; "
+            "grpo, rloo and reinforce_pp need none"
+        )
+    if isinstance(algorithm.gate, Phases) and not 0 < algorithm.gate.at < config.trainer.steps:
+        raise ConfigError(
+            f"algorithm.sft_steps: given {algorithm.gate.at}; the first phase takes 1 to {config.trainer.steps - 1} steps"
+        )
+    if isinstance(algorithm.gate, Union) and samples < 2:
+        raise ConfigError(
+            f"rollout.samples_per_prompt: given {samples}; {name} puts a demonstration in place of one: at least 2"
+        )
+    if samples < 2 and any(isinstance(term.advantage, Grouped) for term in algorithm.terms):
+        raise ConfigError(
+            f"rollout.samples_per_prompt: given {samples}; {name} compares the answers to a prompt with each other, and one "
+            "alone teaches nothing: at least 2"
+        )
 
 
 def build(config: AlgorithmConfig, max_response_length: int, steps: int = 1) -> Algorithm:

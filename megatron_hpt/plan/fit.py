@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_hpt.config import Config, RolloutConfig
+from megatron_hpt.errors import ConfigError
 from megatron_hpt.models.hf_config import ModelShape
 from megatron_hpt.models.published import engine_item_bytes
 from megatron_hpt.plan.cluster import ClusterConfig
@@ -112,3 +113,17 @@ def _remedy(rollout: RolloutConfig, most: float) -> str:
 def _pipeline_full(config: Config) -> int:
     """Micro-batches that fill the pipeline."""
     return 2 * config.parallel.pipeline
+
+
+def check_memory(config: Config, shape: ModelShape, gpu_bytes: int) -> None:
+    """Refuse a trainer and an engine that do not fit the GPU that they share, by the plan's arithmetic: an engine that does not
+    find its share ends the run when it starts, or later in the trainer's hands.
+
+    Args:
+        gpu_bytes: memory of each GPU.
+
+    Raises:
+        ConfigError: they do not; says how much does.
+    """
+    if problems := fit_gpus(config, shape, round(gpu_bytes / GIB, 1), colocated=True).problems:
+        raise ConfigError("\n".join([*problems, "megatron-hpt plan shows what takes it, and the nearest layout that fits"]))

@@ -13,27 +13,19 @@ VOCABULARY_MULTIPLE = 64
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:
-    """The actor's and the engines' layouts divide the model and each other.
+    """Refuse layouts of the actor and of the engines that do not divide the model.
 
     Raises:
         ConfigError: naming the key and the values that would do.
     """
     parallel = config.parallel
-    expert_tensor = parallel.expert_tensor or parallel.tensor
     _check_tensor(parallel.tensor, shape)
     _divides("parallel.pipeline", parallel.pipeline, {"layers": shape.layers})
     _divides("parallel.virtual_pipeline", parallel.virtual_pipeline, {"layers a stage": shape.layers // parallel.pipeline})
     _check_engine_tensor(config.rollout.tensor_parallel, shape)
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        raise ConfigError(
-            f"parallel.virtual_pipeline: given {parallel.virtual_pipeline}; pieces are interleaved over stages, so "
-            "parallel.pipeline must be above 1"
-        )
-    if parallel.sequence and parallel.tensor == 1:
-        raise ConfigError("parallel.sequence: cuts over tensor parallel ranks, so parallel.tensor must be above 1")
     if shape.experts:
         _divides("parallel.expert", parallel.expert, {"experts": shape.experts})
-        _divides("parallel.expert_tensor", expert_tensor, {"expert ffn size": shape.ffn})
+        _divides("parallel.expert_tensor", parallel.expert_tensor or parallel.tensor, {"expert ffn size": shape.ffn})
         if parallel.tensor > 1 and not parallel.sequence:
             raise ConfigError(
                 "parallel.sequence: Megatron-Core trains a mixture of experts with tensor parallelism only under sequence "
@@ -44,7 +36,24 @@ def check_layout(config: Config, shape: ModelShape) -> None:
             f"parallel.expert: given {parallel.expert}, parallel.expert_tensor {parallel.expert_tensor}; the model in "
             f"{config.model.path} has no experts: leave both out"
         )
-    _divides_ranks(parallel, expert_tensor)
+    check_ranks(config)
+
+
+def check_ranks(config: Config) -> None:
+    """Refuse layouts that contradict themselves, whatever the model; `check_layout` does so too.
+
+    Raises:
+        ConfigError: naming the key and the values that would do.
+    """
+    parallel = config.parallel
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline: given {parallel.virtual_pipeline}; pieces are interleaved over stages, so "
+            "parallel.pipeline must be above 1"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError("parallel.sequence: cuts over tensor parallel ranks, so parallel.tensor must be above 1")
+    _divides_ranks(parallel, parallel.expert_tensor or parallel.tensor)
     _check_sleep(config)
 
 

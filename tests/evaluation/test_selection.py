@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hpt.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainerConfig
+from megatron_hpt.config import EvaluationConfig
 from megatron_hpt.errors import CheckpointError, ConfigError
-from megatron_hpt.evaluation.selection import Selection, remove_superseded
-from megatron_hpt.launch.preflight import check_selection
+from megatron_hpt.evaluation.selection import Selection, check_selection, remove_superseded
 from megatron_hpt.models.checkpoints import Best, read_best, superseded
 from megatron_hpt.overrides import validated
 from megatron_hpt.run import RunDir
@@ -99,15 +98,15 @@ def test_a_reported_set_cannot_choose(section: dict, message: str) -> None:
 def test_a_choice_needs_checkpoints_and_problems_of_its_own(
     validation: dict, every: int, save_every: int, message: str
 ) -> None:
-    config = Config(
-        name="x",
-        model=ModelConfig(path="m"),
-        data=DataConfig(train="t.parquet"),
-        evaluation=EvaluationConfig(validation=validation, select="mine", every=every),
-        trainer=TrainerConfig(save_every=save_every),
-    )
+    tree = {
+        "name": "x",
+        "model": {"path": "m"},
+        "data": {"train": "t.parquet"},
+        "evaluation": {"validation": validation, "select": "mine", "every": every},
+        "trainer": {"save_every": save_every},
+    }
     with pytest.raises(ConfigError, match=message):
-        check_selection(config)
+        check_selection(validated(tree, "recipe"))
 
 
 @pytest.mark.parametrize(

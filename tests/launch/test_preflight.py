@@ -16,6 +16,7 @@ from megatron_hpt.config import (
     ParallelConfig,
 )
 from megatron_hpt.data.parquet import Problem, write_problems
+from megatron_hpt.engines.checks import check_sleep
 from megatron_hpt.errors import CheckpointError, ConfigError, HptError
 from megatron_hpt.examples import tiny_families, tiny_llama
 from megatron_hpt.launch import preflight
@@ -23,6 +24,7 @@ from megatron_hpt.models.conversion import ToMegatron
 from megatron_hpt.models.hf_config import model_shape, run_shape
 from megatron_hpt.models.hf_files import write_config
 from megatron_hpt.overrides import dump_yaml
+from megatron_hpt.plan.fit import check_memory
 from megatron_hpt.plan.layout import check_layout
 from megatron_hpt.run import RunDir
 from tests import programs
@@ -76,7 +78,7 @@ def test_a_run_starts_from_a_checkpoint_that_is_whole(config: Config, tmp_path: 
         ("parallel", {"pipeline": 2, "virtual_pipeline": 2}, r"virtual_pipeline: given 2, .* 1 layers a stage; allowed: 1"),
         ("parallel", {"virtual_pipeline": 2}, r"parallel\.virtual_pipeline: given 2; .* parallel\.pipeline must be above 1"),
         ("parallel", {"sequence": True}, r"parallel\.sequence: .* parallel\.tensor must be above 1"),
-        ("parallel", {"expert": 2}, r"parallel\.expert: given 2, .* has no experts: leave both out"),
+        ("parallel", {"expert": 2, "data": 2}, r"parallel\.expert: given 2, .* has no experts: leave both out"),
         ("actor", {"fp8": "tensorwise"}, r"actor\.fp8: given 'tensorwise', .*Transformer Engine .* 2\.2 or newer, found none"),
         (
             "rollout",
@@ -238,7 +240,7 @@ def test_engines_that_cannot_sleep_are_refused(config: Config) -> None:
     config.transfer.transport = "cuda_ipc"
     with pytest.raises(ConfigError, match=r"rollout\.sleep: vllm gives memory back on GPUs only, and this machine has none"):
         preflight.check(config)
-    preflight.check_sleep(config, on_gpus=True)
+    check_sleep(config, on_gpus=True)
     config.rollout.urls = ["http://a:1"]
     with pytest.raises(ConfigError, match=r"rollout\.sleep: servers of your own"):
         preflight.check(config)
@@ -247,8 +249,8 @@ def test_engines_that_cannot_sleep_are_refused(config: Config) -> None:
 def test_trainer_and_engine_must_fit_the_gpu_that_they_share(config: Config) -> None:
     config.transfer.transport, config.rollout.sleep, config.actor.offload = "cuda_ipc", True, "all"
     shape = run_shape(config)
-    preflight.check_memory(config, shape, 80 * 2**30)
+    check_memory(config, shape, 80 * 2**30)
     with pytest.raises(ConfigError, match=r"a trainer rank needs 6\.\d GiB of 6\nmegatron-hpt plan shows"):
-        preflight.check_memory(config, shape, 6 * 2**30)
+        check_memory(config, shape, 6 * 2**30)
     with pytest.raises(ConfigError, match=r"rollouts take 3\.0 GiB .* which has 24; .* is 0\.92, at most 0\.87 fits"):
-        preflight.check_memory(config, shape, 24 * 2**30)
+        check_memory(config, shape, 24 * 2**30)

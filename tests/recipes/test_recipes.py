@@ -13,14 +13,15 @@ from megatron_hpt import recipe
 from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.examples.paper import LayoutName, Method
-from megatron_hpt.launch import preflight
 from megatron_hpt.models.hf_config import ModelShape, model_shape
 from megatron_hpt.models.mapping import hf_tensor_shapes
 from megatron_hpt.models.tokenizer import load_tokenizer
+from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.objective.roles import Role
 from megatron_hpt.objective.tokens import Counts
 from megatron_hpt.overrides import dump_yaml, load_yaml
+from megatron_hpt.plan.layout import check_layout, check_lengths
 from megatron_hpt.plan.plan import of_recipe
 from megatron_hpt.rewards import registry
 
@@ -73,9 +74,9 @@ def test_every_run_is_valid_in_full_size(file: str, size: str, method: str, layo
     assert load_yaml(tmp_path / "config.yaml") == config
     algorithm, shape = of_run(config), published(config)
     assert config.algorithm.name == method
-    preflight.check_algorithm(config, algorithm)
-    preflight.check_layout(config, shape)
-    preflight.check_lengths(config, shape)
+    algorithms.check(config, algorithm)
+    check_layout(config, shape)
+    check_lengths(config, shape)
     registry.check(config.reward)
     assert without_effect(config) == []
 
@@ -159,7 +160,7 @@ def test_qwen_has_the_papers_positions_and_is_too_short_without_them() -> None:
     assert (published(config).rope_theta, published(config).max_positions) == (40000, 16384)
     config.model.overrides = {}
     with pytest.raises(ConfigError, match=r"given 9216; the model has 4096 positions"):
-        preflight.check_lengths(config, published(config))
+        check_lengths(config, published(config))
 
 
 def test_llama_is_asked_in_the_papers_words(tiny_model: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hpt.config import Config, RolloutConfig
-from megatron_hpt.engines.checks import check_temperature
+from megatron_hpt.engines.checks import check_started_engine, check_temperature
 from megatron_hpt.engines.interface import RunningServer
 from megatron_hpt.engines.registry import engine_of
 from megatron_hpt.engines.running import look
@@ -20,7 +20,6 @@ from megatron_hpt.evaluation.samples import Evaluation, Protocol, SetRecord
 from megatron_hpt.files import check_folder
 from megatron_hpt.launch.evaluate.subject import Subject, dtype_of, resolve
 from megatron_hpt.launch.launchers import gpus_here
-from megatron_hpt.launch.preflight import check_started_engine
 from megatron_hpt.models.hf_config import read_config
 from megatron_hpt.models.tokenizer import load_tokenizer
 from megatron_hpt.overrides import apply_overrides
@@ -77,7 +76,7 @@ def prepare(model: str, benchmarks: Sequence[str], options: EvaluationOptions) -
     chosen = [replace(one, grader=checked_grader(one.grader, config.reward)) for one in chosen]
     check_temperature("--temperature", options.temperature, engine_of(config))
     if not servers:
-        check_started_engine(config, _head_dim(read_config(config.model.path)))
+        check_started_engine(config, _head_dim(read_config(config.model.path)), bool(gpus_here()))
     tokenizer = load_tokenizer(config)
     system = system_prompt(options.system_prompt)
     sets = {one.name: load_problems(one.file, tokenizer, system) for one in chosen}
