@@ -63,7 +63,7 @@ def slurm(
     Console().print(f"[green]done[/green]  {run.path}  (curves: {run.report})", highlight=False)
 
 
-Cluster = Annotated[str, typer.Option(help="a file, or a name in recipes/clusters/")]
+Site = Annotated[str, typer.Option(help="where it runs: a file, or a name in recipes/sites/")]
 Experiment = Annotated[str, typer.Argument(help="what launch printed")]
 
 
@@ -71,24 +71,24 @@ Experiment = Annotated[str, typer.Argument(help="what launch printed")]
 def launch(
     recipe: Annotated[str, typer.Argument(help="recipe file, saved config.yaml, or run directory")],
     overrides: Overrides = None,
-    cluster: Cluster = "local",
+    site: Site = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the scripts, start nothing")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="until the job has ended; fail if it has")] = False,
     logs: Annotated[bool, typer.Option("--logs", help="show its output, until it has ended")] = False,
 ) -> None:
     """Send a recipe to a cluster by NeMo-Run (make nemo-env)."""
-    from megatron_hpt.launch.nemo import task
+    from megatron_hpt.launch.nemo import experiments
 
     if dry_run:
-        sys.stdout.write(task.dry_run(recipe, overrides or [], cluster))
+        sys.stdout.write(experiments.dry_run(recipe, overrides or [], site))
     else:
-        Console().print(f"launched  {task.launch(recipe, overrides or [], cluster, wait, logs)}", highlight=False)
+        Console().print(f"launched  {experiments.launch(recipe, overrides or [], site, wait, logs)}", highlight=False)
 
 
 @app.command()
 def status(experiment: Experiment) -> None:
     """Show the state of what was launched, and its job's number."""
-    from megatron_hpt.launch.nemo.task import status
+    from megatron_hpt.launch.nemo.experiments import status
 
     for name, state in status(experiment).items():
         Console().print(f"{name}  {state}", highlight=False)
@@ -97,7 +97,7 @@ def status(experiment: Experiment) -> None:
 @app.command()
 def logs(experiment: Experiment) -> None:
     """Show the output of what was launched."""
-    from megatron_hpt.launch.nemo.task import show_logs
+    from megatron_hpt.launch.nemo.experiments import show_logs
 
     show_logs(experiment)
 
@@ -105,7 +105,7 @@ def logs(experiment: Experiment) -> None:
 @app.command()
 def cancel(experiment: Experiment) -> None:
     """End what was launched, without saving."""
-    from megatron_hpt.launch.nemo.task import cancel
+    from megatron_hpt.launch.nemo.experiments import cancel
 
     cancel(experiment)
 

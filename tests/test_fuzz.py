@@ -154,7 +154,7 @@ COMMANDS: dict[str, Callable[[random.Random, list[str]], list[str]]] = {
     "train": lambda draws, words: [draws.choice(words), "model.path=nowhere", override(draws)],
     "check": lambda draws, words: [draws.choice(words), "model.path=nowhere", override(draws)],
     "slurm": lambda draws, words: [draws.choice(words), "--dry-run", "--ranks-per-node", draws.choice(VALUES), override(draws)],
-    "launch": lambda draws, words: [draws.choice(words), "--dry-run", "--cluster", draws.choice(words), override(draws)],
+    "launch": lambda draws, words: [draws.choice(words), "--dry-run", "--site", draws.choice(words), override(draws)],
     "nonsense": lambda draws, words: draws.choices([*words, *VALUES], k=3),
 }
 TOOLS: dict[str, Callable[[random.Random, list[str]], list[str]]] = {

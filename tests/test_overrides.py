@@ -385,6 +385,6 @@ def test_errors_name_keys_that_exist(tmp_path: Path) -> None:
         assert "function-" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"reward\.name: '\{math:1\}' would be read as .* the key 'math:1' without a value"):
         changed("reward.name={math:1}")
-    site = DEFAULT_CLUSTER.parent / "login_node.yaml"
-    with pytest.raises(ConfigError, match=r"login_node\.yaml: not a cluster .*launch --cluster.*h100x8\.yaml.*gpus_per_node"):
+    site = DEFAULT_CLUSTER.parents[1] / "sites" / "login_node.yaml"
+    with pytest.raises(ConfigError, match=r"login_node\.yaml: not a cluster .*launch --site.*h100x8\.yaml.*gpus_per_node"):
         load_cluster(site)

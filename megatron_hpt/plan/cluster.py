@@ -67,27 +67,21 @@ def load_cluster(path: Path) -> ClusterConfig:
     if isinstance(tree, dict) and "kind" in tree:
         raise ConfigError(
             f"{path}: not a cluster to plan for: it says where recipes are sent (kind: {tree['kind']}), which is for "
-            "`megatron-hpt launch --cluster`; a plan needs the hardware, as recipes/clusters/h100x8.yaml describes it "
+            "`megatron-hpt launch --site`; a plan needs the hardware, as recipes/clusters/h100x8.yaml describes it "
             f"({', '.join(ClusterConfig.model_fields)})"
         )
-    return checked(ClusterConfig, tree, path)
+    return validated_section(ClusterConfig, tree, str(path), "not a cluster")
 
 
-def read_tree(path: Path) -> Any:
-    """What a YAML file of a cluster says, unchecked.
+def read_tree(path: Path, option: str = "--cluster") -> Any:
+    """Read the YAML file of a cluster or a site, without checking what it says.
+
+    Args:
+        option: of the command line, which names the file. Examples lie in recipes/clusters/ or recipes/sites/.
 
     Raises:
         ConfigError: no such file, or not YAML.
     """
     if not path.is_file():
-        raise ConfigError(f"--cluster: {path}: no such file; recipes/clusters/ has examples")
+        raise ConfigError(f"{option}: {path}: no such file; recipes/{option[2:]}s/ has examples")
     return read_yaml(path)
-
-
-def checked(kind: type[S], tree: Any, path: Path) -> S:
-    """A section from what its file says.
-
-    Raises:
-        ConfigError: not one; one line for each problem.
-    """
-    return validated_section(kind, tree, str(path), "not a cluster")

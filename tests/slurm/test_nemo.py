@@ -41,7 +41,7 @@ def launch(cluster: Cluster, folder: Path, *overrides: str, **site: object) -> t
     program = str(Path(sys.executable).parent / "megatron-hpt")
     there = {"kind": "slurm", "checkout": str(folder), "program": program, "environment": {"PYTHONPATH": str(ROOT)}}
     file.write_text(yaml.safe_dump({**there, "account": "hpt", "partition": "batch", "time": "01:00:00", **small, **site}))
-    told = hpt(cluster, folder, "launch", RECIPE, *overrides, "--cluster", str(file))
+    told = hpt(cluster, folder, "launch", RECIPE, *overrides, "--site", str(file))
     experiment = re.search(r"^launched  (\S+)$", told, re.MULTILINE)[1]
     return experiment, Job(cluster, state(cluster, folder, experiment)[1], folder)
 

@@ -17,11 +17,11 @@ from pydantic import Field, model_validator
 from megatron_hpt.config import Config
 from megatron_hpt.environment import PASS
 from megatron_hpt.errors import ConfigError, did_you_mean
-from megatron_hpt.plan.cluster import GpusOfNode, checked, read_tree
+from megatron_hpt.plan.cluster import GpusOfNode, read_tree
 from megatron_hpt.plan.topology import least_nodes
-from megatron_hpt.settings.sections import Int, Name, Section
+from megatron_hpt.settings.sections import Int, Name, Section, validated_section
 
-CLUSTERS = Path("recipes/clusters")
+SITES = Path("recipes/sites")
 """Where a cluster is looked up by name."""
 MARGIN_S = 60
 """Seconds of a notice that are not the trainer's: to stop what runs and to requeue the job."""
@@ -107,18 +107,18 @@ KINDS: dict[str, type[LocalSite] | type[SlurmSite]] = {"local": LocalSite, "slur
 
 
 def load_site(given: str) -> Site:
-    """The cluster of a file, or of a name in recipes/clusters/.
+    """Read the site of a file, or of a name in recipes/sites/.
 
     Raises:
-        ConfigError: no such file, or not a cluster that a recipe can be sent to; one line for each problem.
+        ConfigError: no such file, or not a site that a recipe can be sent to; one line for each problem.
     """
-    path = Path(given) if given.endswith((".yaml", ".yml")) else CLUSTERS / f"{given}.yaml"
-    tree = read_tree(path)
+    path = Path(given) if given.endswith((".yaml", ".yml")) else SITES / f"{given}.yaml"
+    tree = read_tree(path, "--site")
     kind = tree.get("kind") if isinstance(tree, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
         hint = did_you_mean(str(kind), KINDS)
         raise ConfigError(f"{path}: kind: given {kind!r}; a cluster to send recipes to is one of {', '.join(KINDS)}{hint}")
-    return checked(KINDS[kind], tree, path)
+    return validated_section(KINDS[kind], tree, str(path), "not a site")
 
 
 def nodes_of(site: SlurmSite, config: Config) -> int:

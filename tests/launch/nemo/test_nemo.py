@@ -43,7 +43,7 @@ def here(folder: Path, **settings: object) -> str:
 @pytest.mark.slow
 def test_what_would_be_submitted_for_the_70b(tmp_path: Path) -> None:
     """Write the file anew where NeMo-Run or the site's example changes: HPT_GOLDEN=1 pytest …"""
-    done = hpt(tmp_path, "launch", "recipes/llama_3_1.py", "size=70B", "method=hpt", "--cluster", "login_node", "--dry-run")
+    done = hpt(tmp_path, "launch", "recipes/llama_3_1.py", "size=70B", "method=hpt", "--site", "login_node", "--dry-run")
     assert done.returncode == 0, done.stderr
     found = done.stdout.replace(str(tmp_path), "HOME").replace(str(ROOT), "CHECKOUT")
     found = re.sub(r"cluster_\d{19}", "cluster_ID", found)
@@ -54,7 +54,7 @@ def test_what_would_be_submitted_for_the_70b(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_tunnel_is_not_opened_to_show_what_it_would_carry(tmp_path: Path) -> None:
-    done = hpt(tmp_path, "launch", "recipes/llama_3_1.py", "size=70B", "--cluster", "over_ssh", "--dry-run")
+    done = hpt(tmp_path, "launch", "recipes/llama_3_1.py", "size=70B", "--site", "over_ssh", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "--chdir /lustre/me/nemo/" in done.stdout
     assert "cd /lustre/me/megatron_hpt\n" in done.stdout
@@ -64,7 +64,7 @@ def test_a_tunnel_is_not_opened_to_show_what_it_would_carry(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_recipe_is_a_script_and_an_executor_to_compose(tmp_path: Path) -> None:
     program = (
-        "from megatron_hpt.launch.nemo.task import task\n"
+        "from megatron_hpt.launch.nemo import task\n"
         "script, executor = task('recipes/llama_3_1.py', ['size=70B'], 'login_node')\n"
         "print(type(script).__name__, type(executor).__name__, executor.nodes)"
     )
@@ -83,7 +83,7 @@ def test_an_experiment_that_nobody_launched(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_job_that_fails_here_is_an_error_and_says_why(tmp_path: Path) -> None:
     recipe = str(ROOT / "recipes" / "quickstart.py")
-    done = hpt(tmp_path, "launch", recipe, "parallel.tensor=3", "--cluster", here(tmp_path), "--logs")
+    done = hpt(tmp_path, "launch", recipe, "parallel.tensor=3", "--site", here(tmp_path), "--logs")
     assert done.returncode == 1, done.stdout
     assert "parallel.tensor: given 3" in done.stdout + done.stderr
     assert "quickstart: FAILED" in done.stderr
@@ -94,7 +94,7 @@ def test_a_run_here_with_two_ranks_and_its_output(tmp_path: Path) -> None:
     """Adds NeMo-Run's local executor, to the end of a run, to the runs that tests/slurm/test_nemo.py sends to Slurm."""
     settings = ["trainer.steps=2", "trainer.prompts_per_step=8", "rollout.samples_per_prompt=4", "optimizer.warmup_steps=0"]
     recipe = str(ROOT / "recipes" / "quickstart.py")
-    done = hpt(tmp_path, "launch", recipe, "--cluster", here(tmp_path, settings=settings), "--logs")
+    done = hpt(tmp_path, "launch", recipe, "--site", here(tmp_path, settings=settings), "--logs")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^launched  quickstart_\d+$", done.stdout, re.MULTILINE)
     assert "done" in done.stdout + done.stderr

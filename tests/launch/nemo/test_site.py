@@ -12,7 +12,7 @@ from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config
 from megatron_hpt.environment import PASS, inherited
 from megatron_hpt.errors import ConfigError
-from megatron_hpt.launch.nemo import task
+from megatron_hpt.launch.nemo import experiments
 from megatron_hpt.launch.nemo.site import LocalSite, SlurmSite, executor_arguments, load_site, nodes_of, script_of
 from megatron_hpt.plan.cluster import load_cluster
 
@@ -67,16 +67,16 @@ def test_a_wrong_file_is_named_line_by_line(tmp_path: Path, tree: object, messag
     assert str(file) in str(caught.value)
 
 
-def test_no_such_cluster_says_where_examples_are() -> None:
-    with pytest.raises(ConfigError, match=r"recipes/clusters/nowhere\.yaml: no such file; recipes/clusters/ has examples"):
+def test_no_such_site_says_where_examples_are() -> None:
+    with pytest.raises(ConfigError, match=r"recipes/sites/nowhere\.yaml: no such file; recipes/sites/ has examples"):
         load_site("nowhere")
 
 
 def test_hardware_is_no_site_and_a_site_is_no_hardware() -> None:
     with pytest.raises(ConfigError, match="kind: given None"):
-        load_site("h100x8")
+        load_site("recipes/clusters/h100x8.yaml")
     with pytest.raises(ConfigError, match="not a cluster"):
-        load_cluster(Path("recipes/clusters/local.yaml"))
+        load_cluster(Path("recipes/sites/local.yaml"))
 
 
 def test_one_task_holds_an_allocation_of_all_nodes_and_spares() -> None:
@@ -163,5 +163,5 @@ def test_what_the_script_passes_is_what_the_program_takes() -> None:
 
 def test_without_nemo_run_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nemo_run", None)
-    with pytest.raises(task.LaunchError, match=r"NeMo-Run cannot be imported \(.*\); `make nemo-env` installs it"):
-        task.task("recipes/quickstart.py")
+    with pytest.raises(experiments.LaunchError, match=r"NeMo-Run cannot be imported \(.*\); `make nemo-env` installs it"):
+        experiments.task("recipes/quickstart.py")
