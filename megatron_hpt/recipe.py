@@ -19,6 +19,7 @@ from pydantic import ValidationError, validate_call
 from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError, HptError, did_you_mean
 from megatron_hpt.overrides import apply_overrides, load_yaml, note_twice
+from megatron_hpt.settings.sections import line_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _load_python(path: Path, given: Sequence[str]) -> Recipe:
     try:
         config = validate_call(function)(**arguments)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [line_of(".".join(map(str, problem["loc"])), problem) for problem in error.errors()]
         raise ConfigError(f"{path}: {error.title}: not valid\n  " + "\n  ".join(lines)) from None
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: recipe() returned {type(config).__name__}; it must return megatron_hpt.config.Config")
@@ -95,8 +96,3 @@ def _arguments(function: Callable[..., Config], given: Sequence[str], path: Path
         else:
             overrides.append(text)
     return arguments, overrides
-
-
-def _explain(problem: dict) -> str:
-    key, message = ".".join(map(str, problem["loc"])), problem["msg"]
-    return f"{key}: given {problem['input']!r}; {message[:1].lower()}{message[1:]}"

@@ -79,11 +79,23 @@ def _explain(kind: type[Section], problem: Any) -> str:
         return unknown_key(kind, path)
     if problem["type"] == "missing":
         return f"{key}: missing; it has no default"
-    given, message = repr(problem["input"]), problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error" and is_section(annotation_of(kind, path)):
+        message = problem["msg"].removeprefix("Value error, ")
         return message if not key or message.startswith(f"{key}.") else f"{key}: {message}"  # it names the section's keys
+    return line_of(key or kind.called, problem)
+
+
+def line_of(key: str, problem: Any) -> str:
+    """Return one of pydantic's problems as a line of a message: key, given value if it is short, and what is allowed.
+
+    Args:
+        key: of the setting or argument; empty: of several, which the message names.
+    """
+    given, message = repr(problem["input"]), problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
     message = message[:1].lower() + message[1:]
-    return f"{key or kind.called}: " + (f"given {given}; {message}" if len(given) <= LONGEST else message)
+    return f"{key}: " + (f"given {given}; {message}" if len(given) <= LONGEST else message)
 
 
 def _key_of(kind: type[Section], place: list[str]) -> list[str]:
