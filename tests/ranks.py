@@ -38,9 +38,15 @@ def run_ranks(script: Path, *arguments: object, ranks: int, timeout: float = 300
             "folder": str(Path.cwd()),
             "log": log.name,
         }
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
+        try:
+            server.stdin.write(json.dumps(job) + "\n")
+            server.stdin.flush()
+            answer = server.stdout.readline()
+        except BaseException:  # ranks that outlive an interrupt would make their log again
+            server.kill()
+            server.wait()
+            _server.cache_clear()
+            raise
         assert answer, "the process that forks ranks has died"
         failure = json.loads(answer)
         assert failure is None, f"{failure}\n{log.read()[-4000:]}"
@@ -51,8 +57,14 @@ def _server() -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(Path(__file__))]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    atexit.register(lambda: (server.stdin.close(), server.wait(10)))
+    atexit.register(_end, server)
     return server
+
+
+def _end(server: subprocess.Popen) -> None:
+    if server.poll() is None:
+        server.stdin.close()
+        server.wait(10)
 
 
 def _serve() -> None:
