@@ -98,7 +98,7 @@ def test_algorithms_are_compared_from_one_start_and_the_comparison_continues(on_
     settings = ("trainer.steps=2", "parallel.tensor=1", *SMALL, *on_shared.settings(tmp_path))
     command = [sys.executable, str(ROOT / "tools" / "compare_algorithms.py"), str(RECIPE), *settings]
     options = ["--algorithms", "sft,hpt", "--seeds", "0", "--start-steps", "2", "--out", "compared"]
-    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "compared" / "comparison.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["sft", "hpt"]
@@ -108,9 +108,9 @@ def test_algorithms_are_compared_from_one_start_and_the_comparison_continues(on_
     assert numbers["hpt"][0]["generated"] > 0
     runs = sorted((tmp_path / "compared").glob("*/metrics.jsonl"))
     times = {path: path.stat().st_mtime_ns for path in runs}
-    again = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    again = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert {path: path.stat().st_mtime_ns for path in runs} == times
-    other = subprocess.run([*command, *options, "trainer.seed=7"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    other = subprocess.run([*command, *options, "trainer.seed=7"], cwd=tmp_path, capture_output=True, text=True)
     assert other.returncode == 1
     assert "has other settings than asked for" in other.stderr
