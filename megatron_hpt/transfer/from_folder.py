@@ -17,8 +17,7 @@ from megatron_hpt.models.hf_config import model_shape
 from megatron_hpt.models.hf_files import DTYPES, HfTensors, weight_files
 from megatron_hpt.models.mapping import hf_tensor_shapes
 from megatron_hpt.transfer.boxes import whole
-from megatron_hpt.transfer.manifest import Contents, Manifest, Piece
-from megatron_hpt.transfer.sender import session_name
+from megatron_hpt.transfer.manifest import Contents, Manifest, Piece, session_name
 from megatron_hpt.transfer.transports.mapped import MappedBytes
 
 

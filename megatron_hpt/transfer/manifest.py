@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
+import socket
 from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +40,11 @@ class Piece:
     def is_for(self, rank: int) -> bool:
         """Whether it is sent to this rank of the engine."""
         return not self.receivers or rank in self.receivers
+
+
+def session_name() -> str:
+    """Make a name for one trainer from start to end, by which a person can place it."""
+    return f"{socket.gethostname()}-{secrets.token_hex(4)}"
 
 
 def _piece(names: Sequence[str], row: Sequence[Any]) -> Piece:

@@ -10,7 +10,7 @@ import gc
 import heapq
 import itertools
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,11 +58,6 @@ class TransferPlan:
         """Bytes that reach each engine rank."""
         return _summed(self.receivers, ((r, s.nbytes) for s in self.sends for r in s.receivers))
 
-    @property
-    def imbalance(self) -> float:
-        """Bytes of the largest sender over the mean of all actor ranks."""
-        return max(self.sent) * self.senders / max(1, sum(self.sent))
-
     def seconds(self, sender_gbs: float, receiver_gbs: float) -> float:
         """Predicted seconds at bandwidths in 10^9 bytes/s a rank, sending and receiving at the same time."""
         return max(max(self.sent) / sender_gbs, max(self.received) / receiver_gbs) / 1e9
@@ -70,30 +65,6 @@ class TransferPlan:
     def lower_bound_s(self, sender_gbs: float, receiver_gbs: float) -> float:
         """No plan is faster: all bytes evenly over all senders, and the fullest receiver."""
         return max(sum(self.sent) / self.senders / sender_gbs, max(self.received) / receiver_gbs) / 1e9
-
-    def by_sender(self) -> dict[int, list[Send]]:
-        """Sends of each rank, in order."""
-        found: dict[int, list[Send]] = defaultdict(list)
-        for send in self.sends:
-            found[send.sender].append(send)
-        return found
-
-    def buckets(self, nbytes: int) -> list[list[Send]]:
-        """All sends in rounds: in one round no sender or receiver moves more than `nbytes`, or one box that is larger.
-
-        Every rank derives the same rounds, so point-to-point transfers match without a word.
-        """
-        rounds: list[list[Send]] = []
-        load: Counter[tuple[str, int]] = Counter()
-        for send in self.sends:
-            touched = [("s", send.sender), *(("r", r) for r in send.receivers)]
-            if not rounds or any(load[t] and load[t] + send.nbytes > nbytes for t in touched):
-                rounds.append([])
-                load.clear()
-            rounds[-1].append(send)
-            for t in touched:
-                load[t] += send.nbytes
-        return rounds
 
 
 def _summed(size: int, items: Iterable[tuple[int, int]]) -> list[int]:

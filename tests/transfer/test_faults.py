@@ -155,7 +155,7 @@ def test_the_tool_pushes_verifies_and_watches(server: Server, trainer: Trainer) 
     assert verified.returncode == 0, verified.stderr
     assert f"all {len(trainer.weights)} tensors" in verified.stdout
     trainer.scale(2.0)
-    trainer.sender._prepared.clear()  # the tool has taken the engine over
+    trainer.sender._driver.prepared.clear()  # the tool has taken the engine over
     trainer.sender.publish(Versions.next())
     differs = tool("verify", model, server.url)
     assert differs.returncode == 1
@@ -168,7 +168,7 @@ def test_the_tool_pushes_verifies_and_watches(server: Server, trainer: Trainer) 
 
 
 def test_a_flipped_bit(trainer: Trainer) -> None:
-    sink = trainer.sender._sink
+    sink = trainer.sender._staging.sink
     original = sink.commit
 
     def flip(version: int) -> None:
@@ -240,7 +240,7 @@ def test_requests_under_way(server: Server, trainer: Trainer) -> None:
         ask = threading.Thread(target=lambda found=answers: found.append(_long(server)))
         ask.start()
         time.sleep(0.15)
-        trainer.sender._targets[0].control._in_flight = mode
+        trainer.sender._driver.targets[0].control._in_flight = mode
         trainer.sender.publish(Versions.next())
         ask.join(60)
         assert answers
@@ -291,7 +291,7 @@ def test_an_engine_that_is_killed_and_comes_back(server: Server, shared_engines:
         assert time.monotonic() - started < 3 * DEADLINE_S
     finally:
         collective.Meeting.send = original
-    assert not trainer.sender._prepared
+    assert not trainer.sender._driver.prepared
     killing.join()
     back = server.again()
     shared_engines.replace(back)

@@ -137,20 +137,6 @@ def test_replicas_share_the_sending(transfer) -> None:
     assert max(plan.sent) <= 1.05 * max(possible_share(plan, held), sum(plan.sent) / plan.senders) + row
 
 
-@given(transfers(), st.integers(1, 10_000))
-def test_rounds_hold_every_send_once_and_respect_the_size(transfer, size: int) -> None:
-    *_, plan = planned(*transfer)
-    rounds = plan.buckets(size)
-    assert [send for bucket in rounds for send in bucket] == list(plan.sends)
-    for bucket in rounds:
-        load: dict[object, int] = defaultdict(int)
-        for send in bucket:
-            for party in (-1 - send.sender, *send.receivers):
-                load[party] += send.nbytes
-        largest = max(send.nbytes for send in bucket)
-        assert all(n <= max(size, largest) for n in load.values())
-
-
 def test_an_engine_that_is_cut_as_the_actor_gets_its_shards_from_its_twins() -> None:
     _, _, _, plan = planned(model(), ParallelConfig(tensor=4), [EngineLayout(4)], False)
     assert all(send.receivers == (send.sender,) for send in plan.sends if "_proj" in send.name)
@@ -198,7 +184,7 @@ def test_an_actor_that_lacks_a_box_is_named() -> None:
 )
 def test_large_models_are_planned_evenly(shape: ModelShape, actor, engine, engines: int) -> None:
     *_, plan = planned(shape, actor, [engine] * engines, False)
-    assert plan.imbalance <= 1.05
+    assert max(plan.sent) * plan.senders <= 1.05 * sum(plan.sent)
     assert sum(plan.sent) == sum(plan.received)
 
 
@@ -209,4 +195,4 @@ def test_a_trillion_parameters_on_1024_ranks_take_seconds_to_plan() -> None:
     started = time.process_time()
     *_, plan = planned(shape, actor, [EngineLayout(32, expert=32)] * 8, False)
     assert time.process_time() - started < 20  # a bound against a quadratic step; docs/weight_transfer.md has the figure
-    assert plan.imbalance <= 1.05
+    assert max(plan.sent) * plan.senders <= 1.05 * sum(plan.sent)

@@ -1,0 +1,1 @@
+"""The parts of `sender.WeightSender`: what is planned (routes), what is staged (staging) and who is driven (driver)."""
