@@ -1,4 +1,4 @@
-"""Writing the actor's weights as a Hugging Face folder."""
+"""Write the actor's weights as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_hpt.models.mapping import ShardView
 
 @dataclass(frozen=True)
 class _Box:
-    """A shard view without its tensor: what travels between ranks as a description."""
+    """A shard view without its tensor, as ranks describe to each other what they will send."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ def export_hf(source: str | Path, target: Path, views: Sequence[ShardView]) -> N
     Configuration, tokenizer and other side files are carried over unchanged; the folder appears whole or not at all.
 
     Args:
-        views: the boxes that this rank contributes (`actor.model.contributed_views`).
+        views: the boxes that this rank contributes (`policy.contributed_views`).
     """
     tensors = _gather(views)
     if dist.get_rank() == 0:
@@ -51,16 +51,17 @@ def export_hf(source: str | Path, target: Path, views: Sequence[ShardView]) -> N
 
 @torch.no_grad()
 def _gather(views: Sequence[ShardView]) -> dict[str, Tensor]:
-    """All tensors on rank 0 (host memory), one box at a time; an empty dict on the others."""
+    """Collect all tensors in rank 0's host memory, one box at a time; other ranks get an empty dict."""
     mine = [_Box(v.name, v.shape, v.offset, v.extent, v.view.dtype) for v in views]
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    boxes_of_ranks: list = [None] * dist.get_world_size()
+    dist.all_gather_object(boxes_of_ranks, mine)
     if dist.get_rank() != 0:
         for view in views:
             dist.send(view.read().contiguous().cpu(), dst=0)
         return {}
     tensors: dict[str, Tensor] = {}
-    for rank, boxes in enumerate(everyone):
+    # In the order in which each rank sends, so that messages need no names.
+    for rank, boxes in enumerate(boxes_of_ranks):
         for index, box in enumerate(boxes):
             if rank == 0:
                 part = views[index].read().cpu()

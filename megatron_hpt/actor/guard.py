@@ -1,31 +1,28 @@
-"""Whether a step is taken: a batch that would damage the policy is skipped, counted, and kept by the trainer."""
+"""Decide whether a step is taken: a batch that would damage the policy is skipped and counted, and the trainer keeps it."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from megatron_hpt.actor.state import Actor
+from megatron_hpt.config import Config
 from megatron_hpt.errors import HptError
 from megatron_hpt.objective.tokens import Denominators
 
-if TYPE_CHECKING:
-    from megatron_hpt.actor.state import Actor
-    from megatron_hpt.config import Config
-
 EMPTY = "nothing to train"
-"""Reason of a step without a single trained token; it does no harm, and neither counts towards stopping nor ends a row."""
+"""Reason of a step without a trained token. It neither counts towards `stop_after_skipped` nor ends a row of skipped steps."""
 
-
+# Bounds of mismatch/k3_kl, the KL between engine and trainer on a batch's rollouts, in nats a token.
 ROUNDING = {"float32": 0.01, "bfloat16": 0.1}
-"""`model.dtype` → the largest mismatch/k3_kl that rounding explains at temperature 1: usual: 1e-4, 1e-3 to 1e-2."""
+"""By `model.dtype`, the largest that rounding explains at temperature 1; usual are 1e-4 and 1e-3 to 1e-2."""
 COARSE = 0.3
-"""The same where rounding decides more than digits: which experts a token goes through, or FP8."""
+"""The largest where rounding changes more than digits: under FP8, or where it decides which experts a token goes through."""
 MOST = 1.0
-"""No dtype explains more, at any temperature: the engine's tokens are half as likely to the trainer, or less."""
+"""The largest at any dtype and temperature: above it, the engine's tokens are at most half as likely under the trainer."""
 
 
 def update(actor: Actor, denominators: Denominators, k3: float | None) -> dict[str, float | str | None]:
-    """Clip and step, or skip.
+    """Clip the gradient and step the optimizer, or skip the step; collective.
 
     Args:
         k3: KL between engine and trainer on this batch's rollouts; None without any.
@@ -47,8 +44,9 @@ def update(actor: Actor, denominators: Denominators, k3: float | None) -> dict[s
 
 
 def _reason(actor: Actor, denominators: Denominators, norm: float, k3: float | None) -> str | None:
-    """Why the step must not be taken; None: it may."""
+    """Return why the step must not be taken, or None if it may; the same on every rank, since all arguments are."""
     limit, stop_above = actor.config.optimizer.skip_above, actor.config.algorithm.mismatch.stop_above
+    # Written so that a k3 that is not a number counts as above the bound.
     if stop_above is not None and k3 is not None and not k3 <= stop_above:
         return f"mismatch/k3_kl {k3:.4g} is above algorithm.mismatch.stop_above={stop_above:g}"
     if denominators.tokens == 0:
@@ -61,18 +59,18 @@ def _reason(actor: Actor, denominators: Denominators, norm: float, k3: float | N
 
 
 def first_bound(config: Config, is_routed: bool, is_fp8: bool) -> float:
-    """The largest k3 that the first batch may have.
+    """Return the largest k3 that the first batch may have.
 
-    k3 is half the variance of a log-probability's error where that is small, and a temperature below 1 multiplies the error.
-    float32's is far below its bound at any temperature.
+    k3 is half the variance of a log-probability's error where that error is small, and a temperature T < 1 multiplies the
+    error by 1/T. In float32 the error is far below the bound at any temperature, so T does not widen its bound.
     """
     base = COARSE if is_fp8 or (is_routed and config.model.dtype != "float32") else ROUNDING[config.model.dtype]
-    heat = 1.0 if config.model.dtype == "float32" else min(1.0, config.rollout.temperature)
-    return min(MOST, base / heat**2)
+    temperature = 1.0 if config.model.dtype == "float32" else min(1.0, config.rollout.temperature)
+    return min(MOST, base / temperature**2)
 
 
 def check_first(config: Config, is_routed: bool, is_fp8: bool, step: int, k3: float) -> None:
-    """Stop a run whose engine samples from another distribution than the trainer computes; asked once, of the first batch.
+    """Stop a run whose engine samples from another distribution than the trainer computes; called for the first batch only.
 
     Raises:
         HptError: the mismatch is larger than rounding explains, and the recipe has no bound of its own.
@@ -88,7 +86,7 @@ def check_first(config: Config, is_routed: bool, is_fp8: bool, step: int, k3: fl
 
 
 def check(actor: Actor, step: int, reason: str | None) -> None:
-    """Stop a run whose steps are no longer taken; called when the batch has been kept.
+    """Stop a run whose steps are no longer taken; called after a skipped step, when its batch has been kept.
 
     Raises:
         HptError: as many in a row as `optimizer.stop_after_skipped`.

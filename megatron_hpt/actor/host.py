@@ -47,21 +47,21 @@ class _Stream:
         pass
 
     def _nothing(self, *_: Any) -> None:
-        """There is nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
     wait_stream = wait_event = wait = record = synchronize = _nothing
 
     def record_event(self, *_: Any) -> _Stream:
-        """An event that has already happened."""
+        """Return an event that has already happened."""
         return self
 
     def query(self) -> bool:
-        """Work is always complete."""
+        """Return whether work is complete, which it always is."""
         return True
 
 
 class _HostCuda(types.ModuleType):
-    """Stands for ``torch.cuda`` inside megatron.core."""
+    """Stands in for ``torch.cuda`` inside megatron.core."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -81,7 +81,7 @@ class _HostCuda(types.ModuleType):
 
 
 class _HostTorch(types.ModuleType):
-    """Stands for ``torch`` inside megatron.core."""
+    """Stands in for ``torch`` inside megatron.core."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -94,6 +94,8 @@ class _HostTorch(types.ModuleType):
 
 
 def _on_host(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the factory function, with tensors on the CPU where CUDA is asked for, and no pinned memory."""
+
     @functools.wraps(factory)
     def call(*args: Any, **kwargs: Any) -> Any:
         if str(kwargs.get("device", "")).startswith("cuda"):
@@ -105,7 +107,7 @@ def _on_host(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Present the host as the accelerator to every megatron.core module; call once, in a trainer process."""
+    """Present the host as the accelerator to every megatron.core module; called once, in a trainer process."""
     torch._dynamo.config.disable = True  # Megatron's jit_fuser is torch.compile, which wants a C++ compiler here
     for name in _LATE_IMPORTS:
         importlib.import_module(f"megatron.core.{name}")
@@ -121,7 +123,7 @@ def install() -> None:
 
 
 def _complete_experts(utils: types.ModuleType, dispatcher: types.ModuleType) -> None:
-    """What mixtures of experts lack without Transformer Engine and CUDA in 0.16.1."""
+    """Give megatron-core 0.16.1's mixtures of experts what they lack without Transformer Engine and CUDA."""
     if not hasattr(utils, "te_general_gemm"):
         utils.te_general_gemm = None  # read although it was never imported
     # Megatron's own leaves a host tensor as it is, even where numpy is asked for.
@@ -153,7 +155,7 @@ def _track_host_generator(rng: types.ModuleType) -> None:
 
 
 class as_accelerator(TorchFunctionMode):  # lower case: used like a function
-    """Hold while building, stepping or loading: ``t.cuda()`` is ``t``, and ``t.type()`` answers as on CUDA."""
+    """A context in which ``t.cuda()`` returns ``t`` and ``t.type()`` answers as on CUDA; see `Platform.building`."""
 
     def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:

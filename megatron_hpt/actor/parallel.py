@@ -1,4 +1,4 @@
-"""Process groups of one trainer rank."""
+"""The process groups of a trainer rank, and where the rank stands in them."""
 
 from __future__ import annotations
 
@@ -21,33 +21,37 @@ class Ranks:
 
     rank: int
     tensor: Place
-    """Shard of a dense parameter."""
+    """Which shard of a dense parameter it holds."""
     pipeline: int
     context: Place
-    """Part of every row."""
+    """Which part of every row it computes."""
     expert: Place
-    """Share of a layer's experts."""
+    """Which share of a layer's experts it holds."""
     expert_tensor: Place
-    """Shard of an expert's parameter."""
+    """Which shard of an expert's parameter it holds."""
     data: int
     data_size: int
     expert_data: int
-    """Among the ranks that hold the same shard of the same experts."""
+    """Its number among the ranks that hold the same shard of the same experts."""
     is_last_stage: bool
 
     @property
     def is_lead(self) -> bool:
-        """Rank 0: talks to the outside."""
+        """Whether this is rank 0, which talks to the outside."""
         return self.rank == 0
 
     @property
     def reports(self) -> bool:
-        """One tensor and context parallel rank of the last stage, per data parallel rank: counts each loss once."""
+        """Whether its sums of the loss count: those of one rank of the last stage for each data parallel rank do."""
         return self.is_last_stage and self.tensor.rank == 0 and self.context.rank == 0
 
 
 def initialize(config: ParallelConfig, platform: Platform, seed: int, deadline_s: float) -> Ranks:
-    """Join the process group that torchrun (or srun) describes and form Megatron's groups.
+    """Join the process group that torchrun (or srun) describes in the environment, and form Megatron's groups.
+
+    Args:
+        seed: of the random generators.
+        deadline_s: seconds after which a collective operation fails.
 
     Raises:
         ConfigError: the launcher started another number of ranks than the layout needs.
@@ -63,7 +67,7 @@ def initialize(config: ParallelConfig, platform: Platform, seed: int, deadline_s
 
 
 def initialize_groups(config: ParallelConfig, seed: int) -> Ranks:
-    """Form Megatron's groups in a process group that is there."""
+    """Form Megatron's groups in a process group that has been joined, and seed the random generators."""
     state = parallel_state
     state.initialize_model_parallel(
         config.tensor,

@@ -1,4 +1,4 @@
-"""Where the actor runs: CUDA when there is one, else the host presented as an accelerator."""
+"""Where the actor runs: on CUDA where there is a device, else on the host, presented to Megatron-Core as an accelerator."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ import torch
 
 @dataclass(frozen=True)
 class Platform:
-    """Device, collective backend, and what Megatron-Core needs to accept them."""
+    """Device and collective backend of this process, and what Megatron-Core needs to accept them."""
 
     device: torch.device
     backend: str
+    """As of `torch.distributed.init_process_group`."""
 
     @property
     def is_cuda(self) -> bool:
-        """A real accelerator."""
+        """Whether the device is a real accelerator."""
         return self.device.type == "cuda"
 
     @property
     def has_transformer_engine(self) -> bool:
-        """Layers are Transformer Engine's: a real accelerator with the package installed."""
+        """Whether layers can be Transformer Engine's: there is a real accelerator, and the package is installed."""
         return self.is_cuda and importlib.util.find_spec("transformer_engine") is not None
 
     def building(self) -> contextlib.AbstractContextManager:
-        """Hold while building, stepping or loading Megatron objects."""
+        """Return a context to hold while Megatron objects are built, stepped, saved or loaded (`host.as_accelerator`)."""
         if self.is_cuda:
             return contextlib.nullcontext()
         from megatron_hpt.actor import host
@@ -37,10 +38,10 @@ class Platform:
 
 
 def detect(threads: int) -> Platform:
-    """The platform of this process; installs the host facade where there is no CUDA.
+    """Return the platform of this process, and prepare it: choose the device, or install the host facade without CUDA.
 
     Args:
-        threads: torch threads of a host rank.
+        threads: torch threads of a rank on the host.
     """
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,8 +1,8 @@
-"""From the last stage's hidden states to what the objective needs: values of whole rows, on every rank that sees them."""
+"""From the last stage's hidden states to what the objective needs: log-probabilities and entropies of whole rows."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,22 +13,21 @@ from torch import Tensor
 from megatron_hpt.actor.microbatch import MicroBatch
 from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy
 from megatron_hpt.actor.model.policy import PolicyModel
-
-if TYPE_CHECKING:
-    from megatron_hpt.actor.state import Actor
+from megatron_hpt.actor.state import Actor
 
 
 def model_logprobs(hidden: Tensor, batch: MicroBatch, model: PolicyModel, actor: Actor) -> tuple[Tensor, Tensor]:
-    """Log-probability of every response token and entropy where it is predicted; 0 at all other positions.
+    """Compute the log-probability of every response token and the entropy where it is predicted; 0 at all other positions.
 
-    Context parallel ranks exchange theirs, so that each sees whole rows; the gradient of a position goes to the rank that
-    holds it. All of them compute the same loss, and one reports it.
+    Called on the last stage, for the actor and for the reference model; collective over context and tensor parallel ranks.
+    Context parallel ranks exchange their values, so that each sees whole rows, and the gradient of a position goes to the
+    rank that holds it. All of them compute the same loss, and one of them reports it (`Ranks.reports`).
 
     Args:
         hidden: [local positions, 1, hidden], cut over tensor parallel ranks too under sequence parallelism.
 
     Returns:
-        Two tensors [positions] of the whole micro-batch.
+        Log-probabilities and entropies, nats, [positions] of the whole micro-batch each, float32 (float64 where `hidden` is).
     """
     weight = model.output_weight
     tensor = actor.ranks.tensor
@@ -39,10 +38,11 @@ def model_logprobs(hidden: Tensor, batch: MicroBatch, model: PolicyModel, actor:
         temperature=actor.config.rollout.temperature,
     )
     if model.config.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden)  # its gradient: summed over the vocabulary's shards
+        hidden = gather_from_sequence_parallel_region(hidden)  # its gradient is summed over the vocabulary's shards
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden)
     predicted = logprob_and_entropy(hidden[batch.predicted, 0], weight, batch.targets[batch.predicted], vocabulary)
+    # One tensor of both, so that context parallel ranks exchange it in one message.
     both = hidden.new_zeros(len(batch.tokens[0]), 2, dtype=predicted[0].dtype)
     both = both.index_put((batch.predicted,), torch.stack(predicted, 1))
     if batch.packing.context_size > 1:
@@ -51,7 +51,7 @@ def model_logprobs(hidden: Tensor, batch: MicroBatch, model: PolicyModel, actor:
 
 
 class _Whole(torch.autograd.Function):
-    """All ranks' parts one after the other. Every rank has the whole gradient, so a part's is a slice, not a sum."""
+    """Gather all ranks' parts one after the other. Every rank has the whole gradient, so that of a part is a slice, no sum."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:

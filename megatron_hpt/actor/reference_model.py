@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_hpt.actor.microbatch import MicroBatch, ends_of
+from megatron_hpt.actor.microbatch import MicroBatch, response_slices
 from megatron_hpt.actor.model.policy import PolicyModel
 from megatron_hpt.actor.predictions import model_logprobs
+from megatron_hpt.actor.state import Actor
 from megatron_hpt.batch.advantages import overlong_penalties, with_advantages
 from megatron_hpt.batch.rows import Row, Source
-
-if TYPE_CHECKING:
-    from megatron_hpt.actor.state import Actor
 
 
 @torch.no_grad()
 def reference_logprobs(chunks: Sequence[PolicyModel], actor: Actor, batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """log π_ref of every response token of every micro-batch, [positions] each; empty before the last stage. Collective."""
+    """Compute log π_ref of every response token; collective.
+
+    Args:
+        chunks: this rank's chunks of the reference model.
+
+    Returns:
+        A tensor [positions] for each micro-batch, 0 where no response token is predicted; on stages before the last, an empty
+        list.
+    """
     parts = get_forward_backward_func()(
         forward_step_func=lambda data, stage: _forward(actor, next(data), stage),
         data_iterator=[iter(batches) for _ in chunks],
@@ -36,6 +41,7 @@ def reference_logprobs(chunks: Sequence[PolicyModel], actor: Actor, batches: Seq
 
 
 def _forward(actor: Actor, batch: MicroBatch, model: PolicyModel):
+    """Megatron's forward step: this chunk's output, and what the last stage collects of it in place of a loss."""
     output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
 
     def collect(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -47,24 +53,28 @@ def _forward(actor: Actor, batch: MicroBatch, model: PolicyModel):
 
 
 def penalised(rows: Sequence[Row], plan: Sequence[Sequence[int]], references: Sequence[Tensor], actor: Actor) -> list[Row]:
-    """The rows with advantages estimated again, from rewards less coefficient · KL at every rollout token. Collective.
+    """Estimate the advantages again, from rewards less coefficient · KL at every rollout token; collective.
 
-    The KL is that of the policy that sampled, so it does not depend on the step being taken.
+    The KL is that of the policy that sampled the row, so it does not depend on the step being taken.
 
     Args:
         plan: this rank's micro-batches, as indices of rows.
-        references: log π_ref of their targets.
+        references: for each of them the log π_ref of its response tokens, [positions].
+
+    Returns:
+        The rows with their new advantages, the same on every rank.
     """
     kl = actor.algorithm.kl
     mine: dict[int, list[float]] = {}
     if actor.ranks.reports:
         for indices, logprobs in zip(plan, references, strict=True):
-            for index, end in zip(indices, ends_of([len(rows[index].tokens) - 1 for index in indices], actor.cut), strict=True):
+            for index, response in zip(indices, response_slices([rows[i] for i in indices], actor.layout), strict=True):
                 row = rows[index]
                 if row.source is Source.ROLLOUT:
                     behaviour = torch.tensor(row.behaviour_logprobs, dtype=torch.float64)
-                    log_ratio = behaviour - logprobs[end - row.response_length : end].double().cpu()
+                    log_ratio = behaviour - logprobs[response].double().cpu()
                     mine[index] = (-kl.coefficient * kl.estimator(log_ratio)).tolist()
+    # A row lies on one data parallel rank, but every rank needs all of them: advantages are relative to a row's group.
     everyone: list[dict[int, list[float]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     penalties = {index: penalty for part in everyone for index, penalty in part.items()}

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_hpt.actor import parallel, platform
 from megatron_hpt.actor.microbatch import MicroBatchLayout
-from megatron_hpt.actor.model.policy import PolicyModel
+from megatron_hpt.actor.model import policy, routing
+from megatron_hpt.actor.model.precision import check_fp8, this_machine, token_multiple
+from megatron_hpt.actor.optimizer import optimizer
 from megatron_hpt.actor.optimizer.offload import Offload
-from megatron_hpt.actor.parallel import Ranks
-from megatron_hpt.actor.platform import Platform
 from megatron_hpt.actor.timing import ObjectiveTimer
+from megatron_hpt.batch.packing import attention_parity
 from megatron_hpt.config import Config
+from megatron_hpt.models.hf_config import ModelShape, run_shape
+from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
 
 
@@ -24,25 +28,77 @@ class Actor:
     config: Config
     algorithm: Algorithm
     vocab: int
+    """Rows of the vocabulary without those that pad it."""
     wrapped: list[DistributedDataParallel]
     """This rank's chunks of the model with their gradient buffers; more than one under virtual pipelining."""
     optimizer: MegatronOptimizer
-    ranks: Ranks
-    platform: Platform
-    cut: MicroBatchLayout
-    """What the layout asks of micro-batches."""
+    ranks: parallel.Ranks
+    platform: platform.Platform
+    layout: MicroBatchLayout
+    """How micro-batches are padded and cut for this rank."""
     attention_parity: float
-    """Tokens of a row at which its attention costs as much as everything else."""
-    reference: list[PolicyModel] | None
-    """The frozen reference policy of the KL, laid out like the actor."""
+    """Tokens of a row at which its attention costs as much as everything else (`batch.packing`)."""
+    reference: list[policy.PolicyModel] | None
+    """The frozen reference policy of the KL penalty, laid out like the actor; None without a penalty."""
     offload: Offload
     """What rests in host memory."""
     entropy_coefficient: float
-    """Where an adaptive coefficient stands."""
+    """The coefficient of the next step, which an adaptive one changes after every step."""
     skipped_in_a_row: int = 0
+    """Steps before the next one that were not taken (`guard`)."""
     timer: ObjectiveTimer = field(default_factory=ObjectiveTimer)
 
     @property
-    def chunks(self) -> list[PolicyModel]:
-        """The bare chunks of the model."""
+    def chunks(self) -> list[policy.PolicyModel]:
+        """The chunks of the model without their gradient buffers."""
         return [wrapped.module for wrapped in self.wrapped]
+
+
+def build_actor(config: Config) -> Actor:
+    """Join the process group and build this rank's part of the actor, with the weights of `config.model.path`.
+
+    Raises:
+        ConfigError: another number of ranks was started, or the machine cannot compute in the FP8 that is asked for.
+        ModelError: the weights cannot be read.
+    """
+    where = platform.detect(config.actor.threads)
+    check_fp8(config.actor.fp8, config.model.dtype, this_machine())
+    ranks = parallel.initialize(config.parallel, where, config.trainer.seed, config.deadlines.step_s)
+    shape = run_shape(config)
+    algorithm = algorithms.of_run(config)
+    wrapped = optimizer.wrap(policy.load(config.model.path, config, ranks, where), config.actor.fp8_param_gather)
+    for chunk in wrapped:
+        chunk.train()
+    routing.install([chunk.module for chunk in wrapped], ranks)
+    reference = None
+    if algorithm.kl is not None:
+        path = config.algorithm.kl.reference or config.model.path
+        reference = [chunk.requires_grad_(False).eval() for chunk in policy.load(path, config, ranks, where)]
+    megatron_optimizer = optimizer.build(config.optimizer, wrapped, where)
+    return Actor(
+        config=config,
+        algorithm=algorithm,
+        vocab=shape.vocab,
+        wrapped=wrapped,
+        optimizer=megatron_optimizer,
+        ranks=ranks,
+        platform=where,
+        layout=_layout(config, shape, ranks),
+        attention_parity=attention_parity(
+            shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim, shape.experts_per_token or 1
+        ),
+        reference=reference,
+        offload=Offload(config.actor.offload, wrapped, megatron_optimizer, reference or (), shared=config.rollout.sleep),
+        entropy_coefficient=algorithm.entropy.coefficient,
+    )
+
+
+def _layout(config: Config, shape: ModelShape, ranks: parallel.Ranks) -> MicroBatchLayout:
+    return MicroBatchLayout(
+        config.parallel.row_multiple,
+        config.parallel.batch_multiple * token_multiple(config.actor.fp8),
+        ranks.context.size,
+        ranks.context.rank,
+        equal=config.parallel.virtual_pipeline > 1,
+        routers=(shape.layers, shape.experts_per_token, shape.experts) if shape.experts else (0, 0, 0),
+    )

@@ -1,4 +1,4 @@
-"""What the objective itself costs in a step: the time between log-probabilities and their gradients."""
+"""Measure what the objective itself costs in a step: the time between log-probabilities and their gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class ObjectiveTimer:
-    """Adds up forward and backward of the loss over micro-batches. On CUDA it sees the launches, not the kernels."""
+    """Adds up the host's seconds in the loss's forward and backward over micro-batches; on CUDA those of launching kernels."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -20,13 +20,13 @@ class ObjectiveTimer:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around the computation of a loss."""
+        """Measure the computation of a loss, which is the body of the ``with``."""
         started = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - started
 
     def watch_backward(self, loss: Tensor, inputs: Sequence[Tensor]) -> None:
-        """From the arrival of a gradient at the loss to the last gradient of its inputs."""
+        """Measure the loss's backward pass: from the arrival of a gradient at the loss to the last gradient of its inputs."""
         inputs = [tensor for tensor in inputs if tensor.requires_grad]
         if not loss.requires_grad:
             return
@@ -35,7 +35,7 @@ class ObjectiveTimer:
             tensor.register_hook(self._lap)
 
     def collect(self, device: torch.device) -> float:
-        """Seconds since the last call, of the slowest rank; collective."""
+        """Return the seconds since the last call, those of the slowest rank; collective."""
         seconds = torch.tensor(self._seconds, device=device)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         self._seconds = 0.0

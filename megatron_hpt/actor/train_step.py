@@ -28,10 +28,11 @@ _MISMATCH = ("k3", "measured", "logprob_gap")
 
 
 def selected_rows(rows: Sequence[Row], in_reward: bool = False) -> list[Row]:
-    """Trained rows, and as many untrained rollouts as the measurement of the mismatch needs.
+    """Choose the rows that a step computes: trained rows, then as many untrained rollouts as make up `PROBE_ROWS` of them.
 
     Args:
-        in_reward: a penalty enters the rewards, so rows that only others' advantages are compared with are needed too.
+        in_reward: a KL penalty enters the rewards, so rows that do not train but are compared with those that do are chosen
+            too: their rewards change as well.
     """
     needed = [_is_needed(row, in_reward) for row in rows]
     chosen = [row for row, needs in zip(rows, needed, strict=True) if needs]
@@ -45,7 +46,7 @@ def _is_needed(row: Row, in_reward: bool) -> bool:
 
 
 def train_step(actor: Actor, rows: Sequence[Row], step: int) -> dict[str, float | str | None]:
-    """Train one batch; collective over all ranks, which all give the same rows.
+    """Train one batch; called by the trainer once a step, collective over all ranks, which all give the same rows.
 
     A step that must not be taken (see `guard`) leaves weights and optimizer as they are and says so in its metrics.
 
@@ -69,7 +70,7 @@ def accumulate(actor: Actor, rows: Sequence[Row]) -> tuple[dict[str, float], Den
     """Put the gradient of a batch into the model's gradient buffers; collective.
 
     Returns:
-        Global sums by name (the loss, its parts, the mismatch), and the counts that divided them.
+        Sums over all ranks by name (the loss, its parts, the mismatch), and the counts by which the loss was divided.
     """
     kl = actor.algorithm.kl
     in_reward = kl is not None and kl.in_reward
@@ -110,10 +111,10 @@ def _mean(total: float, number: float) -> float | None:
 
 
 def _plan(rows: Sequence[Row], needed: int, actor: Actor) -> list[list[int]]:
-    """This data parallel rank's micro-batches, as indices of rows.
+    """Plan this data parallel rank's micro-batches, as indices of rows.
 
-    The rows after the `needed` first, which are only measured, have micro-batches of their own: which of them there are may
-    depend on when others were cancelled, and the order of sums over trained rows must not.
+    The first `needed` rows train, the others are only measured and get micro-batches of their own. Which of those others
+    there are may depend on when rollouts were cancelled, and the order of sums over trained rows must not depend on it.
     """
     parallel, lengths = actor.config.parallel, [len(row.tokens) - 1 for row in rows]
     parts = [part for part in (range(needed), range(needed, len(rows))) if part] or [range(0)]
@@ -131,13 +132,13 @@ def _plan(rows: Sequence[Row], needed: int, actor: Actor) -> list[list[int]]:
 
 
 def _packed(rows: Sequence[Row], plan: Sequence[Sequence[int]], actor: Actor) -> list[MicroBatch]:
-    return pack_all(rows, plan, actor.platform.device, actor.cut)
+    return pack_all(rows, plan, actor.platform.device, actor.layout)
 
 
 def _forward_backward(
     actor: Actor, batches: Sequence[MicroBatch], references: Sequence[Tensor], denominators: Denominators
 ) -> dict[str, float]:
-    """Gradients of the whole batch into the buffers; returns global sums by name."""
+    """Put the gradients of the whole batch into the buffers, and return sums over all ranks by name."""
     for wrapped in actor.wrapped:
         wrapped.zero_grad_buffer()
     actor.optimizer.zero_grad()
@@ -146,11 +147,12 @@ def _forward_backward(
         data_iterator=[_with_references(batches, references) for _ in actor.wrapped],
         model=actor.wrapped,
         num_microbatches=len(batches),
-        seq_length=batches[0].length,  # of all where they are equal; elsewhere shapes are exchanged
+        seq_length=batches[0].length,  # read where all micro-batches are of one length; elsewhere stages exchange shapes
         micro_batch_size=1,
         forward_only=False,
     )
     names = (*part_names(actor.algorithm), *_MISMATCH)
+    # All other ranks add zeros, so that each loss is counted once.
     total = torch.zeros(len(names), dtype=torch.float64, device=actor.platform.device)
     if actor.ranks.reports:
         total += torch.stack([part["sums"] for part in parts]).sum(dim=0)
@@ -159,7 +161,7 @@ def _forward_backward(
 
 
 def _with_references(batches: Sequence[MicroBatch], references: Sequence[Tensor]):
-    """Micro-batches with the reference model's log-probabilities, where this stage has them."""
+    """Pair each micro-batch with the reference model's log-probabilities, or with None where this stage has none."""
     return zip(batches, references or [None] * len(batches), strict=True)
 
 
@@ -179,7 +181,11 @@ def _forward(actor: Actor, denominators: Denominators, data: tuple[MicroBatch, T
 def _loss(
     actor: Actor, denominators: Denominators, batch: MicroBatch, reference: Tensor | None, logprobs: Tensor, entropy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss of one micro-batch, and its sums in the order of their names."""
+    """Compute the loss of one micro-batch, and its sums in the order of `part_names` and `_MISMATCH`, float64.
+
+    Args:
+        reference: log π_ref, as `logprobs` and `entropy` float [positions]; None without a reference.
+    """
     with actor.timer.forward():
         loss = _objective(actor, denominators, batch, reference, logprobs, entropy)
     actor.timer.watch_backward(loss.total, (logprobs, entropy))

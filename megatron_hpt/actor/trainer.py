@@ -1,4 +1,21 @@
-"""The trainer process: one rank of the actor, started by torchrun (``python -m megatron_hpt.actor.trainer``)."""
+"""The trainer process: one rank of the actor, started by torchrun (``python -m megatron_hpt.actor.trainer``).
+
+A step: wait until the coordinator has written a batch to the ledger, take the GPU memory back from engines that share it,
+train the batch or skip it (`train_step`), save a checkpoint where one is due, report the metrics, and send the new weights
+to the engines, which sample the next batch.
+
+Keys of the blackboard that all ranks wait for:
+    ``engines`` (the supervisor's): URLs of the engines that listen.
+    ``asleep`` (rank 0's): engines that share the GPUs have given up their memory, so the model may be built.
+    ``batch/<step>`` (the coordinator's): the step's batch is in the ledger.
+    ``evaluated`` (the coordinator's): the last evaluation has ended.
+    ``notice`` (the supervisor's), and keys about engines that died: see `waiting`.
+Keys that rank 0 writes, besides those of `waiting`:
+    ``ready/trainer``: the model is loaded; the supervisor waits for it.
+    ``published/<version>``: the engines have the weights of so many steps; seconds and bytes of the transfer.
+    ``trained/<step>``: the step's metrics, for the coordinator.
+    ``stopped``: how many steps were done when a notice ended training, for the supervisor.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +30,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_hpt.actor import checkpoint, export, guard, parallel, platform
-from megatron_hpt.actor.microbatch import MicroBatchLayout
-from megatron_hpt.actor.model import policy, routing
-from megatron_hpt.actor.model.precision import check_fp8, this_machine, token_multiple
-from megatron_hpt.actor.optimizer import optimizer
-from megatron_hpt.actor.optimizer.offload import Offload
-from megatron_hpt.actor.state import Actor
+from megatron_hpt.actor import checkpoint, export, guard, parallel
+from megatron_hpt.actor.model import policy
+from megatron_hpt.actor.state import build_actor
 from megatron_hpt.actor.train_step import train_step
 from megatron_hpt.actor.waiting import Waiting
 from megatron_hpt.batch.ledger import Ledger
-from megatron_hpt.batch.packing import attention_parity
 from megatron_hpt.blackboard import Blackboard, ready
-from megatron_hpt.config import Config
 from megatron_hpt.engines import registry
 from megatron_hpt.files import whole, write_whole
 from megatron_hpt.models.checkpoints import incompleteness, read_best, remove, superseded
 from megatron_hpt.models.hf_config import run_shape
-from megatron_hpt.objective import algorithms
 from megatron_hpt.overrides import load_yaml
 from megatron_hpt.process import die_with_parent, ends_in_words, log_to
 from megatron_hpt.run import RunDir
@@ -39,56 +49,20 @@ from megatron_hpt.transfer.sender import Target, TransferOptions, WeightSender
 logger = logging.getLogger(__name__)
 
 
-def build_actor(config: Config) -> Actor:
-    """The actor of this rank, with the weights of `config.model.path`; joins the process group."""
-    where = platform.detect(config.actor.threads)
-    check_fp8(config.actor.fp8, config.model.dtype, this_machine())
-    ranks = parallel.initialize(config.parallel, where, config.trainer.seed, config.deadlines.step_s)
-    shape = run_shape(config)
-    algorithm = algorithms.of_run(config)
-    wrapped = optimizer.wrap(policy.load(config.model.path, config, ranks, where), config.actor.fp8_param_gather)
-    for chunk in wrapped:
-        chunk.train()
-    routing.install([chunk.module for chunk in wrapped], ranks)
-    reference = None
-    if algorithm.kl is not None:
-        path = config.algorithm.kl.reference or config.model.path
-        reference = [chunk.requires_grad_(False).eval() for chunk in policy.load(path, config, ranks, where)]
-    megatron = optimizer.build(config.optimizer, wrapped, where)
-    return Actor(
-        config=config,
-        algorithm=algorithm,
-        vocab=shape.vocab,
-        wrapped=wrapped,
-        optimizer=megatron,
-        ranks=ranks,
-        platform=where,
-        cut=MicroBatchLayout(
-            config.parallel.row_multiple,
-            config.parallel.batch_multiple * token_multiple(config.actor.fp8),
-            ranks.context.size,
-            ranks.context.rank,
-            equal=config.parallel.virtual_pipeline > 1,
-            routers=(shape.layers, shape.experts_per_token, shape.experts) if shape.experts else (0, 0, 0),
-        ),
-        attention_parity=attention_parity(
-            shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim, shape.experts_per_token or 1
-        ),
-        reference=reference,
-        offload=Offload(config.actor.offload, wrapped, megatron, reference or (), shared=config.rollout.sleep),
-        entropy_coefficient=algorithm.entropy.coefficient,
-    )
-
-
 class Trainer:
-    """The main loop of one rank."""
+    """The main loop of one rank; every rank runs it, and all of it is collective."""
 
     def __init__(self, run: RunDir, board: Blackboard, start: int) -> None:
+        """Build the actor, load the checkpoint that training goes on from, and plan the weight transfer.
+
+        Args:
+            start: optimizer steps that are done; above 0 there is a checkpoint of that step.
+        """
         self._run, self._board, self._start = run, board, start
         self._config = load_yaml(run.config)
         self._folder = run.actor_model(self._config)
         self._ledger = Ledger(run.batches)
-        self._targets = self._await_room()
+        self._targets = self._await_sleeping_engines()
         self._actor = build_actor(self._config)
         self._saver = checkpoint.Saver(self._actor.platform, self._folder)
         if start:
@@ -98,50 +72,56 @@ class Trainer:
             self._actor.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self._has_measured = False
         self._sender = self._make_sender()
-        deadline = self._config.deadlines.rollout_s
-        self._waiting = Waiting(board, self._actor.ranks.is_lead, self._sender, deadline)
+        self._waiting = Waiting(board, self._actor.ranks.is_lead, self._sender, self._config.deadlines.rollout_s)
 
     def run(self) -> None:
-        """Train every step from the start, publish every version, save, export.
+        """Train every step from the start, publish every version, and export the last; a notice ends it earlier.
 
         Engines on the same GPUs (rollout.sleep) have the memory while this rank waits for a batch.
         """
-        config = self._config
         self._publish(self._start)
-        for step in range(self._start, config.trainer.steps):
+        for step in range(self._start, self._config.trainer.steps):
             self._actor.offload.sleep()
-            is_batch = self._waiting.until(f"batch/{step}")
+            has_batch = self._waiting.until(f"batch/{step}")
             self._take_memory()
-            if not is_batch:
+            if not has_batch:
                 return self._stop(step)
-            started = time.monotonic()
-            metrics: dict[str, Any] = train_step(self._actor, self._ledger.read(step).rows, step)
-            metrics["time/train_s"] = time.monotonic() - started
-            self._check_first(step, metrics["mismatch/k3_kl"])
-            self._keep_if_skipped(step, metrics)
+            metrics = self._train(step)
             self._saver.finish(wait=False)
-            self._maybe_save(step + 1)
-            self._tell(f"trained/{step}", metrics)
+            self._save_if_due(step + 1)
+            self._announce(f"trained/{step}", metrics)
             self._publish(step + 1)
         self._finish_saving()
         # An engine may die under the last evaluation too; a notice does not end it, since the run ends with it.
         self._waiting.until("evaluated", heeds_notice=False)
         self._take_memory()
-        if config.trainer.export:
-            shape = run_shape(config)
-            export.export_hf(
-                self._folder, self._run.export, policy.contributed_views(self._actor.chunks, shape, self._actor.ranks)
-            )
-            if self._actor.ranks.is_lead:
-                self._run.note_export(config.trainer.steps)
+        self._export()
         self._remove_superseded()  # the last evaluation may have chosen another checkpoint
         self._sender.close()
 
-    def _await_room(self) -> list[Target]:
-        """Wait for engines on the same GPUs: they start alone, because they measure what is free, and then sleep.
+    def _train(self, step: int) -> dict[str, Any]:
+        """Train the step's batch, and look at how it went.
 
         Returns:
-            The engines; none yet, where this rank may load meanwhile.
+            The step's metrics, the same on every rank.
+
+        Raises:
+            HptError: the engine samples from another distribution, or too many steps in a row were skipped (`guard`).
+        """
+        started = time.monotonic()
+        metrics: dict[str, Any] = train_step(self._actor, self._ledger.read(step).rows, step)
+        metrics["time/train_s"] = time.monotonic() - started
+        self._check_first_mismatch(step, metrics["mismatch/k3_kl"])
+        self._keep_if_skipped(step, metrics)
+        return metrics
+
+    def _await_sleeping_engines(self) -> list[Target]:
+        """Wait until engines on the same GPUs have started and sleep; called before anything is built on the device.
+
+        Such an engine measures how much memory is free when it starts, so it must start alone.
+
+        Returns:
+            The engines; empty where they have GPUs of their own, so that this rank builds its model while they start.
         """
         config, board = self._config, self._board
         if not (config.transfer.shares_gpus or config.rollout.sleep):
@@ -162,7 +142,7 @@ class Trainer:
 
     def _make_sender(self) -> WeightSender:
         config, shape = self._config, run_shape(self._config)
-        self._tell(ready("trainer"), True)
+        self._announce(ready("trainer"), True)
         return WeightSender(
             policy.views(self._actor.chunks, shape, self._actor.ranks),
             shape,
@@ -172,36 +152,37 @@ class Trainer:
         )
 
     def _take_memory(self) -> None:
-        """Nobody samples until the next version."""
+        """Have the engines that share the GPUs give up their memory, and bring this rank's weights and gradients back."""
         self._sender.sleep()
         self._actor.offload.wake()
 
     def _publish(self, version: int) -> None:
-        """Send a version, unless its batch is in the ledger already: then nobody will sample from it.
+        """Send a version of the weights, unless the ledger has the batch that would be sampled from it.
 
-        The last version is always sent: the final evaluation samples from it.
+        The last version is always sent, because the final evaluation samples from it.
         """
-        started, steps = time.monotonic(), {"weights/bytes": 0}
+        started, transfer = time.monotonic(), {"weights/bytes": 0}
         if version == self._config.trainer.steps or not self._ledger.has(version):
-            steps = self._sender.publish(version)
+            transfer = self._sender.publish(version)
             self._actor.offload.sleep()  # caches take the memory that this rank needs for a step
             self._sender.serve()
-        self._tell(f"published/{version}", {"time/transfer_s": time.monotonic() - started, **steps})
+        self._announce(f"published/{version}", {"time/transfer_s": time.monotonic() - started, **transfer})
 
     def _stop(self, step: int) -> None:
-        """Save what has been trained and say so; the supervisor ends the run."""
+        """End after a notice: save what has been trained and announce it, so that the supervisor ends the run."""
         if step > self._start:
             self._save(step)
         self._finish_saving()
-        self._tell("stopped", step)
+        self._announce("stopped", step)
         self._sender.close()
 
-    def _maybe_save(self, step: int) -> None:
+    def _save_if_due(self, step: int) -> None:
         every, last = self._config.trainer.save_every, self._config.trainer.steps
         if step == last or (every and step % every == 0):
             self._save(step)
 
     def _save(self, step: int) -> None:
+        """Start writing a checkpoint of so many optimizer steps; training goes on meanwhile."""
         state = {
             "entropy_coefficient": self._actor.entropy_coefficient,
             "skipped_in_a_row": self._actor.skipped_in_a_row,
@@ -216,6 +197,7 @@ class Trainer:
         self._remove_superseded()
 
     def _remove_superseded(self) -> None:
+        """Remove whole checkpoints that the settings do not keep; those that are still being written are not looked at."""
         if self._actor.ranks.is_lead:
             trainer = self._config.trainer
             kept = (trainer.keep_checkpoints, trainer.keep_every, read_best(self._run.path))
@@ -223,8 +205,18 @@ class Trainer:
             for step in superseded(whole_ones, *kept):
                 remove(self._run.checkpoint(step))
 
-    def _check_first(self, step: int, k3: float | None) -> None:
-        """Of the first batch with rollouts; nothing has been saved since the start."""
+    def _export(self) -> None:
+        """Write the weights as a Hugging Face folder, where `trainer.export` asks for it."""
+        config, actor = self._config, self._actor
+        if not config.trainer.export:
+            return
+        views = policy.contributed_views(actor.chunks, run_shape(config), actor.ranks)
+        export.export_hf(self._folder, self._run.export, views)
+        if actor.ranks.is_lead:
+            self._run.note_export(config.trainer.steps)
+
+    def _check_first_mismatch(self, step: int, k3: float | None) -> None:
+        """Look at the mismatch of the first batch with rollouts, before anything has been saved since the start."""
         if k3 is None or self._has_measured:
             return
         self._has_measured = True
@@ -233,7 +225,7 @@ class Trainer:
         guard.check_first(config, run_shape(config).experts > 0, is_fp8, step, k3)
 
     def _keep_if_skipped(self, step: int, metrics: dict[str, Any]) -> None:
-        """Keep the batch of a step that was not taken, and stop when there are too many in a row."""
+        """Copy the batch and metrics of a step that was not taken to ``skipped/``, and stop after too many in a row."""
         reason = metrics["train/skip_reason"]
         if reason is None:
             return
@@ -245,13 +237,13 @@ class Trainer:
             write_whole(kept.with_suffix(".json"), json.dumps(metrics, indent=1))
         guard.check(self._actor, step, reason)
 
-    def _tell(self, key: str, value: Any) -> None:
+    def _announce(self, key: str, value: Any) -> None:
         if self._actor.ranks.is_lead:
             self._board.put(key, value)
 
 
 def main() -> None:
-    """Command line of one rank."""
+    """Run one rank, as torchrun starts it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("--store", required=True)

@@ -1,4 +1,7 @@
-"""Advantages of a batch's rows, by the algorithm's estimators."""
+"""Estimate the advantages of a batch's rows with the algorithm's estimators.
+
+The coordinator does so when it assembles a batch; the trainer does it again where a KL penalty enters the rewards.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,19 @@ from megatron_hpt.objective.advantage import Outcome
 from megatron_hpt.objective.algorithm import Algorithm
 
 TokenRewards = Mapping[int, Sequence[float]]
-"""Index of a row → reward of each of its response tokens, besides what the verifier gave the whole."""
+"""Index of a row → reward of each of its response tokens, which is added to what the verifier gave the whole response."""
 
 
 def with_advantages(
     rows: Sequence[Row], estimated: Sequence[int], algorithm: Algorithm, *token_rewards: TokenRewards
 ) -> list[Row]:
-    """The rows with their advantages filled in.
+    """Estimate the advantages of some rows; return all rows with the new advantages in place of those that they had.
+
+    An advantage that is the same for all tokens of a row goes to `Row.advantage`, else to `Row.token_advantages`.
 
     Args:
-        estimated: indices of the rows that take part; the others have no advantage.
-        token_rewards: penalties on rewards; they add up.
+        estimated: indices of the rows that take part; the others get no advantage.
+        token_rewards: penalties on rewards; those of the same token are added.
     """
     result = [replace(row, advantage=None, token_advantages=None) for row in rows]
     outcomes = [_outcome(rows[index], [penalty[index] for penalty in token_rewards if index in penalty]) for index in estimated]
@@ -39,9 +44,10 @@ def _outcome(row: Row, penalties: Sequence[Sequence[float]]) -> Outcome:
 
 
 def overlong_penalties(rows: Sequence[Row], config: Config) -> TokenRewards:
-    """DAPO's soft punishment of long rollouts, at their last token (arXiv 2503.14476, eq. 13).
+    """Compute DAPO's soft punishment of long rollouts, which is given to their last token (arXiv 2503.14476, eq. 13).
 
-    It grows from 0 to `overlong.penalty` over the last `overlong.buffer` tokens before the limit.
+    It grows from 0 to `overlong.penalty` over the last `overlong.buffer` tokens before the limit. Rollouts that are shorter,
+    and demonstrations, are absent from the result.
     """
     overlong, limit = config.algorithm.overlong, config.data.max_response_length
     if not overlong.buffer:

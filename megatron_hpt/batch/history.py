@@ -1,4 +1,4 @@
-"""What the coordinator remembers from step to step; all of it can be read from the ledger."""
+"""What the coordinator remembers from step to step; all of it is read from the ledger, so a resumed run knows the same."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from megatron_hpt.objective.gate import Choice
 
 
 def last_choices(decisions: Sequence[dict[str, Any]]) -> dict[str, Choice]:
-    """What prompts learnt from, by id; a prompt that was skipped stays where it was."""
+    """Return what each prompt learnt from, by prompt id; prompts that were skipped are left out, so an older choice stands."""
     choices = {decision["prompt_id"]: Choice(decision["choice"]) for decision in decisions}
     return {prompt_id: choice for prompt_id, choice in choices.items() if choice is not Choice.SKIPPED}
 
 
 class History:
-    """Last decision on every prompt that was seen, its streak of solved or failed visits, and where the data goes on."""
+    """What is remembered of the steps before the current one; made of the steps before `start`."""
 
     def __init__(self, ledger: Ledger, start: int) -> None:
-        """Read the steps before `start`."""
         self._ledger = ledger
         self.choices: dict[str, Choice] = {}
+        """Prompt id → what the prompt last learnt from."""
         self.streaks: dict[str, int] = {}
+        """Prompt id → its streak of solved or failed visits (`curriculum.advance`)."""
         self.next_prompt = 0
+        """Position in the data where the next step goes on."""
         for step in range(start):
             self.add(step)
 
     def add(self, step: int) -> None:
-        """Take over a step that is in the ledger."""
+        """Read a step that is in the ledger; steps are added in their order."""
         decisions, metrics = self._ledger.read_meta(step)
         self.choices |= last_choices(decisions)
         curriculum.advance(self.streaks, decisions)

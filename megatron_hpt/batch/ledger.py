@@ -1,4 +1,7 @@
-"""The ledger: one Arrow file a step. It can be read with pyarrow or DuckDB, and trained again without engines."""
+"""The ledger: one Arrow file a step, which pyarrow and DuckDB read, and which can be trained again without engines.
+
+The coordinator writes a step's batch, and every trainer rank reads it.
+"""
 
 from __future__ import annotations
 
@@ -16,57 +19,57 @@ from megatron_hpt.files import whole
 
 
 class Ledger:
-    """Batches of a run, by step."""
+    """The batches of a run by step, in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, step: int) -> Path:
-        """File of a step."""
+        """Return where the file of a step lies, whether it is there or not."""
         return self.folder / f"step_{step:06d}.arrow"
 
     def has(self, step: int) -> bool:
-        """The step's batch is there, whole."""
+        """Return whether the step's batch is there; a file of this name is whole."""
         return self.path(step).is_file()
 
     def write(self, batch: Batch) -> None:
-        """Write a batch whole, then put it into place."""
+        """Write a batch under another name and rename it, so that no half-written file is ever read."""
         table = to_table(batch)
         with whole(self.path(batch.step)) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
             writer.write_table(table)
 
     def read(self, step: int) -> Batch:
-        """Memory-map a batch.
+        """Read a batch with all its rows.
 
         Raises:
-            DataError: missing or damaged; names the file.
+            DataError: the file is missing or damaged; names it.
         """
         return self._open(step, lambda reader: from_table(reader.read_all()))
 
     def read_meta(self, step: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The gate's decisions and the metrics of a batch, without its rows.
+        """Read the gate's decisions and the metrics of a batch, without its rows.
 
         Raises:
-            DataError: missing or damaged; names the file.
+            DataError: the file is missing or damaged; names it.
         """
         return self._open(step, lambda reader: from_schema(reader.schema))
 
     def select(self, step: int, groups: Collection[int], columns: Sequence[str]) -> list[dict[str, Any]]:
-        """Some columns of the rows of some groups; the others are not read.
+        """Read some columns of the rows of some groups. The file is memory-mapped, so other rows and columns are not read.
 
         Raises:
-            DataError: missing or damaged; names the file.
+            DataError: the file is missing or damaged; names it.
         """
 
-        def use(reader: pa.ipc.RecordBatchFileReader) -> list[dict[str, Any]]:
+        def chosen_rows(reader: pa.ipc.RecordBatchFileReader) -> list[dict[str, Any]]:
             table = reader.read_all()
-            chosen = pc.is_in(table["group"], value_set=pa.array(groups, pa.int32()))
-            return table.select(columns).filter(chosen).to_pylist()
+            is_chosen = pc.is_in(table["group"], value_set=pa.array(groups, pa.int32()))
+            return table.select(columns).filter(is_chosen).to_pylist()
 
-        return self._open(step, use)
+        return self._open(step, chosen_rows)
 
     def steps(self) -> list[int]:
-        """Steps whose batches are there, in order."""
+        """Return the steps whose batches are there, in rising order."""
         matches = (re.fullmatch(r"step_(\d{6,})\.arrow", path.name) for path in self.folder.glob("step_*.arrow"))
         return sorted(int(match[1]) for match in matches if match)
 

@@ -1,4 +1,4 @@
-"""The row: what the coordinator hands to the trainer, and its Arrow schema."""
+"""The row, which is what the coordinator hands to the trainer, and its Arrow schema."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ class Source(StrEnum):
 
 @dataclass(frozen=True)
 class Row:
-    """One response to one prompt. Token ids are the record; text is never tokenised again."""
+    """One response to one prompt. It is recorded as token ids, so that no text is tokenised again."""
 
     prompt_id: str
     group: int
     """Index of the prompt in the step."""
     source: Source
     tokens: Sequence[int]
-    """Prompt and response."""
+    """Ids of the prompt and of the response."""
     prompt_length: int
     behaviour_logprobs: Sequence[float] | None
     """log π of the engine for every response token; None for a demonstration."""
     reward: float | None
-    """None: ungraded; a demonstration is graded only where its advantage depends on it."""
+    """None if it was not graded; a demonstration is graded only where its advantage depends on it."""
     advantage: float | None
     """Â of every token; None where it is not estimated (nothing is trained, or no reward), or differs from token to token."""
     weight: float
-    """Factor of the row in the loss; 0: recorded, not trained."""
+    """Factor of the row in the loss; a row of weight 0 is recorded and not trained."""
     policy_version: int | None
     """Version of the weights that sampled it; None for a demonstration."""
     finish_reason: str | None = None
     off_policy: bool = False
-    """A demonstration that trains by off-policy RL instead of being imitated."""
+    """Whether it is a demonstration that trains by off-policy RL instead of being imitated."""
     token_advantages: Sequence[float] | None = None
     """Â of each response token, where it differs between them."""
     routes: bytes | None = None
-    """Experts that the engine chose: int16 [tokens − 1, layers, top-k]; None: not recorded, routed live in training."""
+    """Experts that the engine chose, int16 [tokens − 1, layers, top-k]; None if not recorded: routed live in training."""
 
     @property
     def role(self) -> Role:
-        """Which terms of the loss it is for."""
+        """Which terms of the loss the row belongs to."""
         if self.source is Source.ROLLOUT:
             return Role.ROLLOUT
         return Role.OFF_POLICY if self.off_policy else Role.DEMONSTRATION
 
     @property
     def is_estimated(self) -> bool:
-        """It has an advantage."""
+        """Whether the row has an advantage."""
         return self.advantage is not None or self.token_advantages is not None
 
     @property
     def response_length(self) -> int:
-        """Tokens of the response, end-of-sequence included."""
+        """Number of tokens of the response, end-of-sequence included."""
         return len(self.tokens) - self.prompt_length
 
 
@@ -100,7 +100,7 @@ class Batch:
 
 
 def to_table(batch: Batch) -> pa.Table:
-    """Rows as an Arrow table; step, decisions and metrics ride in the schema's metadata."""
+    """Return the rows as an Arrow table; its schema's metadata hold the step, the decisions and the metrics as JSON."""
     meta = {"step": batch.step, "decisions": list(batch.decisions), "metrics": batch.metrics}
     schema = SCHEMA.with_metadata({_META: json.dumps(meta).encode()})
     return pa.Table.from_pylist([asdict(row) for row in batch.rows], schema=schema)
@@ -110,7 +110,7 @@ def from_table(table: pa.Table) -> Batch:
     """Read what `to_table` wrote.
 
     Raises:
-        DataError: a table of another schema.
+        DataError: the table has another schema.
     """
     if not table.schema.equals(SCHEMA, check_metadata=False):
         raise DataError(f"not a batch of this project: columns {table.schema.names}, expected {SCHEMA.names}")
@@ -120,7 +120,7 @@ def from_table(table: pa.Table) -> Batch:
 
 
 def from_schema(schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Decisions and metrics of what `to_table` wrote."""
+    """Read the decisions and metrics from the schema of what `to_table` wrote."""
     meta = _meta(schema)
     return meta["decisions"], meta["metrics"]
 

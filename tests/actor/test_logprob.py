@@ -66,7 +66,7 @@ def test_no_token_is_no_error(group) -> None:
 MEMORY = """
 import torch, torch.distributed as dist
 from pathlib import Path
-from megatron_hpt.actor import logprob
+from megatron_hpt.actor.model import logprob
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 status = lambda key: next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
 hidden, weight = torch.randn(6144, 16, requires_grad=True), torch.randn(100_000, 16, requires_grad=True)

@@ -34,7 +34,7 @@ def test_recorded_experts_replace_live_ones_and_keep_their_own_scores() -> None:
         return torch.topk(scores, topk)
 
     assert replay.get_replay_topk(scores, 2, None, None, top)[1].tolist() == [[3, 2], [0, 1]]
-    replay.chosen = torch.tensor([[0, 2], [-1, -1]])
+    replay.recorded = torch.tensor([[0, 2], [-1, -1]])
     values, chosen = replay.get_replay_topk(scores, 2, None, None, top)
     assert chosen.tolist() == [[0, 2], [0, 1]]
     torch.testing.assert_close(values, torch.tensor([[0.1, 0.3], [0.4, 0.3]]))

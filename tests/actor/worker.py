@@ -11,9 +11,8 @@ import torch.distributed as dist
 
 from megatron_hpt.actor import checkpoint, export, parallel
 from megatron_hpt.actor.model import policy
-from megatron_hpt.actor.state import Actor
+from megatron_hpt.actor.state import Actor, build_actor
 from megatron_hpt.actor.train_step import accumulate, train_step
-from megatron_hpt.actor.trainer import build_actor
 from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.models.checkpoints import hf_side
 from megatron_hpt.models.hf_config import run_shape
@@ -82,9 +81,9 @@ def main() -> None:
         actor.offload.wake()
     if arguments.save:
         with actor.offload.optimizer():
-            checkpoint.save_now(
-                arguments.save, arguments.last, gpt, actor.optimizer, actor.platform, hf_side(config.model.path)
-            )
+            saver = checkpoint.Saver(actor.platform, hf_side(config.model.path))
+            saver.save(arguments.save, arguments.last, gpt, actor.optimizer)
+            saver.finish()
     shape = run_shape(config)
     export.export_hf(hf_side(config.model.path), arguments.out / "hf", policy.contributed_views(gpt, shape, actor.ranks))
     finish(actor, metrics, arguments.out)

@@ -35,7 +35,9 @@ def check(folder: Path, layout: ParallelConfig, ranks: parallel.Ranks, where: pl
             shape, start = model_shape(folder), ranks.tensor.rank * parameter.shape[0]
             rows = slice(0, max(0, shape.vocab - start))
         assert torch.equal(parameter[rows], whole[rows]), f"{folder.name}: {name}"
-    checkpoint.save_now(folder.with_suffix(".own"), 0, chunks, None, where, folder)
+    saver = checkpoint.Saver(where, folder)
+    saver.save(folder.with_suffix(".own"), 0, chunks, None)
+    saver.finish()
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_hpt.actor import parallel
+from megatron_hpt.actor.state import build_actor
 from megatron_hpt.actor.train_step import train_step
-from megatron_hpt.actor.trainer import build_actor
 from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.overrides import load_yaml
 

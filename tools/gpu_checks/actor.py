@@ -130,7 +130,7 @@ def _child(kind: str, variant: Variant, sizes: Sizes, environment: dict[str, str
 def _actor(variant: Variant, model: Path, sizes: Sizes, **actor: Any):
     """The product's own actor on one rank."""
     from megatron_hpt.actor.platform import Platform
-    from megatron_hpt.actor.trainer import build_actor
+    from megatron_hpt.actor.state import build_actor
     from megatron_hpt.config import (
         ActorConfig,
         AlgorithmConfig,

@@ -1,8 +1,8 @@
 """Core attention on torch's scaled_dot_product_attention, for layer specs without Transformer Engine.
 
-Megatron's own unfused attention builds whole score matrices and refuses packed rows and context parallelism. This one
-takes packed rows (``thd``), one fused call for each, so no padding is computed. Under context parallelism every rank
-gathers the keys and values of the rows.
+Megatron's own unfused attention builds whole score matrices, and refuses packed rows and context parallelism. This one
+makes one fused call for each packed row (``thd``), so it computes no score between rows. Under context parallelism every
+rank gathers the keys and values of the whole rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_hpt.actor.microbatch import RowPacking
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention over packed rows, with grouped queries."""
+    """Causal attention over packed rows, with grouped queries; Megatron builds one for each layer."""
 
     def __init__(
         self,
@@ -54,10 +54,13 @@ class PackedAttention(MegatronModule):
 
         Args:
             query: [local tokens, heads, head_dim]; key and value: [local tokens, kv_heads, head_dim].
-            packed_seq_params: the places of the rows; without context parallelism they add up to the tokens.
+            packed_seq_params: positions of each row, which add up to the local tokens times the context parallel ranks.
 
         Returns:
             [local tokens, heads · head_dim].
+
+        Raises:
+            ValueError: the rows are not described by a `RowPacking`.
         """
         packing = packed_seq_params
         if not isinstance(packing, RowPacking):
@@ -71,7 +74,7 @@ class PackedAttention(MegatronModule):
         return torch.cat([self._row(*row) for row in rows]).flatten(1)
 
     def _row(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """One row; a row's padding comes after it, where causal attention never looks."""
+        """Attend within one row. Its padding comes after it, where causal attention never looks."""
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         if self.repeat > 1:
             k, v = (x.repeat_interleave(self.repeat, dim=1) for x in (k, v))
@@ -80,7 +83,7 @@ class PackedAttention(MegatronModule):
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' parts along the first dimension; the gradient of a part is the sum over ranks."""
+    """Gathers all ranks' parts along the first dimension; the gradient of a part is summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:

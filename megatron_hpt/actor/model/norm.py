@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.Module):
-    """Root mean square norm (arXiv 1910.07467) that also works under sequence parallelism, which Megatron's refuses."""
+    """Root mean square norm (arXiv 1910.07467) that works under sequence parallelism too, which Megatron's own refuses."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Megatron adds up the gradients of parameters so marked over the tensor parallel ranks.
+        # Megatron adds up the gradients of parameters that are so marked over the tensor parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Building the Megatron GPT model of a Hugging Face folder, loading its weights, naming its shards."""
+"""Build the Megatron GPT model of a Hugging Face folder, load its weights, and name its shards."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from megatron_hpt.models.mapping import ShardView, shard_views
 
 
 class PolicyModel(GPTModel):
-    """A GPT model whose last stage gives hidden states: log-probabilities are made of them without logits in between."""
+    """A GPT model whose last stage returns hidden states; `logprob` makes log-probabilities of them without all logits."""
 
     @property
     def output_weight(self) -> Tensor:
-        """[local vocabulary, hidden], this rank's rows of the output layer; on the last stage only."""
+        """This rank's rows of the output layer, [local vocabulary, hidden]; on the last stage only."""
         tied = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
@@ -49,7 +49,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def transformer_config(shape: ModelShape, config: Config, platform: Platform) -> TransformerConfig:
-    """Megatron's configuration of the model; fusions that need CUDA extensions are off."""
+    """Return Megatron's configuration of the model; fusions that need CUDA extensions are off."""
     dtype, parallel = getattr(torch, config.model.dtype), config.parallel
     return TransformerConfig(
         num_layers=shape.layers,
@@ -129,7 +129,7 @@ def _experts(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def build(shape: ModelShape, config: TransformerConfig, ranks: Ranks, platform: Platform) -> list[PolicyModel]:
-    """This rank's chunks of the model, with weights not yet loaded."""
+    """Build this rank's chunks of the model, with random weights; there is more than one under virtual pipelining."""
     pieces = config.virtual_pipeline_model_parallel_size or 1
     return [_build_chunk(shape, config, ranks, platform, piece if pieces > 1 else None) for piece in range(pieces)]
 
@@ -156,9 +156,9 @@ def _build_chunk(
 
 
 def _block(shape: ModelShape, layers: int, platform: Platform, dtype: torch.dtype) -> TransformerBlockSubmodules:
-    """The layers: Transformer Engine's where there is one, else Megatron's with an attention and a norm of our own.
+    """Choose the layers: Transformer Engine's where it is installed, else Megatron's with our own attention and norm.
 
-    Transformer Engine's fused attention computes in half precision only.
+    Layers in float32 are never Transformer Engine's, whose fused attention computes in half precision only.
     """
     kind = {"num_experts": shape.experts or None, "moe_grouped_gemm": False, "qk_layernorm": shape.qk_norm}
     if platform.has_transformer_engine and dtype is not torch.float32:
@@ -179,7 +179,13 @@ def _block(shape: ModelShape, layers: int, platform: Platform, dtype: torch.dtyp
 
 
 def load(folder: str, config: Config, ranks: Ranks, platform: Platform) -> list[PolicyModel]:
-    """This rank's chunks of the model in a Hugging Face folder or a checkpoint, in the run's layout."""
+    """Build this rank's chunks of a model in the run's layout, with the weights of a Hugging Face folder or a checkpoint.
+
+    Raises:
+        ConfigError: FP8 is asked for, and the model does not compute in it.
+        ModelError: the folder's weights cannot be read, or are not those of the model.
+        CheckpointError: the checkpoint is damaged, or is not of the model.
+    """
     shape = run_shape(config, folder)
     chunks = build(shape, transformer_config(shape, config, platform), ranks, platform)
     prove_fp8(config.actor.fp8, (module for chunk in chunks for module in chunk.modules()))
@@ -191,12 +197,12 @@ def load(folder: str, config: Config, ranks: Ranks, platform: Platform) -> list[
 
 
 def padded_vocabulary(vocab: int, tensor: int) -> int:
-    """Rows of the embedding so that it divides by the tensor parallel ranks."""
+    """Return the rows of the embedding: the vocabulary, and as many more as make it divisible by the tensor parallel ranks."""
     return -(-vocab // tensor) * tensor
 
 
 def global_parameters(chunks: Sequence[PolicyModel], shape: ModelShape, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
-    """This rank's parameters under names with the global numbers of layer and expert."""
+    """Yield this rank's parameters under names with the numbers that layer and expert have in the whole model."""
     first_expert = ranks.expert.rank * (shape.experts // ranks.expert.size)
     for chunk in chunks:
         layers = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
@@ -206,16 +212,16 @@ def global_parameters(chunks: Sequence[PolicyModel], shape: ModelShape, ranks: R
 
 
 def _shifted(name: str, before: str, by: int) -> str:
-    """The name with `by` added to the number that follows `before`."""
-    head, found, tail = name.partition(before)
-    if not found:
+    """Return the name with `by` added to the number that follows `before`, if it has one."""
+    head, separator, tail = name.partition(before)
+    if not separator:
         return name
     number, _, rest = tail.partition(".")
     return f"{head}{before}{int(number) + by}.{rest}"
 
 
-def is_expert(parameter: Tensor) -> bool:
-    """A parameter of an expert: cut over expert (tensor) parallel ranks, replicated over expert data parallel ranks."""
+def _is_expert(parameter: Tensor) -> bool:
+    """Return whether a parameter is an expert's, which has parallel ranks of its own; Megatron marks it so."""
     return not getattr(parameter, "allreduce", True)
 
 
@@ -228,28 +234,30 @@ def views(
     contributing: bool = False,
     of: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> list[ShardView]:
-    """Every Hugging Face box that this rank's parameters hold.
+    """Return views of this rank's parameters as boxes of Hugging Face tensors.
 
     Args:
-        contributing: only those that this rank contributes to an export: each box of the model comes from one rank.
-        of: what of a parameter is looked at: itself, or a tensor of its shape (its gradient).
+        loading: the views are for writing weights into them (`shard_views`).
+        contributing: return only the boxes that this rank contributes to an export; each box of the model comes from one rank.
+        of: what of a parameter is viewed: itself, or a tensor of its shape (its gradient).
     """
-    found = []
+    views_of_all = []
     for name, parameter in global_parameters(chunks, shape, ranks):
-        expert = is_expert(parameter)
-        place = ranks.expert_tensor if expert else ranks.tensor
-        mine = shard_views(name, of(parameter), shape, place, loading=loading)
+        is_expert = _is_expert(parameter)
+        place = ranks.expert_tensor if is_expert else ranks.tensor
+        held = shard_views(name, of(parameter), shape, place, loading=loading)
         if contributing:
-            first = ranks.expert_data == 0 if expert else ranks.data == 0 and ranks.context.rank == 0
-            mine = [view for view in mine if first and (place.rank == 0 or not view.copied)]
-        found += mine
-    return found
+            # The first of the ranks that hold the same shard contributes it, and the first tensor parallel rank what all copy.
+            is_first = ranks.expert_data == 0 if is_expert else ranks.data == 0 and ranks.context.rank == 0
+            held = [view for view in held if is_first and (place.rank == 0 or not view.copied)]
+        views_of_all += held
+    return views_of_all
 
 
 def contributed_views(
     chunks: Sequence[PolicyModel], shape: ModelShape, ranks: Ranks, of: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> list[ShardView]:
-    """The boxes that this rank contributes to an export."""
+    """Return the boxes that this rank contributes to an export (`views`)."""
     return views(chunks, shape, ranks, contributing=True, of=of)
 
 
@@ -258,7 +266,7 @@ def load_hf(chunks: Sequence[PolicyModel], shape: ModelShape, ranks: Ranks, fold
     """Fill this rank's parameters from the folder's safetensors; every parameter is written completely.
 
     Raises:
-        ModelError: no safetensors, a damaged file, a missing tensor or one of another shape.
+        ModelError: the folder has no safetensors, or a file is damaged, or a tensor is missing or has another shape.
     """
     files = HfTensors(folder)
     files.check(shape)

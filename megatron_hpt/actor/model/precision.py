@@ -1,7 +1,8 @@
 """FP8: what each recipe needs, what is missing for it, and the proof that a model really computes in it.
 
-Megatron-Core ignores `fp8` in silence where Transformer Engine is missing or the layers are not Transformer Engine's, so
-it is refused before anything starts, and looked for in the model that was built. Imports no Megatron.
+Megatron-Core ignores `fp8` in silence where Transformer Engine is missing or the layers are not Transformer Engine's. So
+FP8 that cannot work is refused before anything starts, and FP8 is looked for in the model that was built. This module
+imports no Megatron, because preflight reads it.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from megatron_hpt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Fp8Recipe:
-    """One way to scale FP8 tensors."""
+    """One way to scale FP8 tensors, and what it needs."""
 
     name: str
     format: str
-    """Megatron's `fp8`: e4m3 everywhere, or e5m2 for gradients (hybrid)."""
+    """Megatron's `fp8`: "e4m3" everywhere, or "hybrid", which has e5m2 for gradients."""
     engine: Version
-    """Oldest Transformer Engine."""
+    """Oldest Transformer Engine that has it."""
     capability: tuple[int, int]
-    """Lowest compute capability."""
+    """Lowest compute capability of a GPU."""
     cuda: Version
     """Oldest CUDA."""
     token_multiple: int
-    """Tokens of a matrix product that contracts over tokens are a multiple of this."""
+    """The tokens of a matrix product that sums over tokens must be a multiple of this."""
 
 
 FP8_RECIPES = {
@@ -46,7 +47,7 @@ FP8_RECIPES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What FP8 depends on; None: there is none."""
+    """What of a machine FP8 depends on; None for what it does not have."""
 
     engine: Version | None
     capability: tuple[int, int] | None
@@ -54,7 +55,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """What this process finds."""
+    """Return what this process finds on its machine."""
     try:
         engine = Version(importlib.metadata.version("transformer-engine"))
     except importlib.metadata.PackageNotFoundError:
@@ -68,14 +69,14 @@ def this_machine() -> Machine:
 
 
 def check_fp8(name: str, dtype: str, machine: Machine) -> None:
-    """FP8 by this recipe runs here.
+    """Check that FP8 by a recipe runs on a machine.
 
     Args:
         name: a recipe, or "none".
         dtype: `model.dtype`.
 
     Raises:
-        ConfigError: names everything that is missing.
+        ConfigError: something is missing; it names everything that is.
     """
     if name == "none":
         return
@@ -86,9 +87,9 @@ def check_fp8(name: str, dtype: str, machine: Machine) -> None:
         ("a GPU of compute capability", recipe.capability, machine.capability),
     ]
     missing = [
-        f"{what} {_text(least)} or newer, found {_text(found) if found else 'none'}"
-        for what, least, found in needs
-        if found is None or found < least
+        f"{what} {_text(least)} or newer, found {_text(present) if present else 'none'}"
+        for what, least, present in needs
+        if present is None or present < least
     ]
     if dtype != "bfloat16":
         missing.append(f"model.dtype=bfloat16, given {dtype}")
@@ -99,19 +100,19 @@ def check_fp8(name: str, dtype: str, machine: Machine) -> None:
 
 
 def token_multiple(name: str) -> int:
-    """Tokens of a rank's micro-batch are a multiple of this."""
+    """Return what the tokens of a rank's micro-batch must be a multiple of, under a recipe or "none"."""
     return FP8_RECIPES[name].token_multiple if name != "none" else 1
 
 
 def prove_fp8(name: str, modules: Iterable[torch.nn.Module]) -> int:
-    """Count the modules that compute in FP8.
+    """Count the modules that compute in FP8; called when a model has been built.
 
     Args:
-        name: the recipe that was asked for.
+        name: the recipe that was asked for, or "none".
         modules: all modules of this rank's model.
 
     Raises:
-        ConfigError: there is none: the run would train in bfloat16 under an FP8 flag.
+        ConfigError: a recipe was asked for and no module computes in FP8; the run would train in bfloat16 under an FP8 flag.
     """
     count = sum(hasattr(module, "fp8_meta") and _of_transformer_engine(module) for module in modules)
     if name != "none" and not count:

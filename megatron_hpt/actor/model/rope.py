@@ -1,4 +1,4 @@
-"""Rotary frequencies of a model.
+"""The rotary frequencies of a model.
 
 Megatron's own Llama 3 scaling has fixed numbers but for the factor (models/common/embeddings/rotary_pos_embedding.py), so
 scaled frequencies are computed here, in float32 as transformers does, and put in place of Megatron's.
@@ -16,7 +16,7 @@ from megatron_hpt.models.hf_config import LinearScaling, Llama3Scaling, ModelSha
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """[head_dim / 2] float32, radians a position.
+    """Compute the frequencies, float32 [head_dim / 2], in radians a position.
 
     Source: transformers, modeling_rope_utils.py (`_compute_default`, `_compute_linear_scaling`, `_compute_llama3`).
     """
@@ -30,17 +30,18 @@ def _linear(frequencies: Tensor, scaling: LinearScaling) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
-    waves = 2 * math.pi / frequencies  # positions
+    wavelengths = 2 * math.pi / frequencies  # in positions
     original, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
-    stays = ((original / waves - low) / (high - low)).clamp(0, 1)  # share of the frequency that stays
-    return (1 - stays) * frequencies / scaling.factor + stays * frequencies
+    # Short waves keep their frequency, long ones are divided by the factor, and those between are a mean of both.
+    kept = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
 _SCALED = {LinearScaling: _linear, Llama3Scaling: _llama3}
 
 
 def place(model: GPTModel, shape: ModelShape) -> None:
-    """Give a new model its frequencies; it must not have run yet, for it keeps the angles that it has computed."""
+    """Give a model that has just been built its frequencies; once it has run, it keeps the angles that it has computed."""
     if shape.rope_scaling is not None:
         embedding = model.rotary_pos_emb
         embedding.inv_freq = inverse_frequencies(shape).to(embedding.inv_freq.device)

@@ -23,33 +23,36 @@ TopK = Callable[..., tuple[Tensor, Tensor]]
 
 
 class RouterReplay:
-    """What a router of Megatron-Core asks for its choices (the interface of its ``moe/router_replay.py``)."""
+    """What a router of Megatron-Core asks for its choices; it has the interface of Megatron's ``moe/router_replay.py``."""
 
     def __init__(self) -> None:
-        self.chosen: Tensor | None = None
-        """[tokens, top-k] experts, -1 where routing is live; None: it is everywhere."""
+        self.recorded: Tensor | None = None
+        """int64 [tokens, top-k]: the engine's experts, -1 where routing is live; None if it is live everywhere."""
 
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: TopK
     ) -> tuple[Tensor, Tensor]:
-        """Scores and numbers of each token's experts.
+        """Return the scores and numbers of each token's experts, [tokens, top-k] each; called by the router.
 
         Args:
             scores: [tokens, experts].
+            default_compute_topk: chooses experts by their scores, as the router would.
         """
         values, live = default_compute_topk(scores, topk, num_groups, group_topk)
-        if self.chosen is None:
+        if self.recorded is None:
             return values, live
-        chosen = torch.where(self.chosen >= 0, self.chosen, live)
-        return scores.gather(1, chosen), chosen
+        # Only the choice is the engine's: the scores stay this model's own, so that the router learns from these tokens too.
+        experts = torch.where(self.recorded >= 0, self.recorded, live)
+        return scores.gather(1, experts), experts
 
 
 def install(chunks: Sequence[GPTModel], ranks: Ranks) -> None:
     """Let every router of these chunks follow the routes that come with a micro-batch.
 
-    A hook of the layer sets them, so they are the right ones in whatever order a pipeline schedule runs its
-    micro-batches, and again when a layer is computed a second time for its backward pass.
+    Called once, when the model has been built; without recorded routes it changes nothing.
     """
+    # The routes are set before each forward pass of a layer, from that pass's own arguments. They are then the right ones
+    # in whatever order a pipeline schedule runs its micro-batches, and when a layer is computed again for its backward pass.
     for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
         routers = [module for module in layer.modules() if isinstance(module, Router)]
         for router in routers:
@@ -59,17 +62,23 @@ def install(chunks: Sequence[GPTModel], ranks: Ranks) -> None:
 
 
 def _setter(routers: Sequence[Router], layer: int, ranks: Ranks) -> Callable[..., None]:
+    """Make the hook that gives a layer's routers their routes.
+
+    Args:
+        layer: number of the layer in the whole model, from 0.
+    """
+
     def set_routes(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         packing: RowPacking = named["packed_seq_params"]
         for router in routers:
-            router.router_replay.chosen = _of_rank(packing.routes, layer, module.config.sequence_parallel, ranks)
+            router.router_replay.recorded = _of_rank(packing.routes, layer, module.config.sequence_parallel, ranks)
 
     return set_routes
 
 
 def _of_rank(routes: Tensor | None, layer: int, is_sequence_parallel: bool, ranks: Ranks) -> Tensor | None:
-    """[tokens of this rank's router, top-k]."""
+    """Return a layer's routes of the tokens that this rank's router sees, [tokens, top-k]."""
     if routes is None:
         return None
-    chosen = routes[layer]
-    return chosen.chunk(ranks.tensor.size)[ranks.tensor.rank] if is_sequence_parallel else chosen
+    of_layer = routes[layer]
+    return of_layer.chunk(ranks.tensor.size)[ranks.tensor.rank] if is_sequence_parallel else of_layer

@@ -1,8 +1,8 @@
 """AdamW for hosts without Transformer Engine, in the state layout that Megatron-Core expects of a fused Adam.
 
-megatron-core 0.16.1's distributed optimizer cannot restore torch's AdamW, whose step count is a tensor of every
-parameter (KeyError 'step', or one shared count incremented once a parameter). Transformer Engine's and Apex's Adam keep
-it in the parameter group, and so does this one.
+megatron-core 0.16.1's distributed optimizer cannot restore torch's AdamW, which keeps a step count for every parameter
+(KeyError 'step', or one shared count that is incremented once for each parameter). Transformer Engine's and Apex's Adam
+keep it in the parameter group, and so does this one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class GroupStepAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True})
 
     def initialize_state(self, parameter: Tensor, *_: Any) -> None:
-        """Zero moments; Megatron-Core calls it before it loads a checkpoint."""
+        """Give a parameter moments of zero; Megatron-Core calls it before it loads a checkpoint."""
         self.state[parameter].update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient once."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:

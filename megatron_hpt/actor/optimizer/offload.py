@@ -1,8 +1,8 @@
-"""States of the actor that rest in host memory while nothing needs them on the device.
+"""Keep states of the actor in host memory while nothing needs them on the device.
 
-Main weights and moments are needed by the optimizer step alone; weights and gradients are not needed while engines on
-the same devices generate. A storage is emptied and filled again in place, so every view of it, and Megatron has many,
-stays valid.
+Main weights and moments are needed by the optimizer step alone, and weights and gradients are not needed while engines on
+the same devices generate. A storage is emptied and filled again in place, so that every view of it stays valid; Megatron
+has many.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Resting:
     """Storages whose bytes can be moved to the host and back.
 
     Args:
-        tensors: of any kind; each storage is moved once, whole.
-        keep: their contents; without it they come back with any contents, and cost no host memory.
+        tensors: the tensors whose storages move; each storage moves once and whole, however many views of it there are.
+        keep: keep the contents; without it storages come back with undefined contents, and take no host memory.
     """
 
     def __init__(self, tensors: Iterable[Tensor], keep: bool = True) -> None:
-        found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-        self._storages = [storage for storage in found.values() if storage.nbytes()]
+        by_address = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        self._storages = [storage for storage in by_address.values() if storage.nbytes()]
         self._sizes = [storage.nbytes() for storage in self._storages]
         self._keep = keep
         self._host: list[Tensor] = []
@@ -35,26 +35,26 @@ class Resting:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device when they are there."""
+        """Bytes that the storages take on the device while they are there."""
         return sum(self._sizes)
 
     @torch.no_grad()
     def leave(self) -> None:
-        """Empty the storages; twice is once."""
+        """Empty the storages, having copied their contents to the host if they are kept; idempotent."""
         if self._away:
             return
         if self._keep:
             self._host = self._host or [_host_buffer(storage) for storage in self._storages]
             for host, storage in zip(self._host, self._storages, strict=True):
                 host.copy_(_bytes(storage), non_blocking=True)
-            _synchronize(self._storages)
+            _synchronize(self._storages)  # copies must have ended before their memory is given back
         for storage in self._storages:
             storage.resize_(0)
         self._away = True
 
     @torch.no_grad()
     def come_back(self) -> None:
-        """Fill the storages again; twice is once."""
+        """Allocate the storages again, with their contents if they are kept; idempotent."""
         if not self._away:
             return
         for storage, size in zip(self._storages, self._sizes, strict=True):
@@ -65,13 +65,14 @@ class Resting:
 
 
 class Offload:
-    """What rests when, by `actor.offload`.
+    """What rests in host memory and when, by the setting `actor.offload`.
 
     Args:
-        kind: "none"; "optimizer": main weights and moments between optimizer steps; "all": also weights and gradients
-            between `sleep` and `wake`.
-        reference: the frozen reference policy's chunks.
-        shared: others want the device between `sleep` and `wake`, whatever rests: the allocator's cache is theirs too.
+        kind: "none" keeps all on the device; under "optimizer" main weights and moments rest between optimizer steps; under
+            "all" weights and gradients rest too, between `sleep` and `wake`.
+        reference: the frozen reference policy's chunks, which rest as the weights do.
+        shared: engines use the same device between `sleep` and `wake`, so that `sleep` frees the allocator's cache too,
+            whatever rests.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Offload:
         frozen = [parameter for chunk in reference for parameter in chunk.parameters()]
         weights = [*(buffer.param_data for buffer in buffers), *frozen]
         of_model = {weight.untyped_storage().data_ptr() for weight in weights}
-        # A float32 parameter is its own main weight.
+        # A float32 parameter is its own main weight, which must stay for the forward pass.
         states = [t for t in _states(optimizer) if t.untyped_storage().data_ptr() not in of_model]
         self._optimizer = Resting(states if kind != "none" else ())
         self._model = [Resting(weights), Resting((b.grad_data for b in buffers), keep=False)] if kind == "all" else []
@@ -95,7 +96,7 @@ class Offload:
 
     @contextlib.contextmanager
     def optimizer(self) -> Iterator[None]:
-        """Main weights and moments are there inside: to step, to save, to load."""
+        """Hold while main weights and moments are used: to step, to save or to load."""
         self._optimizer.come_back()
         try:
             yield
@@ -103,10 +104,10 @@ class Offload:
             self._optimizer.leave()
 
     def sleep(self) -> int:
-        """Give the device memory to others until `wake`; only between steps, since gradients are forgotten.
+        """Give the device memory to others until `wake`; called between steps only, since gradients are lost.
 
         Returns:
-            Bytes given.
+            Bytes of weights and gradients that were freed.
         """
         for part in self._model:
             part.leave()
@@ -115,12 +116,13 @@ class Offload:
         return sum(part.nbytes for part in self._model)
 
     def wake(self) -> None:
-        """Take it back."""
+        """Bring weights back, and allocate gradients again; idempotent."""
         for part in self._model:
             part.come_back()
 
 
 def _states(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """Yield main weights and moments."""
     for part in optimizer.chained_optimizers:
         for parameter in part.model_param_gbuf_map:
             yield from (t for t in part._get_main_param_and_optimizer_states(parameter).values() if isinstance(t, Tensor))
@@ -131,6 +133,7 @@ def _host_buffer(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    """View a storage as a uint8 tensor."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 

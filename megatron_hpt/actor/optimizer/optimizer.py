@@ -16,7 +16,7 @@ from megatron_hpt.config import OptimizerConfig
 
 
 def wrap(chunks: Sequence[GPTModel], fp8_param_gather: bool) -> list[DistributedDataParallel]:
-    """Gradient buffers that are reduced in float32 and sharded over the data parallel ranks, one for each chunk."""
+    """Give each chunk gradient buffers, which are reduced in float32 and sharded over the data parallel ranks."""
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, fp8_param_gather=fp8_param_gather
     )
@@ -27,7 +27,7 @@ def wrap(chunks: Sequence[GPTModel], fp8_param_gather: bool) -> list[Distributed
 
 
 def build(config: OptimizerConfig, wrapped: Sequence[DistributedDataParallel], platform: Platform) -> MegatronOptimizer:
-    """Adam with float32 master weights, its state sharded over the data parallel ranks."""
+    """Build Adam with float32 main weights; its state is sharded over the data parallel ranks."""
     adam.offer_to_megatron()
     dtype = wrapped[0].config.params_dtype
     megatron = MegatronOptimizerConfig(
@@ -44,7 +44,7 @@ def build(config: OptimizerConfig, wrapped: Sequence[DistributedDataParallel], p
     )
     with platform.building():
         optimizer = get_megatron_optimizer(megatron, list(wrapped))
-        # Moments are there from the start: a run whose first steps are all skipped writes a checkpoint too.
+        # Moments are allocated from the start, because a run whose first steps are all skipped writes a checkpoint too.
         for part in optimizer.chained_optimizers:
             part.init_state_fn(part.optimizer)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
@@ -52,7 +52,7 @@ def build(config: OptimizerConfig, wrapped: Sequence[DistributedDataParallel], p
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of step 0 … steps-1: linear warm-up, then a straight line to `decay_to`."""
+    """Return the learning rate of a step from 0 to steps-1: a linear warm-up, then a straight line to `decay_to`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
