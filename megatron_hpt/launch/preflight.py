@@ -10,7 +10,7 @@ from megatron_hpt.data.prompts import Prompt, load_prompts
 from megatron_hpt.data.source import held_out_limits, sources
 from megatron_hpt.data.storage.locations import find
 from megatron_hpt.engines.checks import check_cache, check_sampling
-from megatron_hpt.engines.registry import ENGINES, interpreter
+from megatron_hpt.engines.registry import engine_of, interpreter
 from megatron_hpt.errors import ConfigError, DataError, ModelError
 from megatron_hpt.evaluation.benchmarks import canonical
 from megatron_hpt.launch.training_data import Found, check_training_data
@@ -145,7 +145,7 @@ def check_started_engine(config: Config, head_dim: int | None) -> None:
     import torch
 
     interpreter(config)
-    allowed = () if torch.cuda.is_available() else ENGINES[config.rollout.engine].host_head_dims
+    allowed = () if torch.cuda.is_available() else engine_of(config).host_head_dims
     if allowed and head_dim is not None and head_dim not in allowed:
         raise ConfigError(
             f"rollout.engine={config.rollout.engine}: its attention on the host has no heads of {head_dim} "
