@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_hpt.actor.optimizer import state as optimizer_state
 from megatron_hpt.actor.platform import Platform
 from megatron_hpt.errors import CheckpointError
 from megatron_hpt.files import swap_in
@@ -123,7 +124,7 @@ def load(path: Path, chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | 
         for index, chunk in enumerate(chunks):
             _fill(chunk, state[_key(chunks, index)])
         if optimizer is not None:
-            state.set_step(optimizer, state["optimizer"]["step"])
+            optimizer_state.set_step(optimizer, state["optimizer"]["step"])
             _restore_rng(path)
     return meta
 
@@ -243,7 +244,7 @@ def _state(chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | None) -> d
     """What is written, and what loading fills in place."""
     state: dict[str, Any] = {_key(chunks, i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
     if optimizer is not None:
-        state["optimizer"] = state.sharded(optimizer, state)
+        state["optimizer"] = optimizer_state.sharded(optimizer, state)
     return state
 
 
