@@ -132,5 +132,5 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    Handler.answers = json.loads(Path(sys.argv[1]).read_text())
+    Handler.answers = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
