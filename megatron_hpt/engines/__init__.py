@@ -1,1 +1,1 @@
-"""What generates: one folder an engine, and what they have in common."""
+"""The inference servers that generate: one folder for each engine, and what all of them have in common."""

@@ -1,6 +1,6 @@
-"""What an engine would refuse, or do otherwise than it was asked, is refused before it starts: vLLM 0.32, SGLang as pinned.
+"""Refuses settings that an engine would refuse or not do as asked, before it is started.
 
-Imports no engine; each limit names where the engine has it.
+Imports no engine; the limits and their sources stand with each engine (`EngineKind.limits`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def check(config: Config, shape: ModelShape, on_gpus: bool) -> None:
 
 
 def check_sampling(config: Config) -> None:
-    """Training and evaluations ask for what the engine does as asked.
+    """Refuse sampling settings of training and evaluations that the engine does not follow.
 
     Raises:
-        ConfigError: it would not; names the key.
+        ConfigError: names the key and what is allowed.
     """
     engine = engine_of(config)
     check_temperature("rollout.temperature", config.rollout.temperature, engine)
@@ -47,10 +47,13 @@ def check_sampling(config: Config) -> None:
 
 
 def check_temperature(key: str, given: float, engine: EngineKind) -> None:
-    """The engine samples at the temperature that it is asked for: the trainer computes with the one that was given.
+    """Refuse a temperature at which the engine does not sample as asked: the trainer computes with the one that was given.
+
+    Args:
+        key: setting or option that messages name.
 
     Raises:
-        ConfigError: it would not; names the key.
+        ConfigError: names the key and what is allowed.
     """
     limits, name = engine.limits, engine.name
     if given < limits.coldest:
@@ -63,10 +66,10 @@ def check_temperature(key: str, given: float, engine: EngineKind) -> None:
 
 
 def check_cache(config: Config, shape: ModelShape) -> None:
-    """The KV cache of an engine on the host holds one sequence of the longest kind.
+    """Refuse a KV cache of an engine on the host that does not hold one prompt with its response at their longest.
 
     Raises:
-        ConfigError: it does not; says what would.
+        ConfigError: says how large the cache has to be.
     """
     room, longest = cache_room(config, shape), config.max_sequence_length
     if room < longest:

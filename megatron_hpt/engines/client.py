@@ -1,4 +1,4 @@
-"""What the clients of both engines share: requests with deadlines, and errors that name the engine."""
+"""The base of all clients: requests with deadlines, and errors that name the server."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from megatron_hpt.process import token_header
 from megatron_hpt.transfer.manifest import as_version
 
 CONNECTIONS = 256
-"""Requests under way at once, unless the server decodes more sequences at the same time; further ones wait here."""
+"""Requests that a client has under way at once, or `rollout.max_running` if that is more; others wait in the client."""
 
 
 def connections_of(config: Config) -> int:
-    """Requests under way at once to a server of a run."""
+    """Return how many requests the client of a server of a run has under way at once."""
     return max(CONNECTIONS, config.rollout.max_running)
 
 
 def answer_of(http: httpx.Client, route: str) -> Any:
-    """What a server answers to a question by JSON; None: it has no such route.
+    """Return a server's JSON answer to a GET request, or None if the server has no such route.
+
+    Called where an engine recognises its servers (`EngineKind.recognise`).
 
     Raises:
-        EngineError: it refuses.
-        httpx.HTTPError: it cannot be reached.
+        EngineError: the server refuses to answer.
+        httpx.HTTPError: the server cannot be reached.
     """
     answer = http.get(route)
     if answer.status_code == HTTPStatus.NOT_FOUND:
@@ -42,36 +44,38 @@ def answer_of(http: httpx.Client, route: str) -> Any:
 
 
 class HttpEngine:
-    """One running server. An engine's own client says where its routes are and what goes over them."""
+    """The client of one running server; implements `types.Engine`.
+
+    A subclass of each engine names its routes, and implements `body`, `samples` and, with a `progress_route`, `progress_of`.
+    """
 
     generate_route: str
     version_route: str
     progress_route: str | None = None
-    """Where it tells how far it has come; None: nowhere."""
+    """Route whose answer `progress_of` reads; None if the engine has no such route."""
 
     def __init__(
         self, url: str, deadline_s: float, silent_s: float, connections: int = CONNECTIONS, own: str | None = None
     ) -> None:
         """
         Args:
-            deadline_s: for a request (`deadlines.rollout_s`).
-            silent_s: for an answer to how the server is, which weights it serves, and how far it has come
-                (`deadlines.silent_s`).
+            deadline_s: seconds for a request (`deadlines.rollout_s`).
+            silent_s: seconds for an answer to `health`, `version` or `progress` (`deadlines.silent_s`).
             connections: requests under way at once.
-            own: label of weights that nobody has sent: those of the folder that the server was started with. They are
-                version `OWN`; None: only sent weights, whose labels are numbers, have a version.
+            own: label of the weights of the folder that the server was started with, which then are version `OWN`. Without it
+                only weights that were sent have a version: their labels are numbers.
         """
         self.url, self._own = url, own
         self._http = self._session(connections, deadline_s)
         self._questions = self._session(1, silent_s)  # their own connection: requests may use up all of theirs
 
     async def generate(self, request: SamplingRequest) -> list[Sample]:
-        """Sample one prompt; cancelling it closes the connection, which aborts the request in the engine.
+        """Sample one prompt; a call that is cancelled closes its connection, which aborts the request in the engine.
 
         Raises:
             EngineError: the server failed, or its answer is incomplete or mixes versions.
             EngineGone: nobody answers.
-            DeadlineError: no answer in time.
+            DeadlineError: the answer did not come within `deadline_s`.
         """
         answer = await self._ask(self._http, "POST", self.generate_route, json=self.body(request))
         try:
@@ -83,33 +87,34 @@ class HttpEngine:
         return samples
 
     def body(self, request: SamplingRequest) -> dict[str, Any]:
-        """The engine's form of a request."""
+        """Return the JSON body of a request, as the engine reads it."""
         raise NotImplementedError
 
     def samples(self, answer: Any) -> list[Sample]:
-        """Our form of its answer."""
+        """Return the samples of the engine's JSON answer, each by `whole_sample`; LookupError, TypeError or ValueError is a bad
+        answer."""
         raise NotImplementedError
 
     async def health(self) -> None:
-        """Ask whether the server is well.
+        """Return if the server is well.
 
         Raises:
-            EngineError: it cannot be reached, or its engine is dead.
-            DeadlineError: no answer in time.
+            EngineError: the server cannot be reached, or its engine is dead.
+            DeadlineError: the answer did not come within `silent_s`.
         """
         await self._ask(self._questions, "GET", "/health")
 
     async def version(self) -> int | None:
-        """Version of the weights that it serves; None before its first.
+        """Return the version of the weights that the server serves, or None before its first.
 
         Raises:
-            EngineError: it cannot be reached, or fails.
-            DeadlineError: no answer in time.
+            EngineError: the server cannot be reached, or fails.
+            DeadlineError: the answer did not come within `silent_s`.
         """
         return self._version_of(await self.label())
 
     async def progress(self) -> Hashable:
-        """Something that changes with the tokens that the server produces; None: it does not tell. Raises as `version`."""
+        """Return a value that changes with the tokens that the server produces, or None. Raises as `version`."""
         if self.progress_route is None:
             return None
         answer = await self._ask(self._questions, "GET", self.progress_route)
@@ -119,11 +124,11 @@ class HttpEngine:
             raise EngineError(f"engine {self.url} answered {self.progress_route} with what cannot be read: {error!r}") from None
 
     def progress_of(self, answer: bytes) -> Hashable:
-        """What `progress` returns, from the server's answer."""
+        """Return what `progress` returns, read from the server's answer at `progress_route`."""
         raise NotImplementedError
 
     async def label(self) -> str:
-        """What the server calls its weights: the version that it was sent, or a word before that. Raises as `version`."""
+        """Return the label of the server's weights: the version that was sent, or a word before that. Raises as `version`."""
         answer = await self._ask(self._questions, "GET", self.version_route)
         try:
             return str(json.loads(answer)["weight_version"])
@@ -139,7 +144,7 @@ class HttpEngine:
         await self._questions.close()
 
     def _session(self, connections: int, deadline_s: float) -> aiohttp.ClientSession:
-        # A connection a request: the servers close idle ones after 5 s, and a training step lasts longer.
+        # A new connection for each request: the servers close idle ones after 5 s, and a training step lasts longer.
         connector = aiohttp.TCPConnector(limit=connections, force_close=True)
         timeout = aiohttp.ClientTimeout(total=deadline_s)
         return aiohttp.ClientSession(self.url, timeout=timeout, connector=connector, headers=token_header())
@@ -159,10 +164,13 @@ class HttpEngine:
         return answer
 
     def whole_sample(self, tokens: list[int], logprobs: list[float], finish_reason: str, versions: set[str]) -> Sample:
-        """A sample, if it is one.
+        """Return a sample, if it is complete and of one version.
+
+        Args:
+            versions: labels of the weights that sampled its tokens.
 
         Raises:
-            EngineError: it is incomplete, or weights of several versions or of none made it.
+            EngineError: the sample is incomplete, or weights of several versions or of none made it.
         """
         if len(logprobs) != len(tokens) or not tokens:
             raise EngineError(f"engine {self.url} answered {len(tokens)} tokens with {len(logprobs)} log-probabilities")

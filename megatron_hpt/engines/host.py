@@ -1,4 +1,4 @@
-"""What servers without a GPU are given: cores of this machine, and room for keys and values."""
+"""The share of this machine that a server without a GPU gets: its cores, and room for its KV cache."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from megatron_hpt.models.hf_config import ModelShape
 
 
 def threads_of_one_rank() -> str:
-    """Threads of an engine of one rank: one core is left to its server, as vLLM leaves it (utils/ompmultiprocessing.py)."""
+    """Return the number of threads of a one-rank engine: all cores but one, which vLLM leaves to the server's other work
+    (utils/ompmultiprocessing.py)."""
     return str(max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 def cores_of_ranks(ranks: int) -> str:
-    """The cores of this process shared out, as vLLM and SGLang want it: ``0-3|4-7``. Ranks beyond the cores share them."""
+    """Share the cores of this process out among ranks, written as vLLM and SGLang read it: ``0,1,2|3,4,5``.
+
+    Where there are more ranks than cores, several ranks get the same core.
+    """
     cores = sorted(os.sched_getaffinity(0))
     each = max(1, len(cores) // ranks)
     shares = [cores[rank * each % len(cores) :][:each] for rank in range(ranks)]
@@ -22,7 +26,7 @@ def cores_of_ranks(ranks: int) -> str:
 
 
 def cache_room(config: Config, shape: ModelShape) -> int:
-    """Tokens for which `rollout.kv_cache_gib` has room."""
+    """Return how many tokens' keys and values fit into `rollout.kv_cache_gib` of one rank."""
     element = {"float32": 4, "bfloat16": 2}[config.model.dtype]
-    heads = max(1, shape.kv_heads // config.rollout.tensor_parallel)  # of one rank; more ranks than heads share them
+    heads = max(1, shape.kv_heads // config.rollout.tensor_parallel)  # ranks beyond the heads share them
     return config.rollout.kv_cache_gib * 2**30 // (2 * shape.layers * heads * shape.head_dim * element)

@@ -1,7 +1,8 @@
 """What an engine has to provide, who asks for it and when: the contract behind ``rollout.engine``.
 
-An engine is a folder beside this module and one row of `registry.ENGINES`; or an `EngineKind` anywhere else, which a recipe
-names as ``rollout.engine=package.module:NAME``. Imports neither torch nor an engine.
+An engine is a folder beside this module and one row of `registry.ENGINES`, or an `EngineKind` anywhere else, which a recipe
+names as ``rollout.engine=package.module:NAME`` (a whole one: tests/engines/recorded_engine.py). This module, and whatever
+makes an `EngineKind`, imports neither torch nor an engine.
 """
 
 from __future__ import annotations
@@ -26,93 +27,106 @@ class Start:
     """One server that is to be started."""
 
     model: str
-    """Folder of its model."""
+    """Hugging Face folder of its model."""
     port: int
+    """Port to listen on, at `rollout.host`."""
     folder: Path
-    """Where the engine may write private files of this server."""
+    """Folder in which the engine may write private files of this server."""
     on_gpus: bool
-    """Whether it computes on GPUs; otherwise on the host."""
+    """Whether the server computes on GPUs; otherwise it computes on the host."""
     weights: Weights = Weights.NONE
-    """The weights that it has before anything is sent to it."""
+    """Weights that the server has before anything is sent to it."""
 
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that somebody else has started, as it describes itself."""
+    """A server that somebody else has started, as it describes itself (`megatron-hpt evaluate http://…`)."""
 
     url: str
     kind: str
-    """The engine's name."""
+    """`EngineKind.name` of its engine."""
     served: str
-    """The name that it gives the model."""
+    """Name under which the server offers its model."""
     model: str
-    """Folder or hub id that it was started with."""
+    """Folder or hub id that the server was started with."""
     label: str
-    """What it calls its weights."""
+    """Label that the server gives its weights."""
     context: int | None
-    """Most tokens of prompt and response together; None: it does not say."""
+    """Largest number of tokens of a prompt and its response together; None where the server does not say."""
     client: Callable[[int, float, float], HttpEngine]
-    """(vocabulary, `deadlines.rollout_s`, `deadlines.silent_s`) → a client that accepts the weights that were found, and no
-    others."""
+    """(vocabulary size, `deadlines.rollout_s`, `deadlines.silent_s`) → a client that accepts samples of weights with this
+    `label` only. Called by evaluations, once for each server."""
 
 
 @dataclass(frozen=True)
 class SamplingLimits:
-    """Which requests a server answers otherwise than it was asked, or refuses."""
+    """The requests that a server refuses or answers differently than asked; `engines.checks` refuses them before a start."""
 
     coldest: float
-    """Lowest temperature that it samples at: below, it takes another one or the most likely token."""
+    """Lowest temperature that the server samples at: below it takes another temperature, or the most likely token."""
     hottest: float | None = None
-    """Highest temperature that it accepts; None: any."""
+    """Highest temperature that the server accepts; None means any."""
     samples_are_one_request: bool = False
-    """The samples of a prompt are one request, whose number is bounded by what it decodes at the same time."""
+    """Whether all samples of a prompt are one request, which the server refuses if it has more than `rollout.max_running`."""
 
 
 class MakeClient(Protocol):
-    """How the client of a server is made."""
+    """The type of `EngineKind.client`."""
 
     def __call__(self, config: Config, url: str, own: str | None = None) -> HttpEngine:
-        """Return the client; it opens no connection before its first request.
+        """Return a client of one server of a run. It opens no connection before its first request.
 
         Args:
-            own: label of the weights that the server was started with, where they count (`HttpEngine`).
+            own: label of the weights that the server was started with, where samples of them count (see `HttpEngine`); None
+                in a run, whose trainer sends the weights.
         """
 
 
 @dataclass(frozen=True)
 class EngineKind:
-    """One inference server: how it is started, asked, given weights and recognised."""
+    """One kind of inference server: how it is started, asked for samples, given weights and recognised.
+
+    Its server answers ``GET /health`` with status 200 once it can be asked for samples (`running.is_healthy`).
+    """
 
     name: str
-    """As ``rollout.engine`` and messages write it."""
+    """The engine's name in ``rollout.engine`` and in messages."""
     title: str
-    """As its project writes it."""
+    """The engine's name as its own project writes it; a line of `megatron-hpt doctor`."""
     packages: tuple[str, ...]
-    """Names of its distributions, any of which may be installed (`megatron-hpt doctor`)."""
+    """Distributions of which one has to be installed in the engine's environment; `megatron-hpt doctor` looks for them."""
     plugin_group: str
-    """Group of entry points by which it finds our receiver of weights (`megatron-hpt doctor`)."""
+    """Group of entry points by which the engine finds our receiver of weights; `megatron-hpt doctor` looks for ours in it."""
     install: str
-    """What to do when its environment is missing; in messages."""
+    """Command that builds the engine's environment; messages name it where that is missing."""
     python: Callable[[], str]
-    """Returns the interpreter of its environment where the recipe names none (`rollout.python`)."""
+    """Returns the interpreter of the engine's environment. Called before a start and by `megatron-hpt doctor`; a recipe's
+    ``rollout.python`` goes before it. It may name a file that is not there: `registry.interpreter` then says so."""
     command: Callable[[Config, str, Start], list[str]]
-    """(configuration, interpreter, start) → command line of one server. Called by launchers before each start."""
+    """(configuration, interpreter, start) → command line of one server. Called once for each server by whoever starts it, by
+    `megatron-hpt check`, and by a Slurm job that only shows its plan. A server that is started again gets the same one."""
     environment: Callable[[Config, bool], dict[str, str]]
-    """(configuration, on GPUs) → environment of the server, inherited variables included (`environment.inherited_here`)."""
+    """(configuration, whether on GPUs) → the server's whole environment, inherited variables included
+    (`environment.inherited_here`). Called where `command` is; launchers add TMPDIR and CUDA_VISIBLE_DEVICES."""
     argument_check: str
-    """Python that reads ``sys.argv[4:]`` as the server reads its arguments, and raises as it would; run by the engine's
-    interpreter with the whole command line behind ``-c`` (`megatron-hpt check`)."""
+    """Python code that parses ``sys.argv[4:]`` as the server does, and raises what the server would. `megatron-hpt check` runs
+    it with the engine's interpreter: ``-c``, this code, and then the whole command line."""
     client: MakeClient
-    """Called by the coordinator and by evaluations, once a server."""
+    """Called once for each server, by the coordinator and by evaluations."""
     control: Callable[[str, float, InFlight], EngineControl]
-    """(URL, `deadlines.transfer_s`, `transfer.in_flight`) → the control plane of its weight updates. Called by the trainer's
-    first rank, once a server."""
+    """(URL, `deadlines.transfer_s`, `transfer.in_flight`) → the control plane of a server's weight updates. Called once for
+    each server on every trainer rank; only the first rank calls the control's methods, from one thread a server. Opens no
+    connection."""
     recognise: Callable[[str, httpx.Client], RunningServer | None]
-    """(URL, connection to it) → what the server is; None: another kind. May raise EngineError for one that refuses to say, and
-    LookupError, TypeError or ValueError for answers that it cannot read."""
+    """(URL, connection to it) → a description of the server, or None if it is of another kind. Called by evaluations for a URL
+    that a user names, for one kind after the other. May raise EngineError where the server refuses to answer, httpx.HTTPError
+    where it cannot be reached, and LookupError, TypeError or ValueError where an answer cannot be read."""
     limits: SamplingLimits
+    """Requests that `engines.checks` refuses before anything starts."""
     workspace_bytes: Callable[[float], float]
-    """Bytes of a GPU's memory that the server takes for itself beside weights and cache, of those that it may have in all
-    (`rollout.gpu_memory_share`). `megatron-hpt plan` calculates with it."""
+    """(bytes of a GPU's memory that the server may have: `rollout.gpu_memory_share`) → bytes of them that are neither weights
+    nor cache. Called by `megatron-hpt plan`, and before a run whose engines are on the trainer's GPUs."""
     host_head_dims: tuple[int, ...] = ()
-    """Head sizes that its attention has without a GPU; empty: any."""
+    """Head sizes that the engine's attention supports without a GPU; empty means any."""
+    started_with: str = "default"
+    """Label that a server gives the weights of the folder that it was started with; evaluations take samples of these only."""

@@ -1,8 +1,8 @@
 """Many engines behind one `generate`: routing by load, and engines that go out of service and come back.
 
-An engine is **out** when it has failed: it says so, nobody listens any more, or it serves other weights. One that is merely
-slow is **late**: it keeps its requests, and gets new ones only where all others are late too. Late becomes out after a deadline
-of its own, in which the engine has neither answered nor, as far as it tells, produced a token.
+An engine is **out** of service when it has failed: it says so, nobody listens any more, or it serves other weights. One that
+is merely slow is **late**: it keeps its requests, and gets new ones only where all others are late too. A late engine goes out
+of service when it has neither answered nor, as far as it tells, produced a token for `Patience.silent_s`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from megatron_hpt.errors import DeadlineError, EngineError
 logger = logging.getLogger(__name__)
 
 MARGIN = 16
-"""Requests of the same size by which the engine that has a prompt in its prefix cache may be busier than the least loaded."""
+"""An engine that has a prompt in its prefix cache is chosen unless it has this many requests (of the same size) more than the
+least loaded one."""
 TRIES = 4
-"""Engines that one request may fail on before it fails the step."""
+"""Times that one request may fail before it fails the step."""
 PERIOD_S = 2.0
-"""Seconds between an engine's answer to how it is and the next such question."""
+"""Seconds between an engine's answer to `health` and the next question."""
 
 
 @dataclass(frozen=True)
@@ -33,33 +34,34 @@ class Patience:
     """How long engines may be silent, in seconds (`DeadlinesConfig`)."""
 
     late_s: float = 10.0
-    """Without an answer to how it is: an engine is late."""
+    """An engine is late after this time without an answer to `health`."""
     silent_s: float = 300.0
-    """Without any sign of life: it is given up."""
+    """An engine is given up after this time without any sign of life."""
     return_s: float = 900.0
-    """A request waits so long for an engine to come back when none is in service."""
+    """A request waits this long for an engine to come back when none is in service."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the choice of an engine depends on."""
+    """The state of one engine, by which `choose` chooses."""
 
     in_service: bool
     tokens: int
-    """That its requests in flight may come to."""
+    """Most tokens that its requests in flight may come to, prompts included."""
     late: bool = False
 
 
 def choose(loads: Sequence[Load], home: int | None, margin: int) -> int | None:
-    """Index of the engine for a request: its home, unless that is out or busier than the least loaded by more than `margin`.
+    """Choose the engine of a request: its home, unless that is out or busier than the least loaded by more than `margin`.
 
     Late engines are chosen only where all that are in service are late.
 
     Args:
-        home: the engine that had the same prompt before.
+        home: index of the engine that had the same prompt before, if any.
+        margin: in tokens, as `Load.tokens`.
 
     Returns:
-        None where none is in service.
+        Its index, or None where none is in service.
     """
     serving = [index for index, load in enumerate(loads) if load.in_service]
     if not serving:
@@ -77,26 +79,26 @@ class _Server:
 
     engine: Engine
     flight: dict[asyncio.Task, int] = field(default_factory=dict)
-    """Requests it is working on, and the tokens that each may come to."""
+    """Requests that it is working on → the most tokens that each may come to."""
     in_service: bool = True
     reason: str = ""
     """Why it is, or last was, out of service."""
     late: bool = False
     heard: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when it has answered, failed or become late, since serving began."""
+    """Set when it has answered, failed or become late since serving began."""
     progress: Hashable = None
-    """What it last told of the tokens that it has produced."""
+    """Its last answer to `Engine.progress`."""
     progressed: float = 0.0
-    """When that last changed, or there was nothing to do."""
+    """Time at which `progress` last changed, or the server had no requests."""
     served: float = 0.0
-    """When it last finished a request."""
+    """Time at which it last finished a request."""
 
     @property
     def load(self) -> Load:
         return Load(self.in_service, sum(self.flight.values()), self.late)
 
     def is_stuck(self, progress: Hashable, silent_s: float) -> bool:
-        """Note what the engine tells of its tokens; whether it has worked on requests for so long without any."""
+        """Note the engine's progress; return whether it has had requests for `silent_s` without producing a token."""
         now = time.monotonic()
         if progress is None or progress != self.progress or not self.flight:
             self.progress, self.progressed = progress, now
@@ -104,7 +106,10 @@ class _Server:
 
 
 class EnginePool:
-    """Engines that sample for one step at a time."""
+    """Routes requests to engines, for one version of the weights at a time; implements `types.Sampler`.
+
+    Made once by the coordinator and by an evaluation. `generate` may be called inside `serving` only.
+    """
 
     def __init__(
         self,
@@ -115,7 +120,7 @@ class EnginePool:
     ) -> None:
         """
         Args:
-            on_silence: is told the URL of an engine that was given up, where somebody can start it again.
+            on_silence: called with the URL of an engine that was given up, so that whoever started it can start it again.
         """
         self._servers = [_Server(engine) for engine in engines]
         self._patience, self._period_s, self._on_silence = patience, period_s, on_silence
@@ -123,23 +128,24 @@ class EnginePool:
         self._homes: dict[tuple[int, ...], int] = {}
         self._usable = asyncio.Event()
         self.retried = 0
-        """Times that a request was sent again, to another engine or to one that had come back."""
+        """Number of requests that were sent again, to another engine or to one that had come back."""
 
     @property
     def size(self) -> int:
-        """Engines in all."""
+        """Number of engines in all."""
         return len(self._servers)
 
     @property
     def in_service(self) -> int:
-        """Engines in service."""
+        """Number of engines in service."""
         return sum(server.in_service for server in self._servers)
 
     @asynccontextmanager
     async def serving(self, version: int) -> AsyncIterator[None]:
-        """While it lasts, requests are served by weights `version`, and the engines are watched.
+        """Serve requests with weights `version`, and watch the engines, as long as the context lasts.
 
-        It begins when engines that were in service have answered or are late, so that the first requests find all of them.
+        It is entered when every engine that was in service has answered or is late, so that the first requests are spread over
+        all of them.
         """
         self._version, self._homes = version, {}
         for server in self._servers:
@@ -155,10 +161,11 @@ class EnginePool:
                 await watch
 
     async def generate(self, request: SamplingRequest) -> list[Sample]:
-        """Sample one prompt on whichever engine is best; a request that fails there goes to another, with the same seeds.
+        """Sample one prompt on the engine that `choose` chooses; if the request fails there, send it to another one, with the
+        same seeds and so for the same samples.
 
         Raises:
-            EngineError: it failed on `TRIES` engines; names each of them.
+            EngineError: the request failed `TRIES` times; carries the reason of each.
             DeadlineError: an engine did not answer in time, or none was in service for too long; names who and why.
         """
         failed: list[str] = []
@@ -178,7 +185,7 @@ class EnginePool:
             await server.engine.close()
 
     async def _place(self, request: SamplingRequest) -> _Server:
-        """The engine for a request, waiting for one to come back where there is none."""
+        """Return the engine for a request; where none is in service, wait for one to come back."""
         while True:
             prompt = tuple(request.tokens)
             loads = [server.load for server in self._servers]
@@ -198,8 +205,8 @@ class EnginePool:
         """Sample on one engine.
 
         Raises:
-            EngineError: it failed, which takes it out, or was taken out meanwhile.
-            DeadlineError: no answer in time.
+            EngineError: the engine failed, which takes it out of service, or was taken out by somebody else meanwhile.
+            DeadlineError: the answer did not come in time.
         """
         task = asyncio.create_task(server.engine.generate(request))
         server.flight[task] = _size(request)
@@ -230,19 +237,19 @@ class EnginePool:
             await asyncio.sleep(self._period_s)
 
     async def _ask(self, server: _Server) -> None:
-        """How an engine is, and what it serves; it goes out, becomes late or comes back accordingly."""
+        """Ask an engine whether it is well and which weights it serves; take it out of service or put it in accordingly."""
         was_out, needed, asked = not server.in_service, self._version, time.monotonic()
         try:
             version, progress = await self._answer(server)
         except DeadlineError as error:
-            if server.served < asked:  # else it is late, and works
+            if server.served < asked:  # else it has finished a request since: it is late, but works
                 self._give_up(server, str(error))
         except EngineError as error:
             self._take_out(server, str(error))
         else:
             if version != needed:
                 self._take_out(server, f"serves weights {version}; {needed} are needed")
-            elif was_out:  # else a request may have found out meanwhile what this answer did not know yet
+            elif was_out:  # one that was in when it was asked may have failed a request since, which counts more
                 self._put_in(server)
             if server.is_stuck(progress, self._patience.silent_s):
                 self._give_up(
@@ -252,7 +259,10 @@ class EnginePool:
                 )
 
     async def _answer(self, server: _Server) -> tuple[int | None, Hashable]:
-        """The version that an engine serves and its progress, however late it answers. Raises as `Engine.health`."""
+        """Return an engine's version and progress, however late they come; note when it becomes late, and when it no longer is.
+
+        Raises as `Engine.health`.
+        """
         question = asyncio.create_task(_question(server.engine))
         try:
             await asyncio.wait([question], timeout=self._patience.late_s)
@@ -267,7 +277,7 @@ class EnginePool:
         return answer
 
     def _note_late(self, server: _Server) -> None:
-        """Say it once: an engine on a busy machine may be late for minutes, and ends its requests all the same."""
+        """Mark an engine late, with one warning: on a busy machine it may be late for minutes and still finish its requests."""
         server.heard.set()
         if server.in_service and not server.late:
             logger.warning(
@@ -311,5 +321,5 @@ async def _question(engine: Engine) -> tuple[int | None, Hashable]:
 
 
 def _size(request: SamplingRequest) -> int:
-    """Tokens that a request may come to."""
+    """Return the most tokens that a request may come to."""
     return len(request.tokens) + request.samples * request.max_tokens

@@ -1,4 +1,4 @@
-"""The engines that a recipe may name, and what a run asks of the one that it names."""
+"""The table of engines, and the engine that a recipe names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megatron_hpt.transfer.control import EngineControl, InFlight
 from megatron_hpt.transfer.layouts import EngineLayout
 
 ENGINES: dict[str, EngineKind] = {kind.name: kind for kind in (VLLM, SGLANG)}
-"""`rollout.engine` → the engine."""
+"""`EngineKind.name` → engine; a new engine is a row here, or an EngineKind elsewhere (`kind_of`)."""
 
 
 def kind_of(name: str) -> EngineKind:
-    """The engine of a name, or of a path as ``package.module:NAME``, where somebody else keeps one.
+    """Return the engine of a name, or of a path ``package.module:NAME`` to an EngineKind outside this package.
 
     Raises:
-        ConfigError: there is none; says which there are.
+        ConfigError: there is no such engine; names those that there are.
     """
     if name in ENGINES:
         return ENGINES[name]
@@ -37,19 +37,15 @@ def kind_of(name: str) -> EngineKind:
 
 
 def engine_of(config: Config) -> EngineKind:
-    """The engine of a run.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
+    """Return the engine that `rollout.engine` names. Raises as `kind_of` does."""
     return kind_of(config.rollout.engine)
 
 
 def interpreter(config: Config) -> str:
-    """The interpreter of the engine's environment.
+    """Return the interpreter of the engine's environment: `rollout.python`, or the engine's own.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such file; says how to build the environment.
     """
     kind = engine_of(config)
     python = config.rollout.python or kind.python()
@@ -62,21 +58,21 @@ def interpreter(config: Config) -> str:
 
 
 def layout(config: Config) -> EngineLayout:
-    """The layout of every engine of a run."""
+    """Return how each server of a run shares its model out among its ranks."""
     return EngineLayout(config.rollout.tensor_parallel)
 
 
 def control(config: Config, url: str) -> EngineControl:
-    """The control plane of one engine of a run."""
+    """Return the control plane of one server of a run."""
     return engine_of(config).control(url, config.deadlines.transfer_s, InFlight(config.transfer.in_flight))
 
 
 def connect(url: str, deadline_s: float) -> EngineControl:
-    """The control plane of a running engine of this project's kinds.
+    """Return the control plane of a running server, whichever engine of the table it is; for tools that are given a URL alone.
 
     Raises:
         EngineGone: nobody answers there.
-        TransferError: it is none of them.
+        TransferError: the server is of none of these engines.
     """
     for control in (kind.control(url, deadline_s, InFlight.RECOMPUTE) for kind in ENGINES.values()):
         try:

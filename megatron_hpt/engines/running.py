@@ -1,4 +1,4 @@
-"""Servers that somebody else has started: what they are, and whether they are well."""
+"""What a running server is, and whether it is well."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_hpt.process import token_header
 
 
 def look(url: str, deadline_s: float = 10.0) -> RunningServer:
-    """Ask a server what it is.
+    """Ask a server that somebody else has started what it is.
 
     Raises:
         EngineGone: nobody answers there.
-        EngineError: it is neither a vLLM nor an SGLang server, or wants a token.
+        EngineError: it is a server of no engine in the table, or wants a token.
     """
     with httpx.Client(base_url=url, timeout=deadline_s, trust_env=False, headers=token_header()) as http:
         try:
@@ -33,7 +33,7 @@ def look(url: str, deadline_s: float = 10.0) -> RunningServer:
 
 
 def is_healthy(url: str) -> bool:
-    """Whether a server answers that it is well, within seconds: SGLang takes one, for a token that it makes to be sure."""
+    """Return whether a server says within 3 s that it is well. SGLang takes a second, in which it samples a token."""
     try:
         return _client().get(f"{url}/health", headers=token_header()).status_code == HTTPStatus.OK
     except httpx.HTTPError:
@@ -42,5 +42,5 @@ def is_healthy(url: str) -> bool:
 
 @cache
 def _client() -> httpx.Client:
-    """For questions that are asked every moment: making one takes 30 ms. Servers close idle connections, so it keeps none."""
+    """One client for all questions, because making one takes 30 ms. It keeps no connection: servers close idle ones."""
     return httpx.Client(timeout=3.0, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))

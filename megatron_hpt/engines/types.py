@@ -1,4 +1,4 @@
-"""What the coordinator asks of a rollout engine."""
+"""Requests, samples, and what the coordinator expects of an engine. Imports neither torch nor an engine."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from megatron_hpt.data.order import hashed
 
 
 class Weights(Enum):
-    """What a server starts with. The value is the word of both engines' ``--load-format``."""
+    """The weights that a server starts with. Values are those of the option ``--load-format`` of vLLM and of SGLang."""
 
     NONE = "dummy"
-    """It waits for a trainer's."""
+    """The server starts without weights and waits for a trainer's."""
     FOLDER = "auto"
-    """Those of its model's folder; they are version `OWN`."""
+    """The server reads the weights of its model's folder; they are version `OWN`."""
 
 
 SEEDS = 2**32
-"""Seeds of a server are below it (numpy's); every request has one of its own besides."""
+"""Seeds that a server is started with are below this (numpy's limit). Every request has a seed of its own besides."""
 OWN = 0
-"""The version of the weights that a server was started with, where a client is told to accept them."""
+"""Version of the weights that a server was started with, where a client is told to accept samples of them."""
 
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """n samples of one prompt."""
+    """A request for samples of one prompt."""
 
     tokens: list[int]
+    """Token ids of the prompt."""
     samples: int
+    """Number of samples."""
     seed: int
-    """The engine derives a seed for each sample from it."""
+    """Seed from which the engine derives one for each sample: the same request gives the same samples."""
     temperature: float
     top_p: float
     max_tokens: int
@@ -41,52 +43,61 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response as token ids; never re-tokenised."""
+    """One response as the token ids that the engine sampled; they are never re-tokenised."""
 
     tokens: list[int]
+    """Token ids, the end-of-sequence token included where it was sampled; at least one."""
     logprobs: list[float]
-    """log-probability of each token under the distribution it was sampled from."""
+    """Log-probability of each token under the distribution that it was sampled from, temperature and nucleus applied."""
     finish_reason: str
-    """``stop`` (end-of-sequence was sampled) or ``length``."""
+    """``stop`` where end-of-sequence was sampled, ``length`` where the response reached `SamplingRequest.max_tokens`."""
     version: int
-    """Version of the weights that sampled every one of its tokens."""
+    """Version of the weights that sampled every one of the tokens."""
 
 
 class Sampler(Protocol):
-    """What answers requests: one server, or many behind a pool."""
+    """Whatever answers sampling requests: one server (`Engine`), or many behind an `EnginePool`."""
 
     async def generate(self, request: SamplingRequest) -> list[Sample]:
-        """Sample.
+        """Sample one prompt. Called many times at once by the coordinator and by evaluations; a call that is cancelled ends its
+        request in the server too.
+
+        Returns:
+            `request.samples` samples.
 
         Raises:
-            EngineError: the engine failed, or answered what it must not.
-            DeadlineError: no answer in time.
+            EngineError: the engine failed, or its answer is incomplete or mixes versions of weights. A pool then sends the
+                request to another engine.
+            DeadlineError: the answer did not come in time; this ends the step.
         """
 
 
 class Engine(Sampler, Protocol):
-    """A server that samples."""
+    """The client of one server. A pool asks `health`, `version` and `progress` every few seconds while a step samples."""
 
     url: str
 
     async def health(self) -> None:
-        """Ask whether it is well; has a deadline of its own, after which the server is taken to be dead.
+        """Return if the server is well.
 
         Raises:
-            EngineError: it cannot be reached, or says that it is not.
-            DeadlineError: no answer in time.
+            EngineError: the server cannot be reached or is not well: the pool takes it out of service.
+            DeadlineError: the server did not answer within `deadlines.silent_s`: the pool gives it up for dead.
         """
 
     async def version(self) -> int | None:
-        """Version of the weights that it serves; None before its first. Raises as `health` does."""
+        """Return the version of the weights that the server serves, or None before its first. Raises as `health` does."""
 
     async def progress(self) -> Hashable:
-        """Something that changes with the tokens it produces; None: it does not tell. Raises as `health` does."""
+        """Return a value that changes whenever the server has produced tokens, or None if the server has no such value.
+
+        The pool gives up a server that has requests and the same value for `deadlines.silent_s`. Raises as `health` does.
+        """
 
     async def close(self) -> None:
-        """Close connections."""
+        """Close all connections. Called once, by whoever made the client."""
 
 
 def seed_of(*parts: object) -> int:
-    """A seed for one request, the same in every run: 31 bits, since engines add the sample's index to it."""
+    """Return a seed for one request that is the same in every run; 31 bits, since engines add a sample's index to it."""
     return hashed(*parts) >> 33

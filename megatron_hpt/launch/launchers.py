@@ -1,4 +1,4 @@
-"""How the parts of a run are started and ended: what the supervisor asks for, and its form on one machine."""
+"""How the parts of a run are started and ended: what the supervisor expects of a launcher, and the launcher for one machine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Protocol
 
 from megatron_hpt.config import Config
 from megatron_hpt.engines.interface import Start
-from megatron_hpt.engines.registry import engine_of, interpreter
 from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import ConfigError, HptError
 from megatron_hpt.launch.children import Child, stop_all
+from megatron_hpt.launch.engines import start_engine
 from megatron_hpt.launch.scratch import Scratch
 from megatron_hpt.plan.topology import Device, Slots, Topology, place_nodes, visible
 from megatron_hpt.run import RunDir
@@ -24,37 +24,55 @@ from megatron_hpt.run import RunDir
 LOWEST_PORT = 10240
 TORCHRUN = (
     *("-m", "torch.distributed.run", "--nnodes=1", "--max-restarts=0"),
-    # What --standalone stands for, but by address: ranks would wait for ever for a host name that does not resolve.
+    # As --standalone does, but by address: ranks would wait for ever for a host name that does not resolve.
     *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=hpt", "--local-addr=127.0.0.1"),
 )
-"""Arguments of Python that start ranks on this machine."""
+"""Arguments of the Python interpreter that start trainer ranks on this machine."""
 
 
 class Launcher(Protocol):
-    """Starts the parts of one run. A part is a child of this process, wherever it runs."""
+    """Starts and ends the parts of one run; called by its supervisor only.
+
+    A part is a child of this process wherever it runs: a process here, or an srun whose tasks run elsewhere. A part that dies
+    is noticed by its exit code, and an engine is started again by `Child.again`, without the launcher.
+    """
 
     host: str
-    """Address of this process that every part reaches."""
+    """Address of this process that every part reaches; the blackboard listens there. Read before any part is started."""
 
     def trainer(self, arguments: Sequence[str]) -> Child:
-        """Start all ranks.
+        """Start all trainer ranks as one child, named ``trainer``. Called once, after every engine has been started.
 
         Args:
-            arguments: of `megatron_hpt.actor.trainer`.
+            arguments: command line of `megatron_hpt.actor.trainer` on each rank.
         """
 
     def coordinator(self, arguments: Sequence[str]) -> Child:
-        """Start the coordinator."""
+        """Start the coordinator, named ``coordinator``. Called once, after the trainer has been started.
+
+        Args:
+            arguments: command line of `megatron_hpt.rollout.coordinator`.
+        """
 
     def engine(self, index: int) -> tuple[str, Child]:
-        """Start one server; its URL comes first."""
+        """Start one engine server, named ``engine <index>``, and return its URL and its child without waiting for it to answer.
+
+        Called once for each of `rollout.servers`, before anything else is started; not where `rollout.urls` names servers.
+
+        Raises:
+            ConfigError: the engine's environment is missing, or it cannot listen at `rollout.host`.
+            HptError: no port is free.
+        """
 
     def stop(self, children: Sequence[Child]) -> None:
-        """End what is left of the run; returns when nothing is."""
+        """End the given children with all their processes, and return when none is left. Children that have ended are allowed.
+
+        Called once by the supervisor, however the run ends, with signals ignored; a second call does nothing.
+        """
 
 
 def gpus_here() -> tuple[str, ...]:
-    """What the GPUs that this process may use are called: numbers, or what its own CUDA_VISIBLE_DEVICES says."""
+    """Return names of the GPUs that this process may use: the entries of its CUDA_VISIBLE_DEVICES, else their numbers."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -63,10 +81,10 @@ def gpus_here() -> tuple[str, ...]:
 
 
 def on_this_machine(config: Config) -> Callable[[RunDir], LocalLauncher]:
-    """Find every part its place on this machine.
+    """Find a place on this machine for every part, and return what makes the launcher of a run.
 
     Raises:
-        ConfigError: it has too few GPUs.
+        ConfigError: the machine has too few GPUs.
     """
     names = gpus_here()
     topology = place_nodes(config, Slots("this machine", 1, len(names))) if names else None
@@ -74,23 +92,23 @@ def on_this_machine(config: Config) -> Callable[[RunDir], LocalLauncher]:
 
 
 class LocalLauncher:
-    """Every part on this machine, on GPUs of its own or, colocated, on those of trainer ranks."""
+    """Runs every part on this machine, on GPUs of its own or, colocated, on those of trainer ranks.
+
+    Args:
+        topology: which GPUs each part gets; None on a machine without GPUs.
+        gpus: names of the GPUs, as `gpus_here` returns them.
+    """
 
     host = "127.0.0.1"
 
     def __init__(self, config: Config, run: RunDir, topology: Topology | None = None, gpus: Sequence[str] = ()) -> None:
-        """
-        Args:
-            topology: None: there are no GPUs.
-            gpus: what they are called.
-        """
         self._config, self._run, self._topology, self._gpus = config, run, topology, gpus
         self._scratch: Scratch | None = None
 
     def trainer(self, arguments: Sequence[str]) -> Child:
         ranks = f"--nproc-per-node={self._config.parallel.ranks}"
         command = [sys.executable, *TORCHRUN, ranks, "-m", "megatron_hpt.actor.trainer", *arguments]
-        # torchrun numbers the ranks of this machine as `place` does: rank r takes the r-th GPU that it sees.
+        # torchrun numbers the ranks of this machine as `place_nodes` does: rank r takes the r-th GPU that it sees.
         own = self._on(self._topology.trainer) if self._topology else {}
         return Child.start("trainer", command, self._run.log("torchrun"), {**inherited_here(), **self._own, **own})
 
@@ -99,18 +117,14 @@ class LocalLauncher:
         return Child.start("coordinator", command, self._run.log("coordinator"), {**coordinators(self._config), **self._own})
 
     def engine(self, index: int) -> tuple[str, Child]:
-        config, kind = self._config, engine_of(self._config)
-        port = free_port(config.rollout.host)
+        config, port = self._config, free_port(self._config.rollout.host)
         start = Start(self._run.engine_model(config), port, self._run.path, on_gpus=self._topology is not None)
         own = self._on(self._topology.engines[index]) if self._topology else {}
-        inherited = {**kind.environment(config, start.on_gpus), **self._own, **own}
-        command = kind.command(config, interpreter(config), start)
-        child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), inherited)
-        return f"http://{config.rollout.host}:{port}", child
+        return start_engine(config, index, start, self._run.log(f"engine_{index}"), {**self._own, **own})
 
     @property
     def _own(self) -> dict[str, str]:
-        """What every part gets."""
+        """Environment variables of every part: temporary files go to a folder that is made with the first part."""
         self._scratch = self._scratch or Scratch()
         return self._scratch.environment
 
@@ -125,18 +139,18 @@ class LocalLauncher:
 
 
 def coordinators(config: Config) -> dict[str, str]:
-    """What the coordinator inherits: the API key too that the recipe's reward model wants."""
+    """Return the coordinator's environment: what every part inherits, and the API key of the recipe's reward model."""
     return inherited_here(config.reward.http.key_variable)
 
 
 def free_port(host: str) -> int:
-    """A free port below the range that the kernel gives to outgoing connections.
+    """Return a free port below the range that the kernel gives to outgoing connections.
 
-    The engine binds it only seconds later; a port of that range may by then belong to somebody's request.
+    An engine binds its port only seconds later; a port of that range may by then belong to somebody's request.
 
     Raises:
         ConfigError: this machine has no such address.
-        HptError: none found.
+        HptError: no port was found.
     """
     _require_own(host)
     first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
@@ -148,7 +162,7 @@ def free_port(host: str) -> int:
 
 
 def _require_own(host: str) -> None:
-    """A server can listen there."""
+    """Raise ConfigError unless a server can listen at `host`."""
     try:
         with socket.socket() as probe:
             probe.bind((host, 0))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import signal
 import tempfile
 import time
@@ -13,13 +11,11 @@ from typing import Any, NoReturn
 
 from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
-from megatron_hpt.engines.running import is_healthy
 from megatron_hpt.errors import DeadlineError, HptError, Interrupted, RequeueRequested
-from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of, stop_all
+from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of
+from megatron_hpt.launch.engines import Fleet, provide_token
 from megatron_hpt.launch.launchers import Launcher
 from megatron_hpt.launch.starting import Starting
-from megatron_hpt.listening import GRACE_S, StoppedListening
-from megatron_hpt.process import TOKEN_VARIABLE, token
 from megatron_hpt.run import RunDir
 from megatron_hpt.space import NoSpaceError, describe, full
 from megatron_hpt.telemetry import metrics
@@ -40,19 +36,14 @@ class Supervisor:
     def __init__(self, config: Config, run: RunDir, start: int, launcher: Launcher) -> None:
         self._config, self._run, self._start, self._launcher = config, run, start, launcher
         self._board = Blackboard.host(launcher.host)
-        self._children: list[Child] = []
-        self._engines: dict[str, Child] = {}
+        self._parts: list[Child] = []
+        """Trainer and coordinator."""
+        self._engines = Fleet()
         self._starting = Starting(config, self._board, run.logs, start)
-        self._restarted = 0
-        self._returning: dict[str, float] = {}
-        """URL of an engine that was started again and does not answer yet → when."""
-        self._wanting: list[str] = []
-        """URLs of dead engines that wait for memory of the trainer's GPUs."""
-        self._deaf = StoppedListening()
         self._silences = 0
         """Engines that the coordinator has given up, so far."""
         self._granted = 0
-        """Those that the trainer gave it to, so far."""
+        """Dead engines that the trainer has made room for, so far."""
         self._returned = 0
         self._shown = start
         self._read = 0
@@ -85,24 +76,16 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _start_all(self) -> None:
-        # Every process of the run inherits it; servers of the user's own are reached with the one in the environment.
-        os.environ[TOKEN_VARIABLE] = token() or secrets.token_urlsafe(24)
+        provide_token()
         if not self._config.rollout.urls:
-            self._start_engines()
+            self._engines.start(self._config.rollout.servers, self._launcher.engine)
         arguments = [str(self._run.path), "--store", self._board.address, "--from-step", str(self._start)]
-        self._children.append(self._launcher.trainer(arguments))
-        self._children.append(self._launcher.coordinator(arguments))
+        self._parts.append(self._launcher.trainer(arguments))
+        self._parts.append(self._launcher.coordinator(arguments))
 
     @property
-    def _named_engines(self) -> dict[str, str]:
-        """URL → name."""
-        return {url: url for url in self._config.rollout.urls} or {url: child.name for url, child in self._engines.items()}
-
-    def _start_engines(self) -> None:
-        for index in range(self._config.rollout.servers):
-            url, child = self._launcher.engine(index)
-            self._engines[url] = child
-            self._children.append(child)
+    def _children(self) -> list[Child]:
+        return [*self._engines.values(), *self._parts]
 
     def _watch(self, progress: Progress) -> None:
         """Return when trainer and coordinator have ended well."""
@@ -144,7 +127,7 @@ class Supervisor:
             )
 
     def _finished(self) -> bool:
-        return all(child.exit_code == 0 for child in self._children if child not in self._engines.values())
+        return all(child.exit_code == 0 for child in self._parts)
 
     def _check_children(self, progress: Progress) -> None:
         """Start engines again that died in service, as often as is allowed.
@@ -161,13 +144,12 @@ class Supervisor:
             settled = len(failures)
             time.sleep(SETTLE_S)
             failures = self._failures()
-        dead = [url for url, child in self._engines.items() if child.exit_code is not None and url not in self._wanting]
+        dead = self._engines.dead()
         # One that never answered will not either.
         allowed = self._config.rollout.max_restarts if self._starting.announced else 0
-        if len(dead) < len(failures) or self._restarted + len(dead) > allowed:
+        if len(dead) < len(failures) or self._engines.restarts + len(dead) > allowed:
             self._blame_space(failures)
-            already = f"\nengines had been started again {self._restarted} times" if self._restarted else ""
-            raise RunFailed("\n".join(str(failure) for failure in failures) + already)
+            raise RunFailed("\n".join(map(str, failures)) + self._engines.history)
         for url in dead:
             self._restart(url, progress)
 
@@ -186,48 +168,42 @@ class Supervisor:
     def _restart(self, url: str, progress: Progress) -> None:
         """Start an engine again: at once, or where it shares the trainer's GPUs, when the trainer does not need them."""
         child = self._engines[url]
-        self._restarted += 1
+        self._engines.restarts += 1
         died = f"{child.name} died ({describe_exit(child.exit_code)})"
-        count = f"restart {self._restarted} of {self._config.rollout.max_restarts}"
+        count = f"restart {self._engines.restarts} of {self._config.rollout.max_restarts}"
         # One that dies while it starts has been given memory already, and the trainer waits for it.
-        if self._config.rollout.sleep and url not in self._returning:
-            self._board.put(f"wanted/{self._granted + len(self._wanting)}", url)
-            self._wanting.append(url)
+        if self._config.rollout.sleep and url not in self._engines.returning:
+            self._board.put(f"wanted/{self._granted + len(self._engines.waiting)}", url)
+            self._engines.waiting.append(url)
             progress.status(f"{died} and is started again when the trainer's GPUs are free; {count}")
         else:
-            self._start_again(url)
+            self._engines.start_again(url)
             progress.status(f"{died} and is started again; {count}")
 
     def _start_granted(self) -> None:
         """Start the dead engines that the trainer has made room for."""
-        while self._wanting and self._board.get(f"granted/{self._granted}"):
+        while self._engines.waiting and self._board.get(f"granted/{self._granted}"):
             self._granted += 1
-            self._start_again(self._wanting.pop(0))
-
-    def _start_again(self, url: str) -> None:
-        child = self._engines[url]
-        again = child.again()
-        self._children[self._children.index(child)] = self._engines[url] = again
-        self._returning[url] = time.monotonic()
+            self._engines.start_again(self._engines.waiting.pop(0))
 
     def _end_unresponsive(self, progress: Progress) -> None:
         """End engines that listen no more, or that the coordinator has given up, so that they can be started again."""
-        away = {*self._returning, *self._wanting}
-        serving = [url for url in self._engines if url not in away] if self._starting.announced else []
-        ended = [(url, "listens no more") for url in self._deaf.among(serving)]
+        if not self._starting.announced:
+            return
+        ended = [(url, "listens no more") for url in self._engines.silent()]
         if (silent := self._board.get(f"silent/{self._silences}")) is not None:
             self._silences += 1
             waited = f"{self._config.deadlines.silent_s:g} s (deadlines.silent_s)"
-            ended += [(silent, f"gave no sign of life for {waited}")] if silent in serving else []
+            ended += [(silent, f"gave no sign of life for {waited}")] if silent in self._engines.serving else []
         for url, reason in ended:
             progress.status(f"{self._engines[url].name} {reason} and is ended")
-            stop_all([self._engines[url]], grace_s=GRACE_S)
+            self._engines.end(url)
 
     def _failures(self) -> list[Failure]:
-        waiting = [self._engines[url] for url in self._wanting]
-        ended = [child for child in self._children if child.exit_code is not None and child not in waiting]
         # An engine may not end at all while the run goes on, however well.
-        return [failure_of(c, self._run.logs) for c in ended if c.exit_code != 0 or c in self._engines.values()]
+        ended = [self._engines[url] for url in self._engines.dead()]
+        ended += [part for part in self._parts if part.exit_code]
+        return [failure_of(child, self._run.logs) for child in ended]
 
     def _announce_returned(self, progress: Progress) -> None:
         """Ask the trainer to give its weights to engines that answer again.
@@ -235,17 +211,16 @@ class Supervisor:
         Raises:
             DeadlineError: one does not for too long.
         """
-        for url, started in list(self._returning.items()):
-            waited, name = time.monotonic() - started, self._engines[url].name
-            if is_healthy(url):
-                self._board.put(f"returned/{self._returned}", url)
-                self._returned += 1
-                self._board.put("returned", self._returned)
-                del self._returning[url]
-                progress.status(f"{name} answers again, after {waited:.0f} s")
-            elif waited > self._config.deadlines.startup_s:
+        for url, waited in self._engines.returned().items():
+            self._board.put(f"returned/{self._returned}", url)
+            self._returned += 1
+            self._board.put("returned", self._returned)
+            progress.status(f"{self._engines[url].name} answers again, after {waited:.0f} s")
+        for url, started in self._engines.returning.items():
+            child, waited = self._engines[url], time.monotonic() - started
+            if waited > self._config.deadlines.startup_s:
                 raise DeadlineError(
-                    f"{name} not ready again within {waited:.0f} s (deadlines.startup_s); see {self._engines[url].log}"
+                    f"{child.name} not ready again within {waited:.0f} s (deadlines.startup_s); see {child.log}"
                 )
 
     @property
@@ -266,7 +241,8 @@ class Supervisor:
                 progress.step(line)
                 self._shown = line["step"] + 1
         if self._shown == self._start:
-            progress.status(self._starting.look(self._named_engines) or "first evaluation and rollouts")
+            named = {url: url for url in self._config.rollout.urls} or self._engines.names
+            progress.status(self._starting.look(named) or "first evaluation and rollouts")
         elif status := self._board.get("status/coordinator"):
             progress.status(status)
 

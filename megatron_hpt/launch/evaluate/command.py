@@ -32,9 +32,6 @@ from megatron_hpt.launch.overridden_models import write_overridden
 from megatron_hpt.models.checkpoints import is_checkpoint
 from megatron_hpt.telemetry.progress import Counter
 
-STARTED_WITH = "default"
-"""What both engines call the weights of the folder that they were started with."""
-
 
 def evaluate(model: str, benchmarks: Sequence[str], options: EvaluationOptions, console: Console) -> Path:
     """Evaluate a model, or go on where an interrupted evaluation of the same kind ended.
@@ -140,7 +137,8 @@ async def _ask(
 
 
 def _clients_of(job: EvaluationJob, servers: Servers) -> list[HttpEngine]:
-    return [engine_of(job.config).client(job.config, url, STARTED_WITH) for url in servers.urls]
+    kind = engine_of(job.config)
+    return [kind.client(job.config, url, kind.started_with) for url in servers.urls]
 
 
 def _clients_of_running(job: EvaluationJob) -> list[HttpEngine]:

@@ -13,14 +13,16 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_hpt.config import Config
 from megatron_hpt.engines.interface import Start
-from megatron_hpt.engines.registry import engine_of, interpreter
+from megatron_hpt.engines.registry import engine_of
 from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch.children import GRACE_S, Child, stop_all
+from megatron_hpt.launch.engines import start_engine
 from megatron_hpt.launch.launchers import LOWEST_PORT, coordinators
 from megatron_hpt.plan.topology import Device, Slots, Topology, least_nodes, place_nodes
 from megatron_hpt.run import RunDir
@@ -211,15 +213,11 @@ class SlurmLauncher:
         return Child.start("coordinator", command, self._run.log("coordinator"), coordinators(self._config))
 
     def engine(self, index: int) -> tuple[str, Child]:
-        kind, places, port = engine_of(self._config), self._topology.engines[index], self._job.port(1 + index)
-        host = self._job.address(self._job.nodes[places[0].node])
-        config = _at(self._config, host)
-        start = Start(self._run.engine_model(config), port, self._run.path, self._job.has_gpus)
-        server = kind.command(config, interpreter(config), start)
-        command = engine_command(self._job, f"engine_{index}", places, server)
-        inherited = kind.environment(config, start.on_gpus)
-        child = Child.start(f"engine {index}", command, self._run.log(f"engine_{index}"), inherited)
-        return f"http://{host}:{port}", child
+        name, places = f"engine_{index}", self._topology.engines[index]
+        config = _at(self._config, self._job.address(self._job.nodes[places[0].node]))
+        start = Start(self._run.engine_model(config), self._job.port(1 + index), self._run.path, self._job.has_gpus)
+        around = partial(engine_command, self._job, name, places)
+        return start_engine(config, index, start, self._run.log(name), {}, around)
 
     def _steps(self) -> list[str]:
         """The job's steps, without the one that this process may be in: a supervisor that NeMo-Run started."""

@@ -47,7 +47,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 def kill(servers: Servers, url: str) -> None:
-    process = servers._children[url].process
+    process = servers.fleet[url].process
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -69,7 +69,7 @@ def test_engines_that_die_are_started_again_as_often_as_allowed(config: Config, 
 
         with pytest.raises(EngineError, match=r"engine 1 died \(exit code -9, SIGKILL\)[\s\S]*started again 1 times"):
             asyncio.run(killed())
-        pids = [child.process.pid for child in servers._children.values()]
+        pids = [child.process.pid for child in servers.fleet.values()]
     assert not any(map(psutil.pid_exists, pids))
     assert [(tmp_path / "logs" / f"engine_{i}.log").read_text().split()[0] for i in range(2)] == ["4,5", "6,7"]
 
@@ -79,13 +79,13 @@ def test_an_engine_that_hangs_is_given_up_and_started_again(config: Config, tmp_
     with Servers(config, tmp_path, tmp_path / "logs", ()) as servers:
         servers.wait(lambda text: None)
         first, second = servers.urls
-        stopped, untouched = servers._children[first].process, servers._children[second].process
+        stopped, untouched = (servers.fleet[url].process for url in (first, second))
 
         async def given_up() -> None:
             watch = asyncio.create_task(servers.watch())
             os.killpg(stopped.pid, signal.SIGSTOP)
             servers.give_up(first)
-            while servers._children[first].process is stopped or not await asyncio.to_thread(is_healthy, first):
+            while servers.fleet[first].process is stopped or not await asyncio.to_thread(is_healthy, first):
                 await asyncio.sleep(0.05)
             watch.cancel()
 
@@ -98,15 +98,15 @@ def test_an_engine_that_listens_no_more_is_started_again(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "megatron_hpt.launch.evaluate.servers.StoppedListening.among",
+        "megatron_hpt.launch.engines.StoppedListening.among",
         lambda self, urls: [first] if urls and not again() else [],
     )
     with Servers(config, tmp_path, tmp_path / "logs", ()) as servers:
         servers.wait(lambda text: None)
-        first, before = servers.urls[0], servers._children[servers.urls[0]].process
+        first, before = servers.urls[0], servers.fleet[servers.urls[0]].process
 
         def again() -> bool:
-            return servers._children[first].process is not before
+            return servers.fleet[first].process is not before
 
         async def restarted() -> None:
             watch = asyncio.create_task(servers.watch())
