@@ -240,7 +240,6 @@ class Supervisor:
             if is_healthy(url):
                 self._board.put(f"returned/{self._returned}", url)
                 self._returned += 1
-                self._board.put("returned", self._returned)
                 del self._returning[url]
                 progress.status(f"{name} answers again, after {waited:.0f} s")
             elif waited > self._config.deadlines.startup_s:
