@@ -1,4 +1,7 @@
-"""Small keys that the processes of a run share: a torch TCPStore with deadlines whose errors name who is late."""
+"""Small values that the processes of a run share: a torch TCPStore with deadlines whose errors name who is late.
+
+The docstring of `rollout.coordinator` lists every key, with who writes it and who waits for it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _POLL_S = 0.05
 
 
 def ready(part: str) -> str:
-    """Key by which a part of the run says that it has started."""
+    """The key by which a part of the run says that it has started."""
     return f"ready/{part}"
 
 
@@ -31,7 +34,7 @@ class Blackboard:
 
     @classmethod
     def host(cls, address: str = "127.0.0.1") -> Blackboard:
-        """Open a server on a free port of the loopback interface, or of that with an address."""
+        """Open a server on a free port of the loopback interface, or of the one that has the address."""
         listener = socket.create_server((address, 0))  # given an address alone, TCPStore listens on all of them
         port = listener.getsockname()[1]
         fd = listener.detach()  # the store closes it
@@ -60,11 +63,11 @@ class Blackboard:
         self._store.set(key, json.dumps(value))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A key's value now, or `default`."""
+        """Return a key's value, or `default` if it is not set yet."""
         return json.loads(self._store.get(key)) if self._store.check([key]) else default
 
     def wait_any(self, keys: Sequence[str], seconds: float, late: str) -> str:
-        """Wait until one of the keys is set, and return it: the first of them that is.
+        """Wait until one of the keys is set, and return that key; of several that are set the first in `keys`.
 
         Raises:
             DeadlineError: none was set in time.
@@ -78,7 +81,7 @@ class Blackboard:
         raise DeadlineError(f"{late} is late: none of {', '.join(map(repr, keys))} came within {seconds:.0f} s")
 
     def wait(self, key: str, seconds: float, late: str) -> Any:
-        """Wait until a key is set.
+        """Wait until a key is set, and return its value.
 
         Args:
             late: who is expected to set it, for the error.

@@ -214,7 +214,6 @@ class Supervisor:
         for url, waited in self._engines.returned().items():
             self._board.put(f"returned/{self._returned}", url)
             self._returned += 1
-            self._board.put("returned", self._returned)
             progress.status(f"{self._engines[url].name} answers again, after {waited:.0f} s")
         for url, started in self._engines.returning.items():
             child, waited = self._engines[url], time.monotonic() - started

@@ -1,4 +1,38 @@
-"""The coordinator process: prompts → rollouts → rewards → gate → batch (``python -m megatron_hpt.rollout.coordinator``)."""
+"""The coordinator process (``python -m megatron_hpt.rollout.coordinator``), and what all processes of a run do in a step.
+
+A step in ten lines (s is its number; the supervisor has started engines, trainer and coordinator, all of which are ready):
+
+ 1. The trainer sends version s of the weights to the engines and says so (``published/s``).
+ 2. The coordinator evaluates that version on the held-out sets, if it is due (`Evaluations`).
+ 3. It takes the next prompts; which ones follows from the position in the data, the seed and the history (`data.source`).
+ 4. The engines sample responses with version s (`sampling`, through `engines.pool`).
+ 5. Grader processes and reward servers give each response its reward (`rewards.pool`).
+ 6. The gate decides what each prompt trains: rollouts, demonstration, both or nothing. A gate that refills goes back to 3.
+ 7. The decided groups become rows with weights and advantages (`assembly`), which are written to the ledger (``batch/s``).
+ 8. The trainer, which has waited, reads the ledger, takes an optimizer step, saves if it is due (``trained/s``), and goes to 1.
+ 9. With version s + 1 published, the coordinator writes the step's line of metrics; after the last step it evaluates again.
+10. All the while the supervisor shows progress, starts dead engines again, and ends everything when another part dies.
+
+A batch that the ledger holds already (a resumed run) skips 1 to 7. Bulk data never goes over the blackboard: batches lie in the
+ledger, weights go by `transfer`. The keys of the blackboard, where [0] is rank 0 of the trainer and n counts from 0:
+
+    key                 written by    awaited or polled by     value
+    engines             supervisor    coordinator, trainer     URLs of the engines; written once all of them answer
+    ready/part          that part     supervisor               true; the part is trainer or coordinator
+    asleep              trainer [0]   trainer                  true; engines on the same GPUs have given their memory back
+    published/version   trainer [0]   coordinator, supervisor  metrics of the transfer; engines serve it, if a batch needs it
+    batch/step          coordinator   trainer                  true; the batch is in the ledger
+    trained/step        trainer [0]   coordinator              metrics of the optimizer step
+    go/key/turn         trainer [0]   trainer                  the key that came first while rank 0 waited for `key`
+    silent/n            coordinator   supervisor               URL of an engine without a sign of life; the supervisor ends it
+    wanted/n            supervisor    trainer [0]              URL of a dead engine that needs memory of the trainer's GPUs
+    granted/n           trainer [0]   supervisor               true; the engine of ``wanted/n`` may start
+    returned/n          supervisor    trainer                  URL of a restarted engine that answers; it is given weights
+    notice              supervisor    trainer [0]              true; a scheduler wants the run to end: save what is trained
+    stopped             trainer [0]   supervisor               the number of steps that are saved, after a notice
+    status/coordinator  coordinator   supervisor               what the screen shows from the last evaluation on
+    evaluated           coordinator   trainer                  true; the engines are no longer needed
+"""
 
 from __future__ import annotations
 
@@ -8,7 +42,7 @@ import logging
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +50,8 @@ from typing import Any
 
 from megatron_hpt.batch.history import History
 from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.rows import Batch
 from megatron_hpt.blackboard import Blackboard, ready
-from megatron_hpt.config import Config
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.data.source import open_sets, training_source
 from megatron_hpt.engines.pool import EnginePool, Patience
@@ -42,7 +76,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Stopwatch:
-    """Seconds per phase of a step, as metrics."""
+    """Seconds that the phases of a step take, under their names as metrics."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -56,9 +90,13 @@ class Stopwatch:
 
 
 class Coordinator:
-    """The main loop."""
+    """Makes the batches of a run and writes its metrics. `main` runs one, in a process of its own."""
 
     def __init__(self, run: RunDir, board: Blackboard, start: int, pool: GraderPool) -> None:
+        """
+        Args:
+            start: the first step that is trained; above 0 in a resumed run.
+        """
         self._board, self._start = board, start
         self._config = config = load_yaml(run.config)
         self._ledger, self._metrics = Ledger(run.batches), MetricsLog(run, start)
@@ -72,9 +110,16 @@ class Coordinator:
         behind = [line for line in read_metrics(run.metrics) if line["step"] < start]
         self._selection = Selection(run, config.evaluation, behind)
         self._silences = 0
+        """Engines that have been reported as silent so far."""
 
     async def run(self) -> None:
-        """Make every batch, and one line of metrics for each step."""
+        """Wait for the engines, then make every batch and write one line of metrics for each step.
+
+        Raises:
+            DeadlineError: another part is late.
+            EngineError: no engine samples, or one sampled with other weights.
+            DataError: a row cannot be used, or no prompt is left.
+        """
         self._board.put(ready("coordinator"), True)
         urls = self._board.wait("engines", self._config.deadlines.startup_s, "an engine")
         self._engines = self._engine_pool(urls)
@@ -90,75 +135,72 @@ class Coordinator:
             watch = Stopwatch()
             with watch.phase("step"):
                 if not self._ledger.has(step):
-                    await self._make_batch(step, watch)
-                self._selection.consider(self._ledger.read_meta(step)[1])
+                    self._ledger.write(await self._make_batch(step, watch))
+                batch_metrics = self._ledger.read_meta(step)[1]
+                self._selection.consider(batch_metrics)
                 self._history.add(step)
                 board.put(f"batch/{step}", True)
                 trained = board.wait(f"trained/{step}", config.deadlines.step_s, "the trainer")
-                published = self._weights_at(step + 1)
-            await self._record(step, {**trained, **published}, watch)
+                published = self._await_weights(step + 1)
+            line = _metrics_line(step, batch_metrics, {**trained, **published}, watch)
+            if step + 1 == config.trainer.steps:
+                board.put("status/coordinator", "last evaluation")
+                line |= await self._evaluate(step + 1)
+                self._selection.consider(line)
+            self._metrics.write(line)
         board.put("evaluated", True)
 
-    def _engine_pool(self, urls: list[str]) -> EnginePool:
-        deadlines = self._config.deadlines
-        engines = [engine_of(self._config).client(self._config, url) for url in urls]
-        # An engine comes back when it has started again and been given its weights.
-        patience = Patience(deadlines.health_s, deadlines.silent_s, return_s=deadlines.startup_s + deadlines.transfer_s)
-        return EnginePool(engines, patience, on_silence=self._report_silence)
-
-    def _report_silence(self, url: str) -> None:
-        """The supervisor ends an engine that gives no sign of life, and starts it again."""
-        self._board.put(f"silent/{self._silences}", url)
-        self._silences += 1
-
-    async def _make_batch(self, step: int, watch: Stopwatch) -> None:
-        self._weights_at(step)
+    async def _make_batch(self, step: int, watch: Stopwatch) -> Batch:
+        self._await_weights(step)
         evaluation: dict[str, Any] = {}
         if self._evaluates_before(step):
             with watch.phase("eval"):
                 evaluation = await self._evaluate(step)
         retried, ungraded = self._engines.retried, Counter(self._grader.pool.ungraded)
-        groups, data = await self._groups(step, watch)
+        groups, data = await self._graded_groups(step, watch)
         engines = {"rollout/engines": self._engines.in_service, "rollout/retried": self._engines.retried - retried}
         seconds = {key: watch.seconds[key] for key in ("time/data_s", "time/rollout_s", "time/reward_s")}
         causes = {f"rollout/ungraded_{cause}": n for cause, n in (self._grader.pool.ungraded - ungraded).items()}
         metrics = {**evaluation, **seconds, **engines, **causes, **data, "rollout/policy_version": step}
-        self._ledger.write(assemble(step, groups, self._algorithm, self._config, metrics, self._history.choices))
+        return assemble(step, groups, self._algorithm, self._config, metrics, self._history.choices)
 
-    async def _groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], dict[str, int]]:
-        """Graded groups enough for the step; the position of the next prompt and what was left out before it, as metrics."""
-        gate, wanted, position = self._algorithm.gate, self._config.trainer.prompts_per_step, self._history.next_prompt
+    async def _graded_groups(self, step: int, watch: Stopwatch) -> tuple[list[Group], dict[str, int]]:
+        """Take prompts, sample and grade them; where the gate refills, until enough of them train something.
+
+        Returns:
+            The groups; and as metrics the position of the next prompt and what was left out before it.
+        """
+        gate, needed, position = self._algorithm.gate, self._config.trainer.prompts_per_step, self._history.next_prompt
         groups: list[Group] = []
         counts: Counter[str] = Counter()
         for round_ in range(self._config.algorithm.max_rounds if gate.refills else 1):
             with watch.phase("data"):
-                data = self._source.take(position, wanted, self._history.streaks)
-            position = data.next_position
-            counts.update(data.counts)
+                taken = self._source.take(position, needed, self._history.streaks)
+            position = taken.next_position
+            counts.update(taken.counts)
             with watch.phase("rollout"):
-                settings = self._training_settings(step)
-                sampled = await self._sample(data.prompts, settings, f"train/{round_}", step, self._early(step))
+                sampled = await self._sample(step, round_, taken.prompts)
             with watch.phase("reward"):
                 groups += await grade(sampled, self._grader, self._algorithm.grades_demonstrations)
-            decided = decide(step, groups, gate, wanted, self._history.choices)
-            if sum(decision.choice is not Choice.SKIPPED for decision in decided) == wanted:
+            decisions = decide(step, groups, gate, needed, self._history.choices)
+            if sum(decision.choice is not Choice.SKIPPED for decision in decisions) == needed:
                 break
         return groups, {"data/next_prompt": position, **{f"data/{name}": number for name, number in counts.items()}}
 
-    async def _record(self, step: int, trained: dict[str, Any], watch: Stopwatch) -> None:
-        """Write the step's line; a batch from the ledger has the seconds that it took when it was made."""
-        seconds = {**watch.seconds}
-        seconds["time/step_s"] -= seconds.get("time/eval_s", 0.0)
-        line = {"step": step, **self._ledger.read_meta(step)[1], **trained, **seconds, "weights/version": step + 1}
-        line["throughput/tokens_per_s"] = line["train/tokens"] / line["time/step_s"]
-        if step + 1 == self._config.trainer.steps:
-            self._board.put("status/coordinator", "last evaluation")
-            line |= await self._evaluate(step + 1)
-            self._selection.consider(line)
-        self._metrics.write(line)
+    async def _sample(self, step: int, round_: int, prompts: Sequence[Prompt]) -> list[Group]:
+        config, gate = self._config, self._algorithm.gate
 
-    def _weights_at(self, version: int) -> dict[str, Any]:
-        return self._board.wait(f"published/{version}", self._config.deadlines.step_s, "the trainer")
+        def samples(prompt: Prompt) -> int:
+            return gate.samples(config.rollout.samples_per_prompt, prompt.demonstration is not None, step)
+
+        limit, stop_token = config.data.max_response_length, self._tokenizer.eos_token_id
+        settings = SamplingSettings(samples, config.rollout.temperature, 1.0, limit, stop_token)
+        early = None
+        if config.rollout.cancel_decided:
+            early = Early(GateDecider(gate, step, self._history.choices), self._grader)
+        seed = (config.trainer.seed, f"train/{round_}", step)
+        async with self._engines.serving(step):
+            return await sample(self._engines, prompts, settings, seed, step, early)
 
     def _evaluates_before(self, step: int) -> bool:
         every, last = self._config.evaluation.every, step + 1 == self._config.trainer.steps
@@ -166,44 +208,38 @@ class Coordinator:
         return bool(self._config.evaluation.held_out) and (step == 0 or bool(every and step % every == 0 and not last))
 
     async def _evaluate(self, version: int) -> dict[str, Any]:
-        """Accuracy of weights `version` on every held-out set; in a step's line it is that of its version, see docs."""
         if not self._config.evaluation.held_out:
             return {}
         async with self._engines.serving(version):
             return await self._evaluations.evaluate(version, self._engines, self._engines.size)
 
-    async def _sample(
-        self, prompts: list[Prompt], settings: SamplingSettings, purpose: str, version: int, early: Early | None = None
-    ) -> list[Group]:
-        seed = (self._config.trainer.seed, purpose, version)
-        async with self._engines.serving(version):
-            return await sample(self._engines, prompts, settings, seed, version, early)
+    def _await_weights(self, version: int) -> dict[str, Any]:
+        return self._board.wait(f"published/{version}", self._config.deadlines.step_s, "the trainer")
 
-    def _early(self, step: int) -> Early | None:
-        if not self._config.rollout.cancel_decided:
-            return None
-        return Early(GateDecider(self._algorithm.gate, step, self._history.choices), self._grader)
+    def _engine_pool(self, urls: Sequence[str]) -> EnginePool:
+        deadlines = self._config.deadlines
+        engines = [engine_of(self._config).client(self._config, url) for url in urls]
+        # An engine comes back when it has started again and been given its weights.
+        patience = Patience(deadlines.health_s, deadlines.silent_s, return_s=deadlines.startup_s + deadlines.transfer_s)
+        return EnginePool(engines, patience, on_silence=self._report_silence)
 
-    def _training_settings(self, step: int) -> SamplingSettings:
-        rollout, gate = self._config.rollout, self._algorithm.gate
-
-        def samples(prompt: Prompt) -> int:
-            return gate.samples(rollout.samples_per_prompt, prompt.demonstration is not None, step)
-
-        return SamplingSettings(samples, rollout.temperature, 1.0, self._config.data.max_response_length, self._stop_token)
-
-    @property
-    def _stop_token(self) -> int:
-        return self._tokenizer.eos_token_id
+    def _report_silence(self, url: str) -> None:
+        """Have the supervisor end an engine and start it again; the pool calls this when it gives the engine up."""
+        self._board.put(f"silent/{self._silences}", url)
+        self._silences += 1
 
 
-def graders(config: Config) -> GraderPool:
-    """The pool of grader processes that a configuration asks for."""
-    return GraderPool(config.reward)
+def _metrics_line(step: int, batch: dict[str, Any], trained: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
+    """A step's line of metrics. A batch from the ledger has the seconds that it took when it was made."""
+    seconds = {**watch.seconds}
+    seconds["time/step_s"] -= seconds.get("time/eval_s", 0.0)
+    line = {"step": step, **batch, **trained, **seconds, "weights/version": step + 1}
+    line["throughput/tokens_per_s"] = line["train/tokens"] / line["time/step_s"]
+    return line
 
 
 def main() -> None:
-    """Command line of the process."""
+    """Run the process that the supervisor starts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("--store", required=True)
@@ -215,7 +251,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     run = RunDir(arguments.run)
     log_to(run.log("coordinator"))
-    with ends_in_words(run.path), graders(load_yaml(run.config)) as pool:
+    with ends_in_words(run.path), GraderPool(load_yaml(run.config).reward) as pool:
         board = Blackboard.join(arguments.store)
         asyncio.run(Coordinator(run, board, arguments.from_step, pool).run())
     logger.info("done")
