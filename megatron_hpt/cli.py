@@ -295,9 +295,9 @@ def doctor(
     folder: Annotated[Path, typer.Option(help="folder of the runs, on a file system that all nodes see")] = RUNS,
 ) -> None:
     """Say what this machine can run, what is missing and what to do; exit code 1 if something is broken."""
-    from megatron_hpt.doctor.doctor import MACHINE, NODE, Asked, examined
+    from megatron_hpt.doctor.doctor import MACHINE, NODE, examined
 
-    report = examined(NODE if node else MACHINE, Asked(folder, gpus))
+    report = examined(NODE if node else MACHINE, CheckContext(folder, gpus))
     if as_json:
         sys.stdout.write(report.as_json() + "\n")
     elif node:
