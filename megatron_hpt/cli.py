@@ -296,6 +296,7 @@ def doctor(
 ) -> None:
     """Say what this machine can run, what is missing and what to do; exit code 1 if something is broken."""
     from megatron_hpt.doctor.doctor import MACHINE, NODE, examined
+    from megatron_hpt.doctor.health import CheckContext
 
     report = examined(NODE if node else MACHINE, CheckContext(folder, gpus))
     if as_json:
