@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
-from xdist.workermanage import NodeManager
 
 from tests import janitor
 
@@ -33,8 +32,6 @@ SKIPS = {
 def pytest_configure(config: pytest.Config) -> None:
     if janitor.is_watched():
         return
-    # An interrupted run kills its processes after so many seconds: what tests have started, Slurm above all, ends slowly.
-    NodeManager.EXIT_TIMEOUT = 300
     out = os.dup(1)  # pytest captures nothing yet
     janitor.watch(out)
     os.close(out)
