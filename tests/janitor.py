@@ -20,6 +20,7 @@ import psutil
 
 from megatron_hpt.launch.children import shared_memory
 from megatron_hpt.launch.scratch import keep_compiled, sweep
+from tests.slurm.cluster import remove_networks_of_the_dead
 
 MARK = "HPT_TESTS"
 """Environment variable with the folder for all temporary files of a test run; set: somebody watches already."""
@@ -57,8 +58,11 @@ def watch(out: int) -> None:
     code = 3
     try:
         code = _wait(child)
-        if code == INTERRUPTED:  # what was killed in its middle leaves what the next one on this machine removes
+        if code == INTERRUPTED:  # processes of tests are killed in their middle: pytest-xdist gives them seconds
             sweep()
+            if shutil.which("ip"):
+                remove_networks_of_the_dead()
+            own = set(os.listdir(folder))  # removed whole, below
         left = _left(folder, own, before)
         for line in left or ["nothing is left: no process, port, shared memory, network or temporary file"]:
             os.write(out, f"{line}\n".encode())

@@ -233,9 +233,7 @@ class Cluster:
 
     def start(self) -> None:
         """Bring everything up; returns when every node is idle."""
-        for pid in set(re.findall(r"(?m)^hpt(\d+)-", _run("ip", "netns", "list"))):
-            if not psutil.pid_exists(int(pid)):  # of a test process that was killed
-                _remove_networks(f"hpt{pid}")
+        remove_networks_of_the_dead()
         for name in ("log", "state", "spool", "dev", "mysql", "tmp"):
             (self.folder / name).mkdir(parents=True)
         for name in self.names():
@@ -365,6 +363,13 @@ class Cluster:
     def _logs(self) -> str:
         logs = sorted((self.folder / "log").iterdir())
         return "\n".join(f"== {path.name}\n" + "\n".join(path.read_text().splitlines()[-5:]) for path in logs)
+
+
+def remove_networks_of_the_dead() -> None:
+    """Remove what test processes that were killed have left, with everything that still runs in it."""
+    for pid in set(re.findall(r"(?m)^hpt(\d+)-", _run("ip", "netns", "list"))):
+        if not psutil.pid_exists(int(pid)):
+            _remove_networks(f"hpt{pid}")
 
 
 def _remove_networks(tag: str) -> None:
