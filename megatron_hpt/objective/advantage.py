@@ -233,11 +233,6 @@ def exact_bessel(number: int) -> float:
     return number / (number - 1)
 
 
-def reference_bessel(number: int) -> float:
-    """The same in single precision, as in verl's masked_var."""
-    return (torch.tensor(float(number)) / (number - 1)).item()
-
-
 def whitened(
     rows: Sequence[Sequence[float] | None], epsilon: float = 1e-8, bessel: Callable[[int], float] = exact_bessel
 ) -> list[Estimate]:

@@ -59,16 +59,6 @@ class K3:
         return value if self.bound is None else value.clamp(-self.bound, self.bound)
 
 
-@dataclass(frozen=True)
-class Absolute:
-    """The reference code's `abs`; an estimate of no divergence, kept to check its numbers."""
-
-    formula: str = "|d|"
-
-    def __call__(self, log_ratio: Tensor) -> Tensor:
-        return log_ratio.abs()
-
-
 ESTIMATORS: dict[str, KlEstimator] = {"k1": K1(), "k2": K2(), "k3": K3()}
 
 

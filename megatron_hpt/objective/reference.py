@@ -82,28 +82,3 @@ class One:
 
     def __call__(self, tokens: Tokens, old_logprobs: Tensor, shaping: Shaping) -> Tensor:
         return shaping(tokens.logprobs)
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """π_ref = the probability of whoever wrote the demonstration, where it is known (LUFFY's π_φ)."""
-
-    epsilon: float = 0.0
-    symbol: ClassVar[str] = "π_φ"
-    surrogate: ClassVar[str] = "f(π_θ/π_φ)"
-    shapes: ClassVar[bool] = True
-
-    def __call__(self, tokens: Tokens, old_logprobs: Tensor, shaping: Shaping) -> Tensor:
-        return shaping(tokens.logprobs - (tokens.behaviour_logprobs.exp() + self.epsilon).log())
-
-
-@dataclass(frozen=True)
-class OldShaped:
-    """The ratio of shaped probabilities f(π_θ)/f(π_θold), as the reference reshapes rollouts with p/(p+c)."""
-
-    symbol: ClassVar[str] = "f(π_θold)"
-    surrogate: ClassVar[str] = "f(π_θ)/f(π_θold)"
-    shapes: ClassVar[bool] = True
-
-    def __call__(self, tokens: Tokens, old_logprobs: Tensor, shaping: Shaping) -> Tensor:
-        return shaping(tokens.logprobs) / shaping(old_logprobs)

@@ -17,7 +17,7 @@ class Box:
 
     @property
     def volume(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.extent)
 
     @property
@@ -26,24 +26,24 @@ class Box:
         return tuple(slice(o, o + e) for o, e in zip(self.offset, self.extent, strict=True))
 
     def common(self, other: Box) -> Box | None:
-        """What two boxes of one tensor share; None: nothing."""
+        """Return the box that two boxes of one tensor share, or None where they are apart."""
         start = tuple(map(max, self.offset, other.offset))
         end = [min(a + m, b + n) for a, m, b, n in zip(self.offset, self.extent, other.offset, other.extent, strict=True)]
         extent = tuple(e - s for s, e in zip(start, end, strict=True))
         return Box(start, extent) if all(e > 0 for e in extent) else None
 
     def inside(self, outer: Box) -> Box:
-        """This box seen from `outer`, which holds it."""
+        """Return this box relative to the start of `outer`, which contains it."""
         return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.extent)
 
 
 def whole(shape: tuple[int, ...]) -> Box:
-    """The box that is all of a tensor."""
+    """Return the box that is all of a tensor."""
     return Box((0,) * len(shape), tuple(shape))
 
 
 def part(shape: tuple[int, ...], dim: int, start: int, size: int) -> Box:
-    """`size` indices from `start` along one dimension, all of the others."""
+    """Return the box of `size` indices from `start` along one dimension, and all of the others."""
     return Box(
         tuple(start if d == dim else 0 for d in range(len(shape))),
         tuple(size if d == dim else n for d, n in enumerate(shape)),
@@ -51,7 +51,7 @@ def part(shape: tuple[int, ...], dim: int, start: int, size: int) -> Box:
 
 
 def tiles(pieces: list[Box], outer: Box) -> str | None:
-    """Why the pieces do not cover `outer` exactly once; None: they do. Pieces may reach beyond `outer`."""
+    """Return why the pieces do not cover `outer` exactly once, or None where they do. Pieces may reach beyond `outer`."""
     clipped = [common for piece in pieces if (common := piece.common(outer))]
     if sum(piece.volume for piece in clipped) < outer.volume:
         return "its pieces do not cover it"

@@ -18,8 +18,8 @@ WATCH_S = 1.0
 class Calls:
     """Calls of one server, from any thread without an event loop.
 
-    A vLLM server whose engine process dies leaves the calls that wait for it unanswered (`launch.deaf`). So one that waits
-    looks whether somebody still listens.
+    A vLLM server whose engine process dies leaves the calls that wait for it unanswered (`megatron_hpt.listening`). So a call
+    that waits looks every `WATCH_S` seconds whether somebody still listens.
     """
 
     def __init__(self, url: str, deadline_s: float) -> None:
@@ -27,12 +27,12 @@ class Calls:
         self._certificates = httpx.create_ssl_context(trust_env=False)
 
     def ask(self, method: str, route: str, **request: Any) -> httpx.Response:
-        """The answer, with status 200.
+        """Make one call and return the answer, whose status is 200.
 
         Raises:
-            TransferError: another one; carries the engine's own words.
-            EngineGone: nobody answers, or none who could.
-            DeadlineError: not in time.
+            TransferError: another status; the message carries the engine's own words.
+            EngineGone: nobody answers, or the server's engine has died.
+            DeadlineError: the answer did not come in time.
         """
         try:
             response = asyncio.run(self._ask(method, route, **request))
@@ -80,7 +80,7 @@ class Calls:
 
 
 def _words(response: httpx.Response) -> str:
-    """An engine's error without its wrapping."""
+    """Return an engine's error without the JSON around it."""
     try:
         body = response.json()
     except ValueError:

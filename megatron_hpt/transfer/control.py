@@ -1,6 +1,17 @@
-"""The control plane of one engine's weight update: the engine's own HTTP API, called synchronously from the trainer.
+"""The control plane of one engine: weight updates and sleep through the engine's own HTTP API, called synchronously.
 
-prepare → (transfer) → verify → commit, the same for both engines:
+An `EngineControl` is made by `engines.registry.control` for each engine of a run, and by `registry.connect` for any running
+engine. `sending.driver.EngineDriver` calls it on the trainer's rank 0, several engines at once, each from one thread at a time;
+`tools/weight_transfer.py` calls it too. For a version the driver calls `version` and, where the
+engine is new or an update has failed since, `prepare`; then `update` and `resume`.
+
+Every method may raise:
+
+* `EngineGone`: nobody answers there. The driver goes on without the engine.
+* `DeadlineError`: the engine did not answer within `deadline_s`. The run ends.
+* `TransferError`: the engine refused; the message carries its own words. The run ends.
+
+The calls behind the steps are:
 
 | | vLLM 0.32 (entrypoints/rl/online/api_router.py) | SGLang 0.5.23 (entrypoints/http_server.py) |
 |---|---|---|
@@ -36,7 +47,7 @@ from megatron_hpt.transfer.manifest import Contents, Manifest
 
 
 class InFlight(Enum):
-    """What happens to requests that are under way when weights change."""
+    """What happens to requests that are under way when weights change: `transfer.in_flight`."""
 
     KEEP = "keep"
     """They go on with the keys and values of the old weights."""
@@ -47,7 +58,7 @@ class InFlight(Enum):
 
 
 class Memory(Enum):
-    """What an engine gives back when it sleeps, as both engines call it."""
+    """The kinds of device memory that an engine gives back when it sleeps, by the name that both engines have for them."""
 
     WEIGHTS = "weights"
     CACHE = "kv_cache"
@@ -55,7 +66,7 @@ class Memory(Enum):
 
 @dataclass(frozen=True)
 class ServerLoad:
-    """How busy an engine is."""
+    """How busy an engine is; `tools/weight_transfer.py watch` shows it."""
 
     running: int
     """Requests that it decodes."""
@@ -66,7 +77,7 @@ class ServerLoad:
 
 
 class EngineControl(ABC):
-    """Weight updates of one server."""
+    """What an engine's control plane must provide; `engines/vllm/control.py` and `engines/sglang/control.py` do."""
 
     def __init__(self, url: str, deadline_s: float, in_flight: InFlight = InFlight.RECOMPUTE) -> None:
         self.url = url
@@ -76,24 +87,23 @@ class EngineControl(ABC):
 
     @abstractmethod
     def prepare(self, contents: Contents) -> None:
-        """Introduce a trainer and what it will send; whatever another one left open is given up.
+        """Have the engine agree on what a trainer will send, in place of any other trainer and of updates left open.
 
-        Raises:
-            TransferError: the engine refused; carries its own words.
-            EngineGone: nobody answers.
-            DeadlineError: it did not answer in time.
+        Called before the first `update` of a trainer and after each one that failed. With a transport that meets
+        (`Transport.meets`) it returns when the engine's ranks and all trainer ranks have joined their group.
         """
 
     def update(self, manifest: Manifest) -> dict[str, float]:
         """Bring the engine to `manifest.version`, whole: pause, transfer, verify, load, drop caches, compare.
 
-        The version is set by the last call that can fail, so an engine that reports it serves it. The engine stays paused,
-        until `resume` or, after an error, until an update succeeds.
+        Called after `prepare` with the contents that the manifest names. The version is set by the last call that can fail, so
+        an engine that reports it serves it. The engine stays paused until `resume`, also after an error.
 
         Returns:
-            Seconds of its slowest rank: receive, load, and compare where that was asked for.
+            Seconds of its slowest rank: ``receive``, ``load``, and ``compare`` where the manifest asks for it.
 
-        Raises: as `prepare`.
+        Raises:
+            TransferError: also bytes that arrived damaged, weights that are not those sent, or another version afterwards.
         """
         self.pause()
         seconds = self._update(manifest)
@@ -102,41 +112,44 @@ class EngineControl(ABC):
         return seconds
 
     @abstractmethod
-    def _update(self, manifest: Manifest) -> dict[str, float]: ...
+    def _update(self, manifest: Manifest) -> dict[str, float]:
+        """Do the part of `update` between the pause and the check of the version."""
 
     @abstractmethod
     def compare(self, contents: Contents, manifest: Manifest) -> None:
-        """Compare the engine's weights with others that it can reach; nothing is loaded, no trainer loses its place.
+        """Compare the engine's weights with others that it can reach, for `tools/weight_transfer.py verify`.
+
+        Nothing is loaded, and the trainer that has prepared the engine may go on.
 
         Raises:
-            TransferError: naming the first tensor that differs.
+            TransferError: names the first tensor that differs.
         """
 
     @abstractmethod
     def pause(self) -> None:
-        """Stop generating; requests under way are kept, recomputed or aborted as this control was told."""
+        """Stop generating; what happens to requests under way is the `InFlight` that this control was made with."""
 
     @abstractmethod
     def resume(self) -> None:
-        """Generate again."""
+        """Generate again; weights and caches must have their memory."""
 
     def sleep(self) -> None:
-        """Free the device memory of weights and caches, for a trainer on the same devices; twice is once.
+        """Free the device memory of weights and caches, for a trainer on the same devices; idempotent.
 
-        Requests that are under way end. On a host the memory stays. Raises: as `prepare`.
+        Requests that are under way end. An engine on a host keeps its memory.
         """
         if not self._asleep:
             self._sleep()
             self._asleep = set(Memory)
 
     def wake(self, memory: Memory) -> None:
-        """Take memory again, its contents lost; twice is once. Both must be there before `resume`. Raises: as `prepare`."""
+        """Reallocate memory without restoring its contents; idempotent. Both kinds must be there before `resume`."""
         if memory in self._asleep:
             self._wake(memory)
             self._asleep.remove(memory)
 
     def note_restart(self) -> None:
-        """The server has been started again, so it is awake. SGLang ends a server that is woken twice."""
+        """Note that the server has been started again, so it is awake: an SGLang server that is woken twice ends."""
         self._asleep.clear()
 
     @abstractmethod
@@ -147,15 +160,15 @@ class EngineControl(ABC):
 
     @abstractmethod
     def version(self) -> int | None:
-        """The version that the engine says it serves; None: none of ours."""
+        """Return the version that the engine serves, or None before it has been sent one."""
 
     @abstractmethod
     def load(self) -> ServerLoad:
-        """How busy the engine is."""
+        """Return how busy the engine is."""
 
     @abstractmethod
     def layout(self) -> EngineLayout:
-        """How the engine is cut."""
+        """Return how the engine is cut, as far as it tells. A run has its engines' layout from the configuration instead."""
 
     def _call(self, method: str, route: str, **request: Any) -> httpx.Response:
         return self._calls.ask(method, route, **request)

@@ -1,6 +1,6 @@
-"""Checkpoints on disk as what travels: an engine reads the tensors of a folder's safetensors in place.
+"""Checkpoints on disk, described as what travels: an engine reads the tensors of a folder's safetensors in place.
 
-Two kinds of folder: a Hugging Face model, and a version that the transport ``files`` has written.
+The folder is a Hugging Face model, or a version that the transport ``files`` has written.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron_hpt.transfer.transports.mapped import MappedBytes
 
 
 def describe(folder: Path, version: int) -> tuple[Contents, Manifest]:
-    """What a checkpoint holds, ready to be sent.
+    """Return the contents and the manifest of a checkpoint, ready for `EngineControl.prepare` and `update`.
 
     Args:
-        version: the number that engines will report; a written version has its own.
+        version: the number that engines will report; a version written by ``files`` has its own instead.
 
     Raises:
-        ModelError, TransferError: not a checkpoint, or a damaged one.
+        ModelError, TransferError: it is no checkpoint, or a damaged one.
     """
     if (folder / "manifest.json").is_file():
         data = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def describe(folder: Path, version: int) -> tuple[Contents, Manifest]:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, str, int, int]]:
-    """(name, dtype, first byte, bytes) of every tensor in a safetensors file."""
+    """Yield (name, dtype, first byte, bytes) of every tensor in a safetensors file."""
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(size))

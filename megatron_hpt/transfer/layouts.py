@@ -49,7 +49,7 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class TensorKind:
-    """What a tensor's name says about it."""
+    """What a tensor's name says about it; `layer` and `expert` are None where it belongs to none."""
 
     cut: Cut
     layer: int | None
@@ -60,7 +60,7 @@ def kind_of(name: str) -> TensorKind:
     """Read a Hugging Face name.
 
     Raises:
-        ModelError: no rule knows it.
+        ModelError: no rule matches it.
     """
     layer, expert = _LAYER.match(name), _EXPERT.search(name)
     for pattern, cut in _CUTS:
@@ -74,7 +74,7 @@ Held = list[tuple[Box, tuple[int, ...]]]
 
 
 def _slabs(tensor: tuple[int, ...], cut: Cut, size: int) -> list[Box]:
-    """The boxes of `size` ranks, in their order, of a tensor whose sides divide."""
+    """Return the boxes of `size` ranks, in their order, of a tensor whose sides divide."""
     if cut is Cut.WHOLE:
         return [whole(tensor)] * size
     dim = 1 if cut is Cut.COLUMNS else 0
@@ -83,7 +83,7 @@ def _slabs(tensor: tuple[int, ...], cut: Cut, size: int) -> list[Box]:
 
 
 def _vocabulary(tensor: tuple[int, ...], size: int, multiple: int) -> list[Box | None]:
-    """Rows of a padded vocabulary; a rank may hold padding alone."""
+    """Return each rank's rows of a padded vocabulary; None for a rank that holds padding alone."""
     rows = -(-tensor[0] // multiple) * multiple
     width = -(-rows // size)
     cuts = [(rank * width, min(width, tensor[0] - rank * width)) for rank in range(size)]
@@ -91,16 +91,20 @@ def _vocabulary(tensor: tuple[int, ...], size: int, multiple: int) -> list[Box |
 
 
 def _gathered(boxes: list[Box | None], ranks: Callable[[int], tuple[int, ...]]) -> Held:
-    """Equal boxes put together: box → all ranks that hold it."""
+    """Put equal boxes together, each with all ranks that hold it.
+
+    Args:
+        ranks: place in `boxes` → the ranks that hold that box.
+    """
     held: dict[Box, list[int]] = {}
     for place, box in enumerate(boxes):
         if box is not None:
             held.setdefault(box, []).extend(ranks(place))
-    return [(box, tuple(sorted(found))) for box, found in held.items()]
+    return [(box, tuple(sorted(holders))) for box, holders in held.items()]
 
 
 def actor_holdings(tensors: dict[str, tuple[int, ...]], shape: ModelShape, layout: ParallelConfig) -> dict[str, Held]:
-    """Which actor ranks hold which boxes of each tensor.
+    """Return which actor ranks hold which boxes of each tensor.
 
     Args:
         tensors: Hugging Face name → shape (`hf_tensor_shapes`).
@@ -169,11 +173,11 @@ class EngineLayout:
 
     @property
     def ranks(self) -> int:
-        """Ranks of one engine; rank = tensor rank + tensor · stage."""
+        """Number of ranks of one engine; rank = tensor rank + tensor · stage."""
         return self.tensor * self.pipeline
 
     def stages(self, layers: int) -> list[range]:
-        """Layers of each pipeline stage: what does not divide goes to the stages before the last."""
+        """Return the layers of each pipeline stage: what does not divide goes to the stages before the last."""
         sizes = [layers // self.pipeline] * self.pipeline
         for i in range(layers % self.pipeline):
             sizes[-(i + 2)] += 1
@@ -182,7 +186,7 @@ class EngineLayout:
 
 
 def engine_holdings(tensors: dict[str, tuple[int, ...]], shape: ModelShape, layout: EngineLayout) -> dict[str, Held]:
-    """Which ranks of one engine hold which boxes of each tensor.
+    """Return which ranks of one engine hold which boxes of each tensor.
 
     Raises:
         ConfigError: the layout does not divide the model.
@@ -243,7 +247,7 @@ def _check_engine(shape: ModelShape, layout: EngineLayout) -> None:
 
 
 def held_by(holdings: dict[str, Held], rank: int) -> Iterator[tuple[str, Box]]:
-    """The boxes of one rank."""
+    """Yield the boxes of one rank by tensor."""
     for name, boxes in holdings.items():
         for box, ranks in boxes:
             if rank in ranks:

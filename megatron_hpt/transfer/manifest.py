@@ -35,7 +35,7 @@ class Piece:
     """First byte there."""
     nbytes: int
     receivers: tuple[int, ...] = ()
-    """Ranks of the engine that it is sent to; none: whoever wants it."""
+    """Ranks of the engine that it is sent to; empty where any rank may read it."""
 
     def is_for(self, rank: int) -> bool:
         """Whether it is sent to this rank of the engine."""
@@ -70,10 +70,10 @@ class Contents:
     pieces: tuple[Piece, ...]
     """In the global order, in which messages travel."""
     rendezvous: dict[str, Any] = field(default_factory=dict)
-    """Where one engine and the trainer meet, for transports that talk."""
+    """Where one engine and the trainer meet, for transports with `Transport.meets`."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for an HTTP body; a piece is a row [tensor, offset, extent, source, position, bytes, receivers]."""
+        """Return plain data for an HTTP body; a piece is a row [tensor, offset, extent, source, position, bytes, receivers]."""
         numbers = {name: i for i, name in enumerate(self.shapes)}
         return {
             "session": self.session,
@@ -111,7 +111,7 @@ class Contents:
 
     @cached_property
     def digest(self) -> str:
-        """Names these contents in a manifest."""
+        """The name of these contents in a manifest."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -129,12 +129,12 @@ class Manifest:
     """`Contents.digest`."""
     version: int
     checksums: tuple[int, ...]
-    """One for each piece, in its order."""
+    """XXH3 of each piece, in the order of the pieces."""
     compare: bool
-    """After loading, the engine's own weights are compared with what was sent."""
+    """Whether the engine compares its own weights with what was sent after loading them."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for an HTTP body. Checksums are hexadecimal: JSON's numbers do not hold 64 bits everywhere."""
+        """Return plain data for an HTTP body. Checksums are hexadecimal: JSON's numbers do not hold 64 bits everywhere."""
         return {
             "session": self.session,
             "contents": self.contents,
@@ -158,11 +158,11 @@ class Manifest:
 
 
 def dtype_of(name: str, names: Container[str], plain: str) -> str:
-    """dtype of a tensor on its way: those of an FP8 checkpoint say it by their names.
+    """Return the torch dtype name of a tensor on its way; those of an FP8 checkpoint follow from the names.
 
     Args:
         names: all tensors; a weight that has scales is FP8.
-        plain: dtype of the others.
+        plain: dtype of tensors that are not quantised.
     """
     if name.endswith(SCALES):
         return "float32"
@@ -170,14 +170,14 @@ def dtype_of(name: str, names: Container[str], plain: str) -> str:
 
 
 def as_version(label: str | None) -> int | None:
-    """An engine's version label as a number; engines start with labels such as ``default``."""
+    """Return an engine's version label as a number, or None for the labels that engines start with, such as ``default``."""
     return int(label) if label is not None and label.isdecimal() else None
 
 
 def check_contents(
     contents: Contents, expected: Mapping[str, tuple[int, ...]], dtype: str, needed: Mapping[str, Box], rank: int
 ) -> None:
-    """Refuse contents that are not this model, or do not cover what this engine rank needs exactly once.
+    """Refuse contents that are not this model, or do not cover exactly once what this engine rank needs.
 
     Args:
         expected: HF name → shape of every tensor of the engine's model.
@@ -186,7 +186,7 @@ def check_contents(
         rank: this rank in its engine.
 
     Raises:
-        TransferError: naming the first tensor that is missing, unknown, of another shape, or not covered exactly once.
+        TransferError: names the first tensor that is missing, unknown, of another shape, or not covered exactly once.
     """
     missing, unknown = expected.keys() - contents.shapes.keys(), contents.shapes.keys() - expected.keys()
     if missing or unknown:

@@ -33,9 +33,9 @@ class Send(NamedTuple):
     box: Box
     sender: int
     receivers: tuple[int, ...]
-    """Engine ranks, counted through all engines."""
+    """Engine ranks, numbered through all engines."""
     nbytes: int
-    """Bytes of the box, once."""
+    """Bytes of one copy of the box."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TransferPlan:
     senders: int
     receivers: int
     multicast: bool
-    """One write serves all receivers of a box (memory, files, a broadcast); else each is sent its own."""
+    """Whether one write serves all receivers of a box (memory, files); else each is sent a copy of its own."""
 
     @cached_property
     def sent(self) -> list[int]:
@@ -59,11 +59,11 @@ class TransferPlan:
         return _summed(self.receivers, ((r, s.nbytes) for s in self.sends for r in s.receivers))
 
     def seconds(self, sender_gbs: float, receiver_gbs: float) -> float:
-        """Predicted seconds at bandwidths in 10^9 bytes/s a rank, sending and receiving at the same time."""
+        """Predict the seconds at bandwidths in 10^9 bytes/s a rank, with sending and receiving at the same time."""
         return max(max(self.sent) / sender_gbs, max(self.received) / receiver_gbs) / 1e9
 
     def lower_bound_s(self, sender_gbs: float, receiver_gbs: float) -> float:
-        """No plan is faster: all bytes evenly over all senders, and the fullest receiver."""
+        """Return the seconds that no plan can beat: all bytes evenly over all senders, or the fullest receiver."""
         return max(sum(self.sent) / self.senders / sender_gbs, max(self.received) / receiver_gbs) / 1e9
 
 
@@ -76,7 +76,7 @@ def _summed(size: int, items: Iterable[tuple[int, int]]) -> list[int]:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Python's collector would look through a million live tuples again and again, and find nothing."""
+    """Stop Python's cyclic collector, which would look through a million live tuples again and again and find nothing."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -97,7 +97,7 @@ def make_plan(
     multicast: bool,
     row_multiple: Mapping[str, int] | None = None,
 ) -> TransferPlan:
-    """Plan a transfer.
+    """Plan a transfer. Every rank derives the same plan from the same arguments.
 
     Args:
         tensors: Hugging Face name → shape of the whole tensor; the order of the sends.
@@ -105,6 +105,7 @@ def make_plan(
         actor: holdings of the actor (`layouts.actor_holdings`, or what its ranks report).
         engines: for each engine its holdings and its number of ranks.
         senders: number of actor ranks.
+        multicast: whether one copy of a box serves all its receivers (`Transport.multicast`).
         row_multiple: tensors whose boxes are shared out in multiples of so many rows.
 
     Raises:
@@ -143,7 +144,7 @@ Needs = dict[str, Held]
 
 
 def _needs(tensors: dict[str, tuple[int, ...]], engines: Sequence[tuple[dict[str, Held], int]]) -> Needs:
-    """Box → engine ranks over all engines."""
+    """For each tensor, the boxes that engine ranks need, with those ranks numbered through all engines."""
     needs: Needs = {}
     for name in tensors:
         together: dict[Box, list[int]] = defaultdict(list)
@@ -152,26 +153,34 @@ def _needs(tensors: dict[str, tuple[int, ...]], engines: Sequence[tuple[dict[str
             for box, holders in holdings[name]:
                 together[box].extend(first + holder for holder in holders)
             first += ranks
-        needs[name] = [(box, tuple(found)) for box, found in together.items()]
+        needs[name] = [(box, tuple(ranks)) for box, ranks in together.items()]
     return needs
 
 
 def _cells(name: str, held: Held, needed: Held) -> list[tuple[Box, tuple[int, ...], tuple[int, ...]]]:
-    """Finest boxes with the ranks that hold and the ranks that need them."""
+    """The finest boxes of one tensor, each with the ranks that hold it and the ranks that need it.
+
+    Args:
+        held: boxes that are equal or apart, as one cut of the actor makes them.
+        needed: boxes of any engines, which may overlap.
+    """
     cells: dict[Box, tuple[tuple[int, ...], list[int]]] = {}
+    # Needed boxes that overlap are cut at each other's edges first. Then boxes on either side are apart from each other, so
+    # are the cells that pairs of them share, and no element is in two cells or sent twice to one rank.
     for box, receivers in _disjoint(needed):
-        found = 0
+        volume = 0
         for source, holders in held:
             if common := box.common(source):
                 cells.setdefault(common, (holders, []))[1].extend(receivers)
-                found += common.volume
-        if found != box.volume:
-            raise TransferError(f"{name}: the actor's ranks hold {found} of the {box.volume} elements at {box.offset}")
+                volume += common.volume
+        # For the same reason volumes decide whether the cells cover the box: what is missing is held by no rank.
+        if volume != box.volume:
+            raise TransferError(f"{name}: the actor's ranks hold {volume} of the {box.volume} elements at {box.offset}")
     return [(box, holders, tuple(receivers)) for box, (holders, receivers) in cells.items()]
 
 
 def _disjoint(needed: Held) -> Held:
-    """Boxes of engines with different cuts, cut further until two of them are equal or apart."""
+    """Cut boxes of engines with different cuts further, until any two of them are equal or apart."""
     if len(needed) < 2 or not _overlapping(needed):
         return needed
     edges = [sorted({x for box, _ in needed for x in (box.offset[d], box.offset[d] + box.extent[d])}) for d in _dims(needed)]
@@ -187,6 +196,7 @@ def _dims(needed: Held) -> range:
 
 
 def _overlapping(needed: Held) -> bool:
+    """Whether boxes may overlap: they hold more elements than the smallest box around them."""
     volume = sum(box.volume for box, _ in needed)
     ends = [max(box.offset[d] + box.extent[d] for box, _ in needed) for d in _dims(needed)]
     starts = [min(box.offset[d] for box, _ in needed) for d in _dims(needed)]
@@ -194,6 +204,7 @@ def _overlapping(needed: Held) -> bool:
 
 
 def _grid(box: Box, edges: Sequence[Sequence[int]]) -> list[Box]:
+    """Cut a box at the edges of each dimension that go through it."""
     pieces = [Box((), ())]
     for d, marks in enumerate(edges):
         start, end = box.offset[d], box.offset[d] + box.extent[d]
@@ -203,7 +214,7 @@ def _grid(box: Box, edges: Sequence[Sequence[int]]) -> list[Box]:
 
 
 def _cut(box: Box, volume: int, multiple: int) -> list[Box]:
-    """The box in slabs of rows of about `volume` elements, cut at multiples of so many rows."""
+    """Cut a box into slabs of rows of about `volume` elements, at multiples of so many rows."""
     rows, width = box.extent[0], max(1, box.volume // max(1, box.extent[0]))
     step = max(1, volume // (width * multiple)) * multiple
     if step >= rows:
@@ -214,7 +225,7 @@ def _cut(box: Box, volume: int, multiple: int) -> list[Box]:
 
 
 def _assign(sizes: Sequence[int], holders_of: Sequence[tuple[int, ...]], senders: int) -> list[int]:
-    """A sender for each send: those with the fewest holders first, the largest first, each to the least loaded holder."""
+    """Choose each send's sender: those with the fewest holders first, the largest first, each to its least loaded holder."""
     load = [0] * senders
     chosen = [0] * len(sizes)
     by_holders: dict[tuple[int, ...], list[int]] = defaultdict(list)

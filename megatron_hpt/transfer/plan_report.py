@@ -24,7 +24,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 
 @dataclass(frozen=True)
 class PlanCase:
-    """What is to be planned."""
+    """What is to be planned: a model, the actor's layout and the engines' one, and the dtype that travels."""
 
     shape: ModelShape
     actor: ParallelConfig
@@ -34,10 +34,10 @@ class PlanCase:
 
 
 def of_source(source: str, actor: str, engine: str, engines: int, dtype: str) -> PlanCase:
-    """Read a recipe, or a model folder with layouts beside it.
+    """Read what is to be planned from a recipe, or from a model folder with layouts given beside it.
 
     Raises:
-        ConfigError: neither, or a layout that is not one.
+        ConfigError: the source is neither, or a layout is not one.
         ModelError: a configuration that cannot be read.
     """
     if dtype not in _ITEM_BYTES:
@@ -69,7 +69,7 @@ def _numbers(option: str, text: str, allowed: set[str]) -> dict[str, int | bool]
 
 
 def make(case: PlanCase, transport: str) -> TransferPlan:
-    """The plan of a case.
+    """Make the plan of a case.
 
     Raises:
         ConfigError: an unknown transport, or layouts that do not divide the model.

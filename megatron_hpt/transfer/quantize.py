@@ -40,7 +40,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 """Largest finite value of float8_e4m3fn."""
 SMALLEST_AMAX = 1e-10
-"""Below it the scale stays where it is: the reciprocal of a subnormal scale is infinite."""
+"""A smaller amax counts as this one: the reciprocal of a subnormal scale is infinite."""
 
 Box = tuple[int, ...]
 
@@ -85,16 +85,16 @@ class Fp8Format(Protocol):
 
     @property
     def suffix(self) -> str:
-        """What the scale's name adds to the weight's."""
+        """Ending that makes the scale's name of the weight's."""
         ...
 
     @property
     def allowed(self) -> str:
-        """In words, the boxes that `aligned` accepts."""
+        """The boxes that `aligned` accepts, in words for error messages."""
         ...
 
     def aligned(self, offset: Box, extent: Box, shape: Box) -> bool:
-        """Whether the box's scales depend on nothing outside of it: quantised, it is the box of the quantised whole."""
+        """Whether the box's scales depend on nothing outside of it, so that it quantises to the box of the quantised whole."""
         ...
 
     def takes_amax(self, amax: Tensor) -> bool:
@@ -102,32 +102,31 @@ class Fp8Format(Protocol):
         ...
 
     def scale_shape(self, shape: Box) -> Box:
-        """Shape of the scales of a weight of `shape`."""
+        """Return the shape of the scales of a weight of `shape`."""
         ...
 
     def scale_box(self, offset: Box, extent: Box) -> tuple[Box, Box] | None:
-        """Offset and extent of the scales that the weight's box brings; None if another box brings them."""
+        """Return offset and extent of the scales that the weight's box brings, or None if another box brings them."""
         ...
 
     def amax(self, weight: Tensor) -> Tensor:
-        """Largest magnitudes, float32, of shape `scale_shape` of the weight's; not finite where the weight is not."""
+        """Return largest magnitudes, float32 of `scale_shape`; they are not finite where the weight is not."""
         ...
 
     def scaled(self, weight: Tensor, factor: Tensor) -> Tensor:
-        """The weight in float32, times its factors (of `scale_shape`)."""
+        """Return the weight in float32, times its factors (of `scale_shape`)."""
         ...
 
 
 @dataclass(frozen=True)
 class BlockWise:
-    """One scale for each `size` × `size` block; a ragged edge has blocks of its own."""
+    """One scale for each `size` × `size` block; at a ragged edge blocks are smaller."""
 
     size: int
     suffix: str = "_scale_inv"
 
     @property
     def allowed(self) -> str:
-        """In words, the boxes that `aligned` accepts."""
         return f"boxes that start at a multiple of {self.size} and end at one, or where the tensor ends, in both dimensions"
 
     def aligned(self, offset: Box, extent: Box, shape: Box) -> bool:
@@ -137,29 +136,29 @@ class BlockWise:
         return starts_whole and all(end % self.size == 0 or end == n for end, n in zip(ends, shape, strict=True))
 
     def takes_amax(self, amax: Tensor) -> bool:
-        """Never: a box of whole blocks knows its own."""
+        """Return False: a box of whole blocks needs no other's."""
         return False
 
     def scale_shape(self, shape: Box) -> Box:
-        """``[ceil(out / size), ceil(in / size)]``."""
+        """Return ``[ceil(out / size), ceil(in / size)]``."""
         return tuple(math.ceil(n / self.size) for n in shape)
 
     def scale_box(self, offset: Box, extent: Box) -> tuple[Box, Box] | None:
-        """The scales of the box's blocks."""
+        """Return the place of the scales of the box's blocks."""
         return tuple(o // self.size for o in offset), self.scale_shape(extent)
 
     def amax(self, weight: Tensor) -> Tensor:
-        """Largest magnitude of each block, float32 ``[ceil(out / size), ceil(in / size)]``."""
+        """Return the largest magnitude of each block, float32 ``[ceil(out / size), ceil(in / size)]``."""
         return self._blocks(weight).abs().amax(dim=(1, 3))
 
     def scaled(self, weight: Tensor, factor: Tensor) -> Tensor:
-        """Each block times its factor, float32 ``[out, in]``."""
+        """Return each block times its factor, float32 ``[out, in]``."""
         rows, columns = self.scale_shape(tuple(weight.shape))
         whole = (self._blocks(weight) * factor[:, None, :, None]).view(rows * self.size, columns * self.size)
         return whole[: weight.shape[0], : weight.shape[1]]
 
     def _blocks(self, weight: Tensor) -> Tensor:
-        """``[block row, row, block column, column]``, edges filled with zeros, which change no magnitude."""
+        """View as ``[block row, row, block column, column]``, with edges filled with zeros, which change no magnitude."""
         rows, columns = self.scale_shape(tuple(weight.shape))
         missing = (0, columns * self.size - weight.shape[1], 0, rows * self.size - weight.shape[0])
         return pad(weight.float(), missing).view(rows, self.size, columns, self.size)
@@ -173,7 +172,6 @@ class PerTensor:
 
     @property
     def allowed(self) -> str:
-        """In words, the boxes that `aligned` accepts, and the way around it."""
         return "the whole tensor, or any box of it together with the amax of the whole as one float32"
 
     def aligned(self, offset: Box, extent: Box, shape: Box) -> bool:
@@ -181,23 +179,23 @@ class PerTensor:
         return extent == shape
 
     def takes_amax(self, amax: Tensor) -> bool:
-        """If it is one float32."""
+        """Whether it is one float32."""
         return tuple(amax.shape) == (1,) and amax.dtype == torch.float32
 
     def scale_shape(self, shape: Box) -> Box:
-        """``[1]``."""
+        """Return ``[1]``."""
         return (1,)
 
     def scale_box(self, offset: Box, extent: Box) -> tuple[Box, Box] | None:
-        """The one scale, brought by the box at the origin: in a transfer every number has one sender."""
+        """Have the box at the origin bring the one scale: in a transfer every number has one sender."""
         return None if any(offset) else ((0,), (1,))
 
     def amax(self, weight: Tensor) -> Tensor:
-        """Largest magnitude, float32 ``[1]``: what ranks reduce by maximum before they quantise their boxes."""
+        """Return the largest magnitude, float32 ``[1]``, which ranks reduce by maximum before they quantise their boxes."""
         return weight.abs().amax().float().view(1)
 
     def scaled(self, weight: Tensor, factor: Tensor) -> Tensor:
-        """The weight times its factor, float32 ``[out, in]``."""
+        """Return the weight times its factor, float32 ``[out, in]``."""
         return weight.float() * factor
 
 
@@ -228,7 +226,7 @@ def check_cut(name: str, offset: Box, extent: Box, shape: Box, fp8: Fp8Format) -
 
 
 def quantize(box: ShardView, fp8: Fp8Format, amax: Tensor | None = None) -> list[ShardView]:
-    """A box of an FP8 checkpoint's weight, and the box of its scales where this box brings them.
+    """Quantise a box of a weight into its box of an FP8 checkpoint, and the box of its scales where this box brings them.
 
     Weights are clamped to ±448 and rounded to nearest, ties to even.
 
@@ -262,7 +260,7 @@ def quantize(box: ShardView, fp8: Fp8Format, amax: Tensor | None = None) -> list
 
 
 def _amax(name: str, weight: Tensor, fp8: Fp8Format, known: Tensor | None) -> Tensor:
-    """What the scales are made of: the box's own magnitudes, or the known ones once they have been checked."""
+    """Return what the scales are made of: the box's own magnitudes, or the known ones once they have been checked."""
     own = fp8.amax(weight)
     if not bool(torch.isfinite(own).all()):
         raise TransferError(f"{name}: the weight is not finite: {int((~torch.isfinite(weight)).sum())} values are inf or nan")
@@ -281,7 +279,7 @@ def _amax(name: str, weight: Tensor, fp8: Fp8Format, known: Tensor | None) -> Te
 
 
 def _scale(amax: Tensor) -> Tensor:
-    """Scales of the same shape, float32."""
+    """Return the scales, float32, of the shape of `amax`."""
     # Divided by a tensor: CUDA multiplies by the reciprocal where the divisor is a number, and rounds differently.
     scale = amax.clamp(min=SMALLEST_AMAX) / torch.full_like(amax, FP8_MAX)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
@@ -290,7 +288,7 @@ def _scale(amax: Tensor) -> Tensor:
 def quantized_shapes(
     expected: Mapping[str, tuple[int, ...]], fp8: Fp8Format, source: str
 ) -> dict[str, tuple[tuple[int, ...], str]]:
-    """What an engine in this format receives.
+    """Return what an engine in this format receives.
 
     Args:
         expected: HF name → shape of the complete model (`mapping.hf_tensor_shapes`).

@@ -24,11 +24,11 @@ _FUSED = {
 _EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w2": "w2", "w3": "w3"}
 
 Plain = Callable[[nn.Module, str], Tensor]
-"""(module, parameter) → its weight as its arithmetic sees it: [out, in], or [experts, out, in]."""
+"""(module, parameter) → the weight that its arithmetic uses: [out, in], or [experts, out, in]."""
 
 
 def plain_parameter(module: nn.Module, parameter: str) -> Tensor:
-    """For engines that keep their weights as they were loaded."""
+    """Return a parameter as it is, for engines that keep their weights as they were loaded."""
     return getattr(module, parameter)
 
 
@@ -36,15 +36,16 @@ class EngineWeights:
     """One engine rank's weights by Hugging Face name and box."""
 
     def __init__(self, model: nn.Module, boxes: Mapping[str, Box], plain: Plain, *, tied: bool) -> None:
-        """Args:
-        boxes: the box of each tensor that this rank holds.
-        tied: the output layer uses the embedding.
+        """
+        Args:
+            boxes: the box of each tensor that this rank holds.
+            tied: whether the output layer uses the embedding.
         """
         self._model, self._boxes, self._plain, self._tied = model, boxes, plain, tied
         self._last: tuple[str, Tensor] | None = None
 
     def read(self, name: str, box: Box) -> Iterator[Tensor]:
-        """What stands at `box` of tensor `name`: one tensor for each place where the engine keeps it."""
+        """Yield what stands at `box` of tensor `name`, once for each place where the engine keeps it."""
         inner = box.inside(self._boxes[name])
         stem, _, kind = name.rpartition(".")
         if ".experts." in name:
@@ -79,7 +80,7 @@ class EngineWeights:
         return True
 
     def _weight(self, path: str, parameter: str) -> Tensor:
-        """Plain weights of the module looked at last are kept: its parts are asked for one after the other."""
+        """Return a module's plain weight, keeping the last one: the parts of a fused module are read one after the other."""
         key = f"{path}.{parameter}"
         if self._last is None or self._last[0] != key:
             with torch.no_grad():

@@ -26,7 +26,7 @@ from megatron_hpt.transfer.wire import Wire
 
 Loaded = TypeVar("Loaded")
 ReadBack = Callable[[str, Box], Iterable[Tensor]]
-"""(HF name, box) → what the engine's model now holds there, once for each place where it keeps it."""
+"""(HF name, box) → what the engine's model now holds there, once for each place where it keeps it (`EngineWeights.read`)."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,16 @@ class Seat:
     """The engine holds an FP8 checkpoint."""
 
     def boxes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, Box]]:
-        """Shapes of the model's tensors, and this rank's box of each that it holds."""
+        """Return the shapes of the model's tensors, and this rank's box of each that it holds."""
         tensors = Wire(self.shape, self.dtype, self.fp8).tensors
         return tensors, dict(held_by(engine_holdings(tensors, self.shape, self.layout), self.rank))
 
 
 class Receiver:
-    """Takes in versions of one trainer's weights for one engine rank."""
+    """Takes in versions of one trainer's weights for one engine rank; the engine's plugin calls it.
+
+    `agree` comes once for each trainer; for each version `take`, `load`, and `compare` where the manifest asks for it.
+    """
 
     def __init__(self, seat: Seat) -> None:
         self._seat = seat
@@ -58,13 +61,14 @@ class Receiver:
         self._mine: dict[str, list[tuple[int, Piece]]] = {}
         self._arriving: Iterator[tuple[int, Piece]] = iter(())
         self.seconds: dict[str, float] = {}
-        """What the steps of the last version took: receive (until its last byte was read), load, compare."""
+        """Seconds of the last version's steps: receive (until its last byte was read), load, compare."""
 
     def agree(self, contents: Contents) -> None:
-        """Accept a trainer's contents, in place of any other's.
+        """Accept a trainer's contents in place of any others, and open the transport's receiving end.
 
         Raises:
             TransferError: they are not this model, do not cover this rank's boxes, or need a transport that is not here.
+            DeadlineError: the trainer did not come to the meeting in time.
         """
         check_contents(contents, self._expected, self._seat.dtype, self._boxes, self._seat.rank)
         if contents.transport not in TRANSPORTS:
@@ -82,10 +86,11 @@ class Receiver:
             self._mine[piece.name].append((number, piece))
 
     def take(self, manifest: Manifest) -> None:
-        """Begin a version: where all of it is within reach at once, every piece is checked before anything is loaded.
+        """Begin a version; where all of it is within reach at once, check every piece before anything is loaded.
 
         Raises:
-            TransferError: nothing was agreed on, another trainer has taken over, or a piece that is damaged or late.
+            TransferError: nothing was agreed on, another trainer has taken over, or a piece arrived damaged.
+            DeadlineError: a piece did not come in time.
         """
         contents, incoming = self._agreed()
         if manifest.session != contents.session:
@@ -110,7 +115,7 @@ class Receiver:
             yield number, piece
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole-shaped HF tensors of the version that was taken, one at a time, as they become complete.
+        """Yield HF tensors of the version that was taken, in the shape of the whole, as they become complete.
 
         Only this rank's box of a tensor holds weights: loaders cut it out. A tensor of one piece is read in place.
 
@@ -133,10 +138,10 @@ class Receiver:
 
     def compare(self, read: ReadBack) -> None:
         """Compare what the engine now holds with what arrived: element by element where that is still within reach,
-        by checksum where not.
+        else by checksum.
 
         Raises:
-            TransferError: naming the first tensor that differs.
+            TransferError: names the first tensor that differs.
         """
         with self._timed("compare"):
             for name, pieces in self._mine.items():
@@ -152,7 +157,7 @@ class Receiver:
         return found.shape == sent.shape and torch.equal(found.to(sent.device), sent)
 
     def load(self, load: Callable[[Iterator[tuple[str, Tensor]]], Loaded]) -> Loaded:
-        """Give the tensors of the version that was taken to an engine's loader, and return what that returns."""
+        """Give the tensors of the version that was taken to an engine's loader, and return what the loader returns."""
         with self._timed("load"):
             return load(self.tensors())
 
@@ -168,7 +173,7 @@ class Receiver:
         return self._boxes
 
     def close(self) -> None:
-        """Let go of the sender's memory."""
+        """Close the receiving end, and forget what was agreed on."""
         if self._incoming is not None:
             self._incoming.close()
         self._incoming, self._contents, self._mine, self._arriving = None, None, {}, iter(())
@@ -185,10 +190,10 @@ class Receiver:
 
 
 def compare_only(seat: Seat, contents: Contents, manifest: Manifest, read: ReadBack) -> None:
-    """Compare an engine with weights from elsewhere without loading them or touching what a trainer agreed on.
+    """Compare an engine with weights from elsewhere, without loading them or touching what a trainer agreed on.
 
     Raises:
-        TransferError: naming the first tensor that differs.
+        TransferError: names the first tensor that differs.
     """
     receiver = Receiver(seat)
     try:

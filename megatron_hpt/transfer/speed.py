@@ -1,4 +1,4 @@
-"""How fast weights move here, beside copying memory: from a sender's tensors to the last byte that a receiver has read."""
+"""How fast weights move on this machine, from a sender's tensors to the last byte that a receiver has read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_hpt.transfer.transports import TRANSPORTS, Outgoing
 
 @dataclass(frozen=True)
 class Speed:
-    """One measurement."""
+    """One measurement of a transport beside copying memory; in seconds."""
 
     transport: str
     nbytes: int
@@ -30,20 +30,20 @@ class Speed:
 
     @property
     def of_memcpy(self) -> float:
-        """Rate of the whole way over the rate of one copy."""
+        """The rate of the whole way over the rate of one copy."""
         return self.memcpy_s / (self.stage_s + self.receive_s)
 
 
 def memcpy_seconds(nbytes: int, repeats: int = 5) -> float:
-    """The fastest of some copies of `nbytes` bytes on this thread."""
+    """Return the seconds of the fastest of some copies of `nbytes` bytes on this thread."""
     source, target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
     return min(_seconds(lambda: target.copy_(source)) for _ in range(repeats))
 
 
 def local_speed(transport: str, sizes: list[int], folder: Path, repeats: int = 5) -> Speed:
-    """Move tensors of these many float32 elements from a sink to a receiving end of this process; the fastest of some.
+    """Move tensors of these many float32 elements from a sink to a receiving end in this process; keep the fastest round.
 
-    The parts of a real transfer without its engines: what is left out is their own loading.
+    It is a real transfer without engines: only their own loading is left out.
     """
     tensors = {f"tensor.{i}": torch.randn(size) for i, size in enumerate(sizes)}
     boxes = [(name, whole(tuple(tensor.shape))) for name, tensor in tensors.items()]

@@ -27,25 +27,25 @@ from megatron_hpt.transfer.quantize import (
 
 
 def fp8_format(config: dict[str, Any]) -> Fp8Format | None:
-    """The FP8 format that an engine's config.json asks for; None: weights as they are trained.
+    """Return the FP8 format that an engine's config.json asks for, or None where weights travel as they are trained.
 
     Raises:
-        ModelError: a quantisation that nothing here converts to.
+        ModelError: it asks for a quantisation that nothing here converts to.
     """
-    given = config.get("quantization_config")
-    if not given:
+    quantization = config.get("quantization_config")
+    if not quantization:
         return None
-    if given.get("quant_method") == "fp8" and given.get("weight_block_size") in (None, [128, 128]):
-        return BLOCK_128 if given.get("weight_block_size") else PER_TENSOR
+    if quantization.get("quant_method") == "fp8" and quantization.get("weight_block_size") in (None, [128, 128]):
+        return BLOCK_128 if quantization.get("weight_block_size") else PER_TENSOR
     raise ModelError(
-        f"quantization_config = {given!r}: weights are converted to quant_method fp8, per tensor or with weight_block_size "
-        "[128, 128]"
+        f"quantization_config = {quantization!r}: weights are converted to quant_method fp8, per tensor or with "
+        "weight_block_size [128, 128]"
     )
 
 
 @dataclass(frozen=True)
 class Wire:
-    """Names, shapes and dtypes on the way, and the boxes that a rank's views become."""
+    """Names, shapes and dtypes on the way, and the boxes that a rank's views become. Sender and receiver make it alike."""
 
     shape: ModelShape
     dtype: str
@@ -54,14 +54,14 @@ class Wire:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of everything that a version brings."""
+        """Name → shape of every tensor of a version, scales included."""
         plain = hf_tensor_shapes(self.shape)
         if self.fp8 is None:
             return plain
         return {name: shape for name, (shape, _) in quantized_shapes(plain, self.fp8, self.dtype).items()}
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Of one tensor."""
+        """Return the dtype of one tensor."""
         return getattr(torch, dtype_of(name, self.tensors, self.dtype))
 
     @cached_property
@@ -71,7 +71,7 @@ class Wire:
 
     @cached_property
     def row_multiple(self) -> dict[str, int]:
-        """Rows at which a box of a tensor may be cut: whole blocks, where there are blocks."""
+        """Tensor → rows of a block, at whose multiples alone its boxes may be cut; only tensors that have blocks."""
         if not isinstance(self.fp8, BlockWise):
             return {}
         return {name: self.fp8.size for name in self.tensors if name + self.fp8.suffix in self.tensors}
@@ -83,26 +83,30 @@ class Wire:
             held: name → boxes that ranks hold.
 
         Raises:
-            TransferError: names the box.
+            TransferError: names the first such box.
         """
         for name in self.row_multiple:
             for box in held[name]:
                 check_cut(name, box.offset, box.extent, self.tensors[name], self.fp8)
 
     def boxes_of(self, view: ShardView) -> list[tuple[str, Box]]:
-        """What a held box of the model can bring."""
-        own = [(view.name, Box(view.offset, view.extent))]
+        """Return the boxes on the way that a held box of the model can bring: its own, and that of its scales."""
+        boxes = [(view.name, Box(view.offset, view.extent))]
         if self.fp8 is not None and is_quantized(view.name):
             place = self.fp8.scale_box(view.offset, view.extent)
-            own += [(view.name + self.fp8.suffix, Box(*place))] if place else []
-        return own
+            boxes += [(view.name + self.fp8.suffix, Box(*place))] if place else []
+        return boxes
 
     def plain_name(self, name: str) -> str:
-        """The model's tensor behind a tensor on the way."""
+        """Return the name of the model's tensor behind a tensor on the way."""
         return name.removesuffix(self.fp8.suffix) if self.fp8 is not None else name
 
     def converted(self, view: ShardView, amax: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """A box of the model as it travels: name → values."""
+        """Return a box of the model as it travels, by name; quantised where the format asks for it.
+
+        Args:
+            amax: of the whole tensor, float32 ``[1]``, for `PER_TENSOR`.
+        """
         if self.fp8 is None or not is_quantized(view.name):
             return {view.name: view.view}
         known = amax if self.fp8 == PER_TENSOR else None

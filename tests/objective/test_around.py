@@ -20,7 +20,8 @@ from megatron_hpt.config import (
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.objective.algorithms import ALGORITHMS, build, without_effect
 from megatron_hpt.objective.kl import K1, K2, K3, EntropyBonus
-from megatron_hpt.objective.shaping import Identity, Logarithm, PlusLogarithm, Power, Saturating, Uncertain
+from megatron_hpt.objective.reference_code import Logarithm, PlusLogarithm, Power
+from megatron_hpt.objective.shaping import Identity, Saturating, Uncertain
 from megatron_hpt.objective.value import value_loss
 from megatron_hpt.overrides import apply_overrides
 

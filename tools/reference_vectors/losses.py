@@ -19,10 +19,21 @@ from megatron_hpt.objective.algorithm import Algorithm, Term
 from megatron_hpt.objective.estimator import TermTokens, evaluate, unified_loss
 from megatron_hpt.objective.gate import AlwaysRollouts
 from megatron_hpt.objective.kl import EntropyBonus
-from megatron_hpt.objective.reference import Current, Old, OldShaped, One, Reference, Teacher
+from megatron_hpt.objective.reference import Current, Old, One, Reference
+from megatron_hpt.objective.reference_code import (
+    Bounded,
+    DropLikely,
+    Logarithm,
+    OldShaped,
+    PlusLogarithm,
+    Power,
+    ReferenceSrftClip,
+    Rejection,
+    Teacher,
+)
 from megatron_hpt.objective.roles import Role
-from megatron_hpt.objective.shaping import Identity, Logarithm, PlusLogarithm, Power, Rejection, Saturating, Shaping
-from megatron_hpt.objective.stability import Bounded, Clip, DropLikely, NoMask, ReferenceSrftClip, Stability
+from megatron_hpt.objective.shaping import Identity, Saturating, Shaping
+from megatron_hpt.objective.stability import Clip, NoMask, Stability
 from megatron_hpt.objective.tokens import Counts, Denominators, Tokens
 
 from .cases import Case, Comparison

@@ -14,7 +14,8 @@ from megatron_hpt.data.order import BlockLayout, Shuffle
 from megatron_hpt.data.prompts import demonstration_tokens
 from megatron_hpt.objective import advantage as a
 from megatron_hpt.objective.gate import Choice, Situation, Soft, Switch, Thresholds
-from megatron_hpt.objective.kl import K1, K2, K3, Absolute
+from megatron_hpt.objective.kl import K1, K2, K3
+from megatron_hpt.objective.reference_code import Absolute, reference_bessel
 from megatron_hpt.objective.roles import Role
 from megatron_hpt.objective.shaping import Saturating
 from megatron_hpt.objective.tokens import Tokens
@@ -74,7 +75,7 @@ def check_reinforce_pp(case: Case) -> Iterator[Comparison]:
     """Discounted returns, whitened."""
     masks, outcomes = case.inputs["eos_mask"], _outcomes(case)
     returns = [a.returns(outcome.rewards(), case.config["gamma"]) for outcome in outcomes]
-    ours = a.whitened(returns, bessel=a.reference_bessel)
+    ours = a.whitened(returns, bessel=reference_bessel)
     yield Comparison("advantages", ours, _valid(case.expected["advantages"], masks))
     yield Comparison("returns", returns, _valid(case.expected["returns"], masks))
 
@@ -84,7 +85,7 @@ def check_gae(case: Case) -> Iterator[Comparison]:
     masks = case.inputs["eos_mask"]
     pairs = zip(case.inputs["token_level_rewards"], case.inputs["values"], strict=True)
     raw = [a.generalised(rewards, values, case.config["gamma"], case.config["lam"]) for rewards, values in pairs]
-    ours = a.whitened(_valid(raw, masks), bessel=a.reference_bessel)
+    ours = a.whitened(_valid(raw, masks), bessel=reference_bessel)
     yield Comparison("advantages", ours, _valid(case.expected["advantages"], masks))
     returns = [[x + v for x, v in zip(*row, strict=True)] for row in zip(raw, case.inputs["values"], strict=True)]
     yield Comparison("returns", returns, case.expected["returns"])

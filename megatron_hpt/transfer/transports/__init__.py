@@ -1,4 +1,16 @@
-"""How the bytes travel: one row a transport. The contents and manifests above them are the same for all."""
+"""How the bytes travel: a transport is a row of `TRANSPORTS`. Contents and manifests are the same for all.
+
+A transport provides two ends:
+
+* `Sink` (or `Messages`), on each trainer rank. `sending.staging.Staging` opens it once, and for each version calls `put` for
+  every box, then `commit`. For `Messages`, `sending.driver.EngineDriver` calls `meet` while the engine prepares, and
+  `transmit` while it updates: each engine in a thread of its own, before or after its ranks begin to receive.
+* `Incoming`, on each engine rank. `receiver.Receiver` opens it when contents are agreed on (`agree`); for each version it
+  iterates over `receive`, and reads each piece by `view`, from which it checks and loads.
+
+Either end raises TransferError for what is lost, damaged or refused, and DeadlineError for who is late. `source` and
+`rendezvous` are plain data that go from one side to the other in the contents.
+"""
 
 from __future__ import annotations
 
@@ -17,64 +29,69 @@ from megatron_hpt.transfer.manifest import Contents, Piece
 
 
 class Sink(Protocol):
-    """A transport's sending end on one rank, for boxes of known sizes."""
+    """A transport's sending end on one trainer rank, for the boxes of an `Outgoing`."""
 
     source: dict[str, Any]
-    """How receivers find it; plain data."""
+    """How receivers find this end; plain data that JSON can hold."""
     positions: list[int]
-    """First byte of each box there."""
+    """First byte of each box at this end."""
 
     def put(self, index: int, value: Tensor) -> int:
-        """Take in the box of that index, of any strides; return the checksum of its bytes in row-major order."""
+        """Take in the box of that index, of any strides, and return the checksum of its bytes in row-major order."""
 
     def commit(self, version: int) -> None:
-        """All boxes of a version are in; let receivers have them."""
+        """Let receivers have the version, whose boxes have all been put."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Free what this end holds."""
 
 
 class Messages(Sink, Protocol):
-    """A sending end that talks to each engine."""
+    """A sending end that sends messages to each engine, after it has met it."""
 
     def meet(self, engine: int, rendezvous: dict[str, Any], rank: int, listener: socket | None) -> None:
-        """Join the group of one engine; returns when all are there. Whoever has the listener hosts the meeting."""
+        """Join the group of one engine, in place of an earlier one, and return when all are there.
+
+        Args:
+            listener: the open socket at the rendezvous, for rank 0, which hosts the meeting.
+        """
 
     def transmit(self, engine: int, messages: Sequence[tuple[int, int, int]]) -> None:
-        """Send to one engine: (index of the box here, number of the piece, rank in the group), in the global order."""
+        """Send a version to one engine, and return when all of it has been taken.
 
-    def part(self, engine: int) -> None:
-        """Leave the group of one engine."""
+        Args:
+            messages: (index of the box here, number of the piece, rank in the group), in the global order.
+        """
 
 
 class Incoming(Protocol):
     """A transport's receiving end on one engine rank."""
 
     whole: bool
-    """All pieces of a version are within reach at once; else each only until the next one."""
+    """Whether all pieces of a version are within reach at once; else each is only until the next one comes."""
 
     def receive(self, version: int) -> Iterator[tuple[int, Piece]]:
-        """(number, piece) as they come within reach, in the global order; raises TransferError or DeadlineError."""
+        """Yield (number, piece) as the pieces of a version come within reach, in the global order."""
 
     def view(self, number: int, piece: Piece) -> Tensor:
-        """[nbytes] uint8 of a piece within reach."""
+        """Return the bytes of a piece within reach, [nbytes] uint8; in place where that is possible."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Free what this end holds."""
 
 
 @dataclass(frozen=True)
 class Outgoing:
-    """What a sending end is made for."""
+    """What a sending end is opened for."""
 
     rank: int
     boxes: Sequence[tuple[str, Box]]
     dtypes: Sequence[torch.dtype]
-    """Of each box."""
+    """Of each box as it travels."""
     folder: str = ""
-    """Of files: where versions lie, on a file system that trainer and engines share."""
+    """Where the transport ``files`` writes versions, on a file system that trainer and engines share."""
     full_every: int = 1
-    """Of files: every k-th version is whole, those between hold what changed."""
+    """The transport ``files`` writes every k-th version whole, and between them only what changed."""
 
     @property
     def sizes(self) -> list[int]:
@@ -84,15 +101,15 @@ class Outgoing:
 
 @dataclass(frozen=True)
 class Transport:
-    """One way for the bytes."""
+    """One way for the bytes: makes either end. Each function imports its module when it is called, on its side only."""
 
     sink: Callable[[Outgoing], Any]
     incoming: Callable[[Contents, Sequence[tuple[int, Piece]], int], Incoming]
-    """(contents, own pieces with their numbers, rank in the engine) → receiving end."""
+    """(contents, this rank's pieces with their numbers, rank in the engine) → receiving end."""
     multicast: bool
     """One copy of a box serves every receiver."""
     meets: bool = False
-    """The sending end talks to each engine (`Messages`)."""
+    """The sending end sends messages to each engine (`Messages`), which its ranks and the trainer's first meet for."""
 
 
 def _segment(outgoing: Outgoing) -> Sink:
@@ -158,10 +175,10 @@ NEED_CUDA = ("cuda_ipc", "nccl")
 
 
 def check_transport(name: str) -> None:
-    """Refuse what cannot run on this machine.
+    """Refuse a transport that cannot run on this machine; preflight calls it.
 
     Raises:
-        ConfigError: it needs a GPU; says what does not.
+        ConfigError: it needs a GPU; names those that do not.
     """
     if name in NEED_CUDA and not torch.cuda.is_available():
         raise ConfigError(

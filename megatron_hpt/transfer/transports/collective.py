@@ -32,10 +32,10 @@ class GroupKind:
 
     device: str
     window: int | None
-    """Bytes under way and held by one rank; None: everything, so a version is checked before any of it is loaded."""
+    """Most bytes under way and held by one rank; None: all, so a version is checked before any of it is loaded."""
 
     def group(self, name: str, store: dist.Store, rank: int, size: int, seconds: float) -> Any:
-        """A bare process group."""
+        """Make a bare process group."""
         timeout = datetime.timedelta(seconds=seconds)
         if name == "gloo":
             return dist.ProcessGroupGloo(store, rank, size, timeout)
@@ -48,23 +48,23 @@ WIRES = {"gloo": GroupKind("cpu", None), "nccl": GroupKind("cuda", 1 << 30)}
 
 
 def library(name: str) -> str:
-    """Version of what speaks on the wire, where both sides must have the same."""
+    """Return the version of the library that both sides must have alike; empty where nothing is checked."""
     return ".".join(map(str, torch.cuda.nccl.version())) if name == "nccl" else ""
 
 
 class Meeting:
-    """Where one engine and the trainer meet."""
+    """This rank's place in the group of one engine and the trainer."""
 
     def __init__(self, name: str, rendezvous: dict[str, Any], rank: int, listener: socket | None = None) -> None:
-        """Join; returns when all are there.
+        """Join the group, and return when all are there.
 
         Args:
             rendezvous: host, port, number of members, seconds, library.
-            listener: the open socket at that address, for the one who hosts the meeting.
+            listener: the open socket at that address, for the rank that hosts the meeting.
 
         Raises:
-            DeadlineError: not all came in time.
-            TransferError: another version of the library.
+            DeadlineError: not all ranks came in time.
+            TransferError: the other side has another version of the library.
         """
         own = library(name)
         if rendezvous["library"] != own:
@@ -91,7 +91,7 @@ class Meeting:
         self._group = group
 
     def send(self, data: Tensor, to: int, tag: int) -> Any:
-        """Start to send; the returned work is waited for by `finish`.
+        """Start to send, and return the work that `finish` waits for.
 
         Raises:
             TransferError: the other end is gone.
@@ -100,7 +100,7 @@ class Meeting:
             return self._group.send([data], to, tag)
 
     def receive(self, data: Tensor, of: int, tag: int) -> Any:
-        """Start to receive.
+        """Start to receive, and return the work that `finish` waits for.
 
         Raises:
             TransferError: the other end is gone.
@@ -109,7 +109,7 @@ class Meeting:
             return self._group.recv([data], of, tag)
 
     def finish(self, work: Any, what: str) -> None:
-        """Wait for a message.
+        """Wait for a message that was started.
 
         Raises:
             DeadlineError: it did not come through in time, or the other end is gone.
@@ -122,13 +122,13 @@ class Meeting:
             ) from None
 
     def close(self) -> None:
-        """Leave."""
+        """Leave the group."""
         self._group = self._store = None
 
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Torch's groups raise plain RuntimeErrors."""
+    """Say what failed: torch's groups raise plain RuntimeErrors."""
     try:
         yield
     except RuntimeError as error:
@@ -136,7 +136,7 @@ def _named(what: str) -> Iterator[None]:
 
 
 def windowed(items: Iterable[tuple[int, Any]], limit: int | None) -> Iterator[Any]:
-    """Start messages (by iterating), and hand each back to be waited for, with at most `limit` bytes under way.
+    """Start messages by iterating, and yield each to be waited for, so that at most `limit` bytes are under way.
 
     Args:
         items: (bytes, message) in the global order; taking one starts it.
@@ -153,7 +153,7 @@ def windowed(items: Iterable[tuple[int, Any]], limit: int | None) -> Iterator[An
 
 
 class CollectiveSink:
-    """Sending end on one rank: boxes are staged, then sent to each engine's ranks."""
+    """Sending end on one rank: it stages boxes, then sends them to each engine's ranks."""
 
     def __init__(self, name: str, sizes: Sequence[int]) -> None:
         from megatron_hpt.transfer.transports.mapped import laid_out
@@ -166,25 +166,19 @@ class CollectiveSink:
         self._meetings: dict[int, Meeting] = {}
 
     def put(self, index: int, value: Tensor) -> int:
-        """Stage a box; return its checksum."""
+        """Stage a box, and return its checksum."""
         from megatron_hpt.checksum import copy_and_hash
 
         return copy_and_hash(self._box(index).view(value.dtype).view(value.shape), value)
 
     def commit(self, version: int) -> None:
-        """Messages go when an engine is served."""
+        """Do nothing: messages go when an engine is served."""
 
     def meet(self, engine: int, rendezvous: dict[str, Any], rank: int, listener: socket | None) -> None:
-        """Join an engine's group."""
         self.part(engine)
         self._meetings[engine] = Meeting(self._name, rendezvous, rank, listener)
 
     def transmit(self, engine: int, messages: Sequence[tuple[int, int, int]]) -> None:
-        """Send to one engine.
-
-        Args:
-            messages: (index of the box here, number of the piece, rank in the engine's group), in the global order.
-        """
         meeting = self._meetings[engine]
         started = ((self._sizes[index], (meeting.send(self._box(index), to, piece), piece)) for index, piece, to in messages)
         for work, piece in windowed(started, self._wire.window):
@@ -217,7 +211,7 @@ class CollectiveIncoming:
         self._held: dict[int, Tensor] = {}
 
     def receive(self, version: int) -> Iterator[tuple[int, Piece]]:
-        """Pieces as they come in, in the global order; each can be viewed until the next one where there is a window."""
+        """Yield pieces as they come in, in the global order; where there is a window, each can be viewed until the next one."""
         self._held.clear()
         for number, piece, work in windowed(self._started(), self._wire.window):
             self._meeting.finish(work, f"version {version}: {piece.name} at {piece.box.offset} from actor rank {piece.source}")
@@ -232,7 +226,6 @@ class CollectiveIncoming:
             yield piece.nbytes, (number, piece, self._meeting.receive(data, piece.source, number))
 
     def view(self, number: int, piece: Piece) -> Tensor:
-        """[nbytes] uint8."""
         return self._held[number]
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ class _Handle(ctypes.Structure):
 
 
 def _runtime() -> ctypes.CDLL:
-    """The CUDA runtime that torch has loaded."""
+    """Return the CUDA runtime that torch has loaded."""
     major = (torch.version.cuda or "").split(".")[0]
     try:
         return ctypes.CDLL(f"libcudart.so.{major}")
@@ -46,7 +46,7 @@ def _check(code: int, what: str) -> None:
 
 
 def device_uuid() -> str:
-    """Names the GPU of this process on any process of the host."""
+    """Return the name by which any process of the host knows this process's GPU."""
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
@@ -85,13 +85,13 @@ class DeviceSink:
         self.source = {"handle": bytes(handle).hex(), "nbytes": nbytes, "uuid": device_uuid()}
 
     def put(self, index: int, value: Tensor) -> int:
-        """Copy a box in; return its checksum."""
+        """Copy a box into the buffer, and return its checksum."""
         target = self._bytes[self.positions[index] :][: value.nbytes].view(value.dtype).view(value.shape)
         target.copy_(value)
         return checksum_of(target)
 
     def commit(self, version: int) -> None:
-        """Receivers read in place: everything must be there."""
+        """Wait until the GPU has copied everything: receivers read in place."""
         torch.cuda.synchronize()
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class DeviceSink:
 
 
 class DeviceIncoming:
-    """Receiving end: the buffer of a sender on the same GPU in place, a copy of each piece from others."""
+    """Receiving end: it reads the buffer of a sender on the same GPU in place, and copies each piece from other GPUs."""
 
     whole = True
 
@@ -109,7 +109,7 @@ class DeviceIncoming:
         """Open the buffers that this rank reads from.
 
         Raises:
-            TransferError: gone, or on a GPU that this one cannot reach.
+            TransferError: a sender is gone, or on a GPU that this one cannot reach.
         """
         self._pieces = list(pieces)
         self._pointers: dict[int, ctypes.c_void_p] = {}
@@ -124,11 +124,11 @@ class DeviceIncoming:
                 self._here[number] = _as_tensor(pointer.value, max(int(source["nbytes"]), 1))
 
     def receive(self, version: int) -> Iterator[tuple[int, Piece]]:
-        """Everything is within reach."""
+        """Yield all pieces at once: everything is within reach."""
         yield from self._pieces
 
     def view(self, number: int, piece: Piece) -> Tensor:
-        """[nbytes] uint8 on the device."""
+        """Return the bytes of a piece, [nbytes] uint8 on this process's GPU."""
         if piece.source in self._here:
             return self._here[piece.source][piece.position : piece.position + piece.nbytes]
         # torch would take the pointer for one of a device that this process may not even see.

@@ -4,8 +4,7 @@
     FOLDER/SESSION/version_000013/rank_0003.delta           only what changed since the version before
     FOLDER/SESSION/version_000013/manifest.json             written last: a version without it is not one
 
-A trainer from its start to its end is a session: versions of a run before, of other sizes or numbers, never mix with it.
-
+A session is one trainer from its start to its end, so versions of an earlier run, of other sizes or numbers, never mix with it.
 A file appears under its name when it is whole. Old versions are removed, never one that a kept version builds upon.
 """
 
@@ -33,7 +32,7 @@ from megatron_hpt.transfer.manifest import Contents, Manifest, Piece
 from megatron_hpt.transfer.transports.mapped import MappedBytes
 
 KEPT = 3
-"""Versions that stay: the newest, and those that a slow engine may still be reading."""
+"""Newest versions that stay: more than one, as a slow engine may still be reading an older one."""
 _SPARSE = 0.3
 """Share of changed elements up to which their positions and values are smaller than the piece."""
 _HEADER = struct.Struct("<QIII")
@@ -41,18 +40,18 @@ _HEADER = struct.Struct("<QIII")
 
 
 def version_folder(folder: Path, version: int) -> Path:
-    """Where a version lies."""
+    """Return where a version lies."""
     return folder / f"version_{version:06d}"
 
 
 def versions(folder: Path) -> list[int]:
-    """Whole versions, oldest first."""
-    found = (re.fullmatch(r"version_(\d{6,})", path.parent.name) for path in folder.glob("version_*/manifest.json"))
-    return sorted(int(match[1]) for match in found if match)
+    """Return the versions that are whole, oldest first."""
+    matches = (re.fullmatch(r"version_(\d{6,})", path.parent.name) for path in folder.glob("version_*/manifest.json"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 class FileSink:
-    """Sending end on one rank."""
+    """Sending end on one rank: it keeps the bytes of its file in memory, and of the version before for differences."""
 
     def __init__(
         self,
@@ -65,7 +64,7 @@ class FileSink:
         """Lay out this rank's file.
 
         Args:
-            full_every: 1: every version whole; k: whole every k-th, between them only what changed.
+            full_every: every k-th version is written whole, those between as what changed.
         """
         self._folder, self._rank, self._full_every = folder, rank, full_every
         self._sizes = [box.volume * dtype.itemsize for (_, box), dtype in zip(boxes, dtypes, strict=True)]
@@ -91,9 +90,9 @@ class FileSink:
         }
 
     def put(self, index: int, value: Tensor) -> int:
-        """Take in a box; return its checksum."""
-        own = self._bytes[self.positions[index] :][: self._sizes[index]]
-        return copy_and_hash(own.view(value.dtype).view(value.shape) if value.nbytes else value, value)
+        """Copy a box into the bytes of the file, and return its checksum."""
+        place = self._bytes[self.positions[index] :][: self._sizes[index]]
+        return copy_and_hash(place.view(value.dtype).view(value.shape) if value.nbytes else value, value)
 
     def commit(self, version: int) -> None:
         """Write the version's file.
@@ -122,12 +121,15 @@ class FileSink:
         return np.concatenate(chunks)
 
     def close(self) -> None:
-        """Files stay: engines may start from them."""
+        """Free the memory; files stay, since engines may start from them."""
         self._bytes, self._before = torch.empty(0, dtype=torch.uint8), None
 
 
 def _difference(index: int, new: np.ndarray, old: np.ndarray, item: int) -> list[np.ndarray]:
-    """The record of one piece; nothing where nothing changed. Elements are compared by their bits: NaN and -0 count."""
+    """Return the record of one piece, or nothing where nothing changed.
+
+    Elements are compared by their bits, so a change of NaN or of the sign of zero counts.
+    """
     unit = np.dtype(f"u{item}")
     new, old = new.view(unit), old.view(unit)
     changed = np.flatnonzero(new != old).astype(np.uint32)
@@ -151,7 +153,7 @@ def _write(path: Path, data: np.ndarray) -> None:
 
 
 def announce(folder: Path, contents: Contents, manifest: Manifest) -> None:
-    """Make a version whose files are all there a version, and remove what is no longer needed; rank 0 only."""
+    """Write the manifest of a version whose files are all there, and remove what is no longer needed; rank 0 only."""
     place = version_folder(folder, manifest.version)
     write_whole(place / "manifest.json", json.dumps({"contents": contents.to_json(), "manifest": manifest.to_json()}))
     prune(folder, KEPT)
@@ -159,18 +161,16 @@ def announce(folder: Path, contents: Contents, manifest: Manifest) -> None:
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest versions and those that they build upon."""
-    found = versions(folder)
-    if len(found) <= keep:
-        return
-    first = len(found) - keep
-    while first > 0 and list(version_folder(folder, found[first]).glob("*.delta")):
+    whole_ones = versions(folder)
+    first = max(0, len(whole_ones) - keep)
+    while first > 0 and list(version_folder(folder, whole_ones[first]).glob("*.delta")):
         first -= 1
-    for version in found[:first]:
+    for version in whole_ones[:first]:
         shutil.rmtree(version_folder(folder, version), ignore_errors=True)
 
 
 class FileIncoming:
-    """Receiving end: whole files are read in place, differences are applied to a copy of the version before."""
+    """Receiving end: it reads whole files in place, and applies differences to a copy of the version before."""
 
     whole = True
 
@@ -179,10 +179,10 @@ class FileIncoming:
         self._files: dict[int, _RankFile] = {}
 
     def receive(self, version: int) -> Iterator[tuple[int, Piece]]:
-        """Bring every file that this rank needs to `version`.
+        """Bring every file that this rank needs to `version`, and yield all pieces.
 
         Raises:
-            TransferError: a file is missing, or what it builds upon is.
+            TransferError: a file is missing or damaged, or one that it builds upon is.
         """
         for _, piece in self._pieces:
             if piece.source not in self._files:
@@ -192,11 +192,10 @@ class FileIncoming:
         yield from self._pieces
 
     def view(self, number: int, piece: Piece) -> Tensor:
-        """[nbytes] uint8."""
         return self._files[piece.source].view(piece)
 
     def close(self) -> None:
-        """Unmap."""
+        """Unmap all files."""
         self._files.clear()
 
 
@@ -210,6 +209,7 @@ class _RankFile:
         self._own: Tensor | None = None
 
     def bring(self, version: int) -> None:
+        """Read a version, after the versions that it builds upon where they have not been read."""
         path = Path(self._source["path"].format(version=version))
         if path.is_file():
             self._mapped, self._own, self._version = MappedBytes({**self._source, "path": str(path)}), None, version

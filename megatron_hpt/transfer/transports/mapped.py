@@ -25,7 +25,7 @@ ALIGNMENT = 64
 
 
 def aligned(position: int) -> int:
-    """The next allowed start of a piece."""
+    """Return the next allowed start of a piece at or after a position."""
     return -(-position // ALIGNMENT) * ALIGNMENT
 
 
@@ -54,18 +54,18 @@ class Segment:
 
     @property
     def source(self) -> dict[str, Any]:
-        """How a receiver finds it."""
+        """How a receiver finds the segment."""
         return {"path": f"/proc/{os.getpid()}/fd/{self._fd}", "nbytes": self._nbytes, "owner": f"process {os.getpid()}"}
 
     def close(self) -> None:
-        """Let go of the memory; receivers that still map it keep it alive until they close."""
+        """Give the memory up; receivers that still map it keep it alive until they close."""
         self.bytes = torch.empty(0, dtype=torch.uint8)
         self._map.close()
         os.close(self._fd)
 
 
 def laid_out(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Aligned positions of boxes of these many bytes one after the other, and the bytes of all."""
+    """Return aligned positions of boxes of these many bytes one after the other, and the bytes of all."""
     positions, position = [], 0
     for nbytes in sizes:
         positions.append(position)
@@ -82,11 +82,11 @@ class SegmentSink:
         self.source = self._segment.source
 
     def put(self, index: int, value: Tensor) -> int:
-        """Copy a box in; return its checksum."""
+        """Copy a box into the segment, and return its checksum."""
         return self._segment.put(self.positions[index], value)
 
     def commit(self, version: int) -> None:
-        """Receivers read in place."""
+        """Do nothing: receivers read in place."""
 
     def close(self) -> None:
         """Free the segment."""
@@ -97,7 +97,7 @@ class MappedBytes:
     """The bytes of one source, mapped read-only."""
 
     def __init__(self, source: dict[str, Any]) -> None:
-        """Map it.
+        """Map the source.
 
         Raises:
             TransferError: the owner is gone or belongs to another user, or there are fewer bytes than it said.
@@ -113,10 +113,10 @@ class MappedBytes:
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def view(self, position: int, nbytes: int) -> Tensor:
-        """[nbytes] uint8, in place.
+        """Return [nbytes] uint8 in place.
 
         Raises:
-            TransferError: it reaches beyond the source's end.
+            TransferError: the range reaches beyond the source's end.
         """
         if position < 0 or position + nbytes > len(self._bytes):
             raise TransferError(
@@ -126,7 +126,7 @@ class MappedBytes:
 
 
 class Mapped:
-    """Receiving end: the senders' bytes, in place."""
+    """Receiving end: it reads the senders' bytes in place."""
 
     whole = True
 
@@ -140,13 +140,13 @@ class Mapped:
         self._bytes = {number: MappedBytes(sources[number]) for number in sorted({piece.source for _, piece in pieces})}
 
     def receive(self, version: int) -> Iterator[tuple[int, Piece]]:
-        """Everything is within reach."""
+        """Yield all pieces at once: everything is within reach."""
         yield from self._pieces
 
     def view(self, number: int, piece: Piece) -> Tensor:
-        """[nbytes] uint8, in place."""
+        """Return the bytes of a piece, [nbytes] uint8, in place."""
         return self._bytes[piece.source].view(piece.position, piece.nbytes)
 
     def close(self) -> None:
-        """Unmap."""
+        """Unmap all sources."""
         self._bytes.clear()
