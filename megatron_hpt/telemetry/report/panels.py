@@ -116,17 +116,8 @@ def short(value: float | None) -> float | None:
 
 def depth(record: RunRecord, decided: Sequence[Visit]) -> list[dict[str, Any]]:
     """Return the charts of one run, ``{title, about, spec, empty, wide}``; without decisions there are none of the gate."""
-    shown = [seconds(record)]
-    if decided:
-        shown = [
-            _learnt(decided),
-            _sources(decided),
-            _difficulties(decided),
-            _timelines(decided),
-            _transitions(decided),
-            *shown,
-        ]
-    return shown
+    of_gate = (_learnt, _sources, _difficulties, _timelines, _transitions) if decided else ()
+    return [*(chart(decided) for chart in of_gate), seconds(record)]
 
 
 def seconds(record: RunRecord) -> dict[str, Any]:

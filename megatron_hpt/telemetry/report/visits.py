@@ -55,7 +55,7 @@ class Visit:
 
     @property
     def state(self) -> State:
-        """Where the prompt stands; solved if all graded answers are right and it does not learn from its demonstration alone."""
+        """Where the prompt stands; solved if all graded answers are right and it learns not from its demonstration alone."""
         if 0 < self.graded == self.solved and self.choice is not Choice.DEMONSTRATION:
             return State.SOLVED
         return _STATES[self.choice]
