@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: one line a step."""
+"""The metrics of a run, one line a step, as metrics.jsonl and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from megatron_hpt.run import RunDir
 
 
 class MetricsLog:
-    """Appends a step's metrics to both; the first of a resumed run replaces those of its step and all later ones."""
+    """Appends a step's metrics to both files. The first line of a resumed run replaces those of its step and of later ones.
+
+    Args:
+        start: the first step that will be written.
+    """
 
     def __init__(self, run: RunDir, start: int) -> None:
         self._run, self._start = run, start
         self._file: IO[str] | None = None
 
     def write(self, line: dict[str, Any]) -> None:
-        """Add one step."""
+        """Add the metrics of one step; ``step`` is its number."""
         if self._file is None:
             kept = [line for line in read(self._run.metrics) if line["step"] < self._start]
             write_whole(self._run.metrics, "".join(map(_dump, [*kept, line])))
@@ -37,14 +41,14 @@ class MetricsLog:
         self._board.flush()
 
     def close(self) -> None:
-        """Close both files."""
+        """Close both files, if a line has been written."""
         if self._file is not None:
             self._file.close()
             self._board.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line that is still being written is left out.
+    """Read the whole lines of a metrics file, without a last line that is still being written; none if there is no file.
 
     Raises:
         DataError: the file is damaged.
@@ -59,6 +63,6 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _dump(line: dict[str, Any]) -> str:
-    """One line of strict JSON: a number that is none becomes null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    """Format one line of strict JSON, which has null for infinity and for what is no number."""
+    clean = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
     return json.dumps(clean) + "\n"

@@ -1,13 +1,13 @@
-"""The live display: a table of the last steps with time left on a terminal, one line a step elsewhere."""
+"""The live displays of training and of evaluation: drawn anew in place on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import deque
-from typing import Any
+from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
@@ -16,52 +16,71 @@ _HISTORY = 10
 """Steps that are kept on screen, and averaged for the time left."""
 
 
-class Progress:
-    """Shows steps as they end; a context manager."""
+class _Display:
+    """What is shown on a terminal while the context is held; a stream that is no terminal gets lines instead.
 
-    def __init__(self, steps: int, start: int, console: Console | None = None) -> None:
-        self._steps, self._done = steps, start
+    Args:
+        transient: the terminal is cleared of it at the end.
+    """
+
+    def __init__(self, console: Console | None, transient: bool) -> None:
         self._console = console or Console()
-        self._seconds: deque[float] = deque(maxlen=_HISTORY)
-        self._rows: deque[tuple[str, ...]] = deque(maxlen=_HISTORY)
         self._status = ""
-        self._live = Live(self._table(), console=self._console, refresh_per_second=4, transient=False)
+        self._live = Live("", console=self._console, refresh_per_second=4, transient=transient)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self._console.is_terminal:
+            self._live.update(self._drawn())
             self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._console.is_terminal:
-            self._live.update(self._table())
             self._live.stop()
 
     def status(self, text: str) -> None:
-        """What is going on between steps; on a plain stream each new text is printed once, without its clock."""
-        changed = text.partition(" (")[0] != self._status.partition(" (")[0]
+        """Show what is going on; a plain stream gets each new text once, however its clock in parentheses changes."""
+        is_new = text.partition(" (")[0] != self._status.partition(" (")[0]
         self._status = text
+        self._show(self._drawn(), text if is_new else None)
+
+    def _drawn(self) -> RenderableType:
+        """Return what the terminal shows after a change of the status."""
+        return self._status
+
+    def _show(self, drawn: RenderableType, line: str | None) -> None:
+        """Show something on the terminal, or print a line on a plain stream; None prints nothing."""
         if self._console.is_terminal:
-            self._live.update(self._table())
-        elif changed:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._live.update(drawn)
+        elif line is not None:
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+
+class Progress(_Display):
+    """Shows the steps of a training run as they end: a table of the last ones with the time left. A context manager."""
+
+    def __init__(self, steps: int, start: int, console: Console | None = None) -> None:
+        """
+        Args:
+            steps: of the whole run.
+            start: those that are done.
+        """
+        super().__init__(console, transient=False)
+        self._steps, self._done = steps, start
+        self._seconds: deque[float] = deque(maxlen=_HISTORY)
+        self._rows: deque[tuple[str, ...]] = deque(maxlen=_HISTORY)
 
     def step(self, line: dict[str, Any]) -> None:
-        """One finished step, as its line of metrics."""
+        """Show a step that has ended, given its line of metrics."""
         self._done = line["step"] + 1
         self._seconds.append(line["time/step_s"] + line.get("time/eval_s", 0.0))
         cells = self._cells(line)
         self._rows.append(cells)
         self._status = ""
-        if self._console.is_terminal:
-            self._live.update(self._table())
-        else:
-            self._console.print(
-                "  ".join(f"{n} {c}" for n, c in zip(_COLUMNS, cells, strict=True)), highlight=False, soft_wrap=True
-            )
+        self._show(self._drawn(), "  ".join(f"{name} {cell}" for name, cell in zip(_COLUMNS, cells, strict=True)))
 
     def _cells(self, line: dict[str, Any]) -> tuple[str, ...]:
-        held_out = next((v for k, v in line.items() if k.startswith("eval/") and "/avg@" in k), None)
+        held_out = next((value for key, value in line.items() if key.startswith("eval/") and "/avg@" in key), None)
         left = statistics.median(self._seconds) * (self._steps - self._done)
         return (
             f"{self._done}/{self._steps}",
@@ -74,7 +93,7 @@ class Progress:
             duration(left),
         )
 
-    def _table(self) -> Table:
+    def _drawn(self) -> Table:
         table = Table(box=None, caption=self._status or None, caption_justify="left", header_style="bold")
         for name in _COLUMNS:
             table.add_column(name, justify="right")
@@ -88,58 +107,38 @@ def _number(value: float | None, form: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
+    """Format seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class Counter:
-    """Shows how many of many samples are there, with the time left; a context manager."""
+class Counter(_Display):
+    """Shows how many samples of an evaluation are there, with the time left. A context manager."""
 
     def __init__(self, total: int, console: Console | None = None) -> None:
         """
         Args:
-            total: to be made now.
+            total: number of samples that are to be made now.
         """
-        self._console = console or Console()
+        super().__init__(console, transient=True)
         self._total, self._done, self._tokens = total, 0, 0
         self._started = time.monotonic()
-        self._printed = 0
-        self._status = ""
-        self._live = Live("", console=self._console, refresh_per_second=4, transient=True)
-
-    def __enter__(self) -> Counter:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
-
-    def status(self, text: str) -> None:
-        """What is going on before and after; on a plain stream each new text is printed once, without its clock."""
-        changed = text.partition(" (")[0] != self._status.partition(" (")[0]
-        self._status = text
-        if self._console.is_terminal:
-            self._live.update(text)
-        elif changed:
-            self._console.print(text, highlight=False, soft_wrap=True)
+        self._tenths = 0
+        """Tenths of all samples for which a plain stream has got a line."""
 
     def begin(self) -> None:
-        """The first sample is being made: time counts from here."""
+        """Measure time from now on; called when the first sample is being made."""
         self._started = time.monotonic()
 
     def sample(self, tokens: int) -> None:
-        """One more is there. A plain stream gets a line every tenth of all."""
+        """Count one more sample of so many tokens. A plain stream gets a line for every tenth of all samples."""
         self._done += 1
         self._tokens += tokens
-        if self._console.is_terminal:
-            self._live.update(self._line())
-        elif self._done * 10 // self._total > self._printed:
-            self._printed = self._done * 10 // self._total
-            self._console.print(self._line(), highlight=False, soft_wrap=True)
+        tenths, shown = self._done * 10 // self._total, self._tenths
+        self._tenths = tenths
+        line = self._line()
+        self._show(line, line if tenths > shown else None)
 
     def _line(self) -> str:
         seconds = time.monotonic() - self._started

@@ -1,4 +1,4 @@
-"""What another gate would have decided on a finished run's rollouts, read from its ledger without engines."""
+"""Replay: what another gate would have decided on a finished run's rollouts, read from its ledger without engines."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from megatron_hpt.run import open_run
 
 @dataclass(frozen=True)
 class ReplayedStep:
-    """One step under the run's gate and under another."""
+    """The decisions of one step under the run's gate and under another, or their sums over steps."""
 
     step: int | str
+    """Its number, or what the sum is called."""
     recorded: Counter[Choice]
     replayed: Counter[Choice]
     recorded_weights: tuple[float, float]
-    """Sums over prompts of α and β."""
+    """Sums over the prompts of α (the rollouts' factor) and of β (the demonstration's)."""
     replayed_weights: tuple[float, float]
     changed: int
-    """Prompts that are decided otherwise, or weighed otherwise."""
+    """Prompts for which the other gate's choice or weights differ."""
     prompts: int
 
     def plus(self, other: ReplayedStep) -> ReplayedStep:
-        """Both together."""
+        """Return the sums of both."""
         return ReplayedStep(
             self.step,
             self.recorded + other.recorded,
@@ -54,7 +55,7 @@ def _sum(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
 
 
 def print_replay(run: Path, settings: Sequence[str], console: Console) -> None:
-    """Replay a run under the gate of its configuration with other settings, and print a line a step.
+    """Replay a run under the gate of its configuration with other settings, and print a line for each step.
 
     The run may be of any algorithm that generates: what HPT's gate would have done to a GRPO run is a fair question.
 
@@ -62,13 +63,14 @@ def print_replay(run: Path, settings: Sequence[str], console: Console) -> None:
         settings: ``key=value`` of the gate's section in the configuration.
 
     Raises:
-        ConfigError: not a run directory, unknown settings, no rollouts.
+        ConfigError: `run` is no run directory, a setting is unknown, or the run has no rollouts.
+        DataError: a batch cannot be read.
     """
     opened = open_run(run)
     config = load_yaml(opened.config)
-    before = of_run(config).gate
+    recorded = of_run(config).gate
     gate = hybrid(apply_overrides(config, [f"algorithm.gate.{setting}" for setting in settings]).algorithm.gate)
-    console.print(f"recorded: {before.formula}\nreplayed: {gate.formula}", highlight=False, markup=False)
+    console.print(f"recorded: {recorded.formula}\nreplayed: {gate.formula}", highlight=False, markup=False)
     table = Table(box=None, header_style="bold", caption="prompts, recorded → replayed", caption_justify="left")
     for name in ("step", *(choice.replace("_", "-") for choice in Choice), "mean α", "mean β", "changed", "of"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -91,8 +93,8 @@ def _cells(step: ReplayedStep) -> list[str]:
 def replay(ledger: Ledger, gate: Gate) -> Iterator[ReplayedStep]:
     """Decide every recorded prompt again, step by step; steps that generated nothing are left out.
 
-    The rollouts stay those of the run: under another gate the policy, and so its answers, would have drifted away. Rollouts
-    that were cancelled count as ungraded under another gate, which might have asked for them.
+    The rollouts stay those of the run, although under another gate the policy, and so its answers, would have become others.
+    Rollouts that were cancelled count as ungraded: the other gate might have waited for them.
 
     Raises:
         ConfigError: the ledger is empty, or no step has rollouts to decide by.
@@ -145,7 +147,7 @@ def _weights(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _rewards(batch: Batch) -> dict[int, list[float | None]]:
-    """The rewards of each group's rollouts, as the verifier gave them."""
+    """Return the rewards of each group's rollouts as the verifier gave them; a group is a prompt of the step."""
     groups: dict[int, list[float | None]] = {}
     for row in batch.rows:
         if row.source is Source.ROLLOUT:

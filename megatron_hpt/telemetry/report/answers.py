@@ -1,4 +1,4 @@
-"""Answers that one can read: a few prompts of a few steps, from the ledger."""
+"""Answers for the reader of the report: those of a few prompts of a few steps, from the ledger."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from megatron_hpt.telemetry.report.visits import Visit, evenly
 
 MOST_STEPS = 40
 _PROMPTS = 4
-"""Shown of a step."""
+"""Prompts that are shown of a step."""
 _ANSWERS = 8
-"""Shown of a prompt."""
+"""Answers that are shown of a prompt."""
 _HEAD, _TAIL = 2400, 1600
-"""Characters that are kept of a longer text; its end has the result."""
+"""Characters that are kept of the beginning and of the end of a longer text; the end has the result."""
 _COLUMNS = ("group", "source", "tokens", "prompt_length", "reward", "advantage", "weight", "policy_version", "finish_reason")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 Decode = Callable[[Sequence[int]], str]
@@ -30,13 +30,14 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """One response. Weight: its factor in the loss, 0 if it did not train."""
+    """One response."""
 
     text: str
     tokens: int
     reward: float | None
     advantage: float | None
     weight: float
+    """Its factor in the loss, 0 if it did not train."""
     finish: str | None
 
 
@@ -54,15 +55,15 @@ class PromptAnswers:
     demonstration_weight: float
     demonstration: str | None
     demonstration_step: int | None
-    """Whose batch has it: a demonstration is in the ledger where it trained."""
+    """The step whose batch has the demonstration; a batch has those that trained in it."""
     answers: Sequence[ShownAnswer]
     recorded: int
-    """Answers in the ledger."""
+    """Number of answers in the ledger, shown or not."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Sampled steps, and what kept others from being shown."""
+    """The steps that are shown, and messages about what kept others from being shown."""
 
     steps: Sequence[dict[str, Any]]
     """``{step, version, prompts}``."""
@@ -70,31 +71,31 @@ class Reading:
 
 
 def read(record: RunRecord, visits: Sequence[Visit], budget: int) -> Reading:
-    """Steps at equal distances, as many as fit.
+    """Read as many steps at equal distances as fit.
 
     Args:
         budget: bytes of JSON that the answers may take.
     """
-    by_step = {step: list(own) for step, own in groupby(visits, lambda visit: visit.step)}
+    by_step = {step: list(group) for step, group in groupby(visits, lambda visit: visit.step)}
     decode, problems = _decoder(record)
     reader = _Reader(Ledger(record.run.batches), decode, _demonstrated(visits))
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for step in _spread(evenly(list(by_step), MOST_STEPS)):
         try:
-            asked, version = reader.step(by_step[step])
+            prompts, version = reader.step(by_step[step])
         except DataError as error:
             problems.append(str(error))
             continue
-        entry = {"step": step, "version": version, "prompts": [asdict(prompt) for prompt in asked]}
+        entry = {"step": step, "version": version, "prompts": [asdict(prompt) for prompt in prompts]}
         budget -= len(json.dumps(entry, ensure_ascii=False).encode())
         if budget < 0:
             break
-        found.append(entry)
-    return Reading(sorted(found, key=lambda entry: entry["step"]), problems)
+        entries.append(entry)
+    return Reading(sorted(entries, key=lambda entry: entry["step"]), problems)
 
 
 def _spread(steps: Sequence[int]) -> Iterator[int]:
-    """First, last, and then always from the middle of what lies between: any beginning of it covers the run."""
+    """Yield the first step, the last, and then again and again the middle of a gap, so that any first few cover the run."""
     yield from dict.fromkeys([*steps[:1], *steps[-1:]])
     gaps = [(0, len(steps) - 1)]
     while gaps:
@@ -106,7 +107,7 @@ def _spread(steps: Sequence[int]) -> Iterator[int]:
 
 
 def _demonstrated(visits: Sequence[Visit]) -> dict[str, tuple[int, int]]:
-    """Prompt → (step, group) of the last visit whose batch has its demonstration."""
+    """Return prompt id → (step, group) of the last visit whose batch has the prompt's demonstration."""
     return {visit.prompt_id: (visit.step, visit.group) for visit in visits if visit.demonstration_weight}
 
 
@@ -117,23 +118,23 @@ class _Reader:
     demonstrated: Mapping[str, tuple[int, int]]
 
     def step(self, visits: Sequence[Visit]) -> tuple[list[PromptAnswers], int | None]:
-        """Some prompts of a step, and the version of the weights that answered.
+        """Read some prompts of a step, and the version of the weights that answered.
 
         Raises:
             DataError: the batch cannot be read.
         """
-        # One of each kind, rather than four that are alike.
+        # Evenly from the hardest to the easiest, rather than four that are alike.
         ranked = sorted(visits, key=lambda visit: (visit.solved / visit.graded if visit.graded else -1.0, visit.group))
         chosen = evenly(ranked, _PROMPTS)
         rows = self.ledger.select(visits[0].step, [visit.group for visit in chosen], _COLUMNS)
         version = next((row["policy_version"] for row in rows if row["policy_version"] is not None), None)
-        return [self._asked(visit, [row for row in rows if row["group"] == visit.group]) for visit in chosen], version
+        return [self._prompt(visit, [row for row in rows if row["group"] == visit.group]) for visit in chosen], version
 
-    def _asked(self, visit: Visit, rows: Sequence[dict[str, Any]]) -> PromptAnswers:
+    def _prompt(self, visit: Visit, rows: Sequence[dict[str, Any]]) -> PromptAnswers:
         rollouts = [row for row in rows if row["source"] == Source.ROLLOUT]
         ranked = sorted(rollouts, key=lambda row: -1.0 if row["reward"] is None else row["reward"], reverse=True)
-        taught, where = self._demonstration(visit, rows)
-        any_row = next(iter(rows), taught)
+        demonstration, demonstration_step = self._demonstration(visit, rows)
+        any_row = next(iter(rows), demonstration)
         return PromptAnswers(
             visit.prompt_id,
             visit.source,
@@ -143,14 +144,14 @@ class _Reader:
             visit.choice,
             visit.rollout_weight,
             visit.demonstration_weight,
-            self._text(taught["tokens"][taught["prompt_length"] :]) if taught else None,
-            where,
+            self._text(demonstration["tokens"][demonstration["prompt_length"] :]) if demonstration else None,
+            demonstration_step,
             [self._answer(row) for row in evenly(ranked, _ANSWERS)],
             len(rollouts),
         )
 
     def _demonstration(self, visit: Visit, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, int | None]:
-        """The row of the prompt's demonstration, of this step or of another that trained it, and that step."""
+        """Return the row of the prompt's demonstration in this step's batch or in another that trained it, and its step."""
         for row in rows:
             if row["source"] == Source.DEMONSTRATION:
                 return row, visit.step
@@ -172,7 +173,10 @@ class _Reader:
 
 
 def _decoder(record: RunRecord) -> tuple[Decode, list[str]]:
-    """The run's tokenizer, of its model or, where that is gone, of what the run has written; else the ids themselves."""
+    """Return how token ids become text, and a message where they cannot.
+
+    The tokenizer is that of the run's model or, where the model is gone, of the run's export or checkpoints.
+    """
     run = record.run
     written = [run.export, *(run.checkpoint(step) for step in reversed(run.checkpoint_steps()))]
     folders = [hf_side(folder) for folder in (record.config.model.path, *written)]

@@ -1,4 +1,4 @@
-"""Charts as Vega-Lite specifications: plain data, drawn by the page in the browser and by vl-convert into the picture."""
+"""Charts as Vega-Lite specifications: plain data that the browser draws on the page, and vl-convert into the picture."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ Points = Sequence[dict[str, Any]]
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
 """Okabe and Ito's palette, which colour-blind readers tell apart; grey for black and yellow, which vanish on one background."""
 ORDERED = ("#8b4fb3", "#3f7fc4", "#21918c", "#4faf57", "#c9a400")
-"""Viridis without its darkest and palest: for what has an order, on either background."""
+"""Viridis without its darkest and palest colours, for what has an order; it is seen on either background."""
 DASHES = ([1, 0], [6, 3], [2, 2])
 HEIGHT = 190
 _HOVER = {"type": "point", "nearest": True, "on": "pointerover", "clear": "pointerout"}
 
 
 def style(index: int) -> tuple[str, list[int]]:
-    """Colour and dashes of the n-th run; 21 differ."""
+    """Return colour and dashes of the n-th run; 21 runs differ."""
     return COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
 
 
 def overlay(names: Sequence[str], unit: str, form: str, log: bool = False, share: bool = False) -> Spec:
-    """The curves of several runs over each other.
+    """Draw the curves of several runs over each other.
 
-    Its data is points ``{x, y, series, lone}``: series is "s0", "s1" … in the order of names; lone ones are drawn as dots.
-    The parameter `hidden` lists series that are not drawn.
+    Its data is points ``{x, y, series, lone}``: series is "s0", "s1" … in the order of names, and lone points are drawn as
+    dots. The chart's parameter `hidden` lists series that are not drawn.
     """
     ids = _ids(names)
     styles = [style(index) for index in range(len(names))]
@@ -55,7 +55,7 @@ def overlay(names: Sequence[str], unit: str, form: str, log: bool = False, share
 
 
 def still(spec: Spec, points: Points, names: Sequence[str], title: str, width: int) -> Spec:
-    """An `overlay` for a picture: without what answers to a pointer; with a legend if there are several names."""
+    """Turn an `overlay` into a chart for the picture: without what answers to a pointer, with a legend for several names."""
     line, dots, _ = spec["layer"]
     legend = _label(names) if len(names) > 1 else None
     line = {**line, "encoding": {**line["encoding"], "color": {**line["encoding"]["color"], "legend": legend}}}
@@ -64,19 +64,24 @@ def still(spec: Spec, points: Points, names: Sequence[str], title: str, width: i
 
 
 def lines(points: Points, colors: Mapping[str, str], unit: str, form: str, share: bool = False) -> Spec:
-    """Several curves of one run. Points: ``{x, y, series}``, series by the order of colors; the legend can be clicked."""
+    """Draw several curves of one run, with a legend that can be clicked.
+
+    Args:
+        points: ``{x, y, series}``; series is "s0", "s1" … in the order of colors.
+        colors: name → colour.
+    """
     mark = {"type": "line", "strokeWidth": 1.7, "point": {"size": 14}}
     return _faded(points, colors, mark, {"y": _y(unit, False, share)}, form)
 
 
 def stacked(points: Points, colors: Mapping[str, str], unit: str, form: str, share: bool = False) -> Spec:
-    """Areas over each other, in the order of colors from the bottom. Points as of `lines`."""
+    """Draw areas over each other, in the order of colors from the bottom; the arguments are those of `lines`."""
     y = {**_y(unit, False, share), "stack": "zero"}
     return _faded(points, colors, {"type": "area", "interpolate": "linear"}, {"y": y, "order": {"field": "series"}}, form)
 
 
 def _faded(points: Points, colors: Mapping[str, str], mark: Spec, encoding: Spec, form: str) -> Spec:
-    """What is not chosen in the legend fades."""
+    """Draw curves or areas of which those fade that are not chosen in the legend."""
     names = list(colors)
     scale = {"domain": _ids(names), "range": list(colors.values())}
     color = {"field": "series", "type": "nominal", "scale": scale, "legend": _label(names)}
@@ -97,7 +102,11 @@ def _faded(points: Points, colors: Mapping[str, str], mark: Spec, encoding: Spec
 
 
 def segments(values: Points, colors: Mapping[str, str], rows: int) -> Spec:
-    """A heat map: one line a prompt, coloured by its state. Values: ``{row, start, end, state, prompt, visits, last}``."""
+    """Draw a heat map with one line for each prompt, coloured by its state.
+
+    Args:
+        values: ``{row, start, end, state, prompt, visits, last}``.
+    """
     shown = {
         "prompt": "prompt",
         "state": "state",
@@ -132,7 +141,11 @@ def segments(values: Points, colors: Mapping[str, str], rows: int) -> Spec:
 
 
 def matrix(values: Points, names: Sequence[str]) -> Spec:
-    """From state to state. Values: ``{before, after, share, count}``; share is of the row."""
+    """Draw a matrix of the steps from state to state.
+
+    Args:
+        values: ``{before, after, share, count}``; shares add up to 1 in a row.
+    """
     axes = {
         "x": {
             "field": "after",
@@ -192,7 +205,7 @@ def _y(unit: str, log: bool, share: bool) -> Spec:
 
 
 def _ids(names: Sequence[str]) -> list[str]:
-    """Series by number: Vega reads dots and brackets in the name of a field as a path."""
+    """Return the names of series, which are numbers: Vega reads dots and brackets in the name of a field as a path."""
     return [f"s{index}" for index in range(len(names))]
 
 
@@ -202,7 +215,7 @@ def _label(names: Sequence[str]) -> Spec:
 
 
 def _rule(names: Sequence[str], form: str) -> Spec:
-    """A line under the pointer that shows every curve's value there."""
+    """Return the layer that draws a line under the pointer and shows every curve's value there."""
     values = [
         {"field": series, "type": "quantitative", "title": name, "format": form}
         for series, name in zip(_ids(names), names, strict=True)
@@ -219,7 +232,7 @@ def _rule(names: Sequence[str], form: str) -> Spec:
 
 
 def theme(dark: bool) -> Spec:
-    """Colours and type of all charts."""
+    """Return the colours and fonts of all charts."""
     ink, faint, line = ("#d6d9dd", "#9aa0a8", "#3a4048") if dark else ("#24292f", "#57606a", "#d8dee4")
     text = {"labelColor": faint, "titleColor": faint, "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal"}
     return {

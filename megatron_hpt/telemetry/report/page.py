@@ -1,4 +1,4 @@
-"""The HTML page: one file that asks for nothing outside itself, and says so to the browser (Content-Security-Policy)."""
+"""The HTML page: one file that loads nothing from outside, and has the browser hold it to that (Content-Security-Policy)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_hpt.telemetry.report.panels import STATE_COLORS
 from megatron_hpt.telemetry.report.visits import State
 
 VEGA_LITE = "6.4"
-"""Of the versions that vl-convert brings."""
+"""The version of Vega-Lite, one of those that vl-convert brings."""
 CHOICES = {
     Choice.DEMONSTRATION: {"name": "demonstration (SFT)", "color": "#a86f00"},
     Choice.ROLLOUTS: {"name": "its own answers (RL)", "color": STATE_COLORS[State.RL]},
@@ -23,13 +23,13 @@ CHOICES = {
     Choice.BOTH: {"name": "both", "color": "#1f7fb0"},
     Choice.SKIPPED: {"name": "nothing", "color": "#6b6b6b"},
 }
-"""For people; the colours are dark enough for white text."""
+"""How the page names and colours what a prompt learnt from; the colours are dark enough for white text."""
 _SCRIPTS = ("base.js", "charts.js", "answers.js", "page.js")
 _SETTINGS = Template('<details class="config"><summary>configuration of $name</summary><pre>$text</pre></details>')
 
 
 def page(title: str, subtitle: str, payload: Mapping[str, Any], settings: Sequence[tuple[str, str]]) -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
         payload: what the scripts show.
@@ -37,14 +37,14 @@ def page(title: str, subtitle: str, payload: Mapping[str, Any], settings: Sequen
     """
     import vl_convert
 
-    own = {"themes": {"light": charts.theme(False), "dark": charts.theme(True)}, "choices": CHOICES}
+    constants = {"themes": {"light": charts.theme(False), "dark": charts.theme(True)}, "choices": CHOICES}
     return Template(_part("page.html")).substitute(
         title=html.escape(title),
         subtitle=html.escape(subtitle),
         style=_part("page.css"),
         settings="".join(_SETTINGS.substitute(name=html.escape(name), text=html.escape(text)) for name, text in settings),
         vega=_script(vl_convert.javascript_bundle(vl_version=VEGA_LITE)),
-        payload=_script(json.dumps({**payload, **own}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
+        payload=_script(json.dumps({**payload, **constants}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
         script=f"(() => {{\n'use strict';\n{''.join(map(_part, _SCRIPTS))}}})();",
     )
 
@@ -54,5 +54,8 @@ def _part(name: str) -> str:
 
 
 def _script(text: str) -> str:
-    """Nothing in it ends the element, or opens a comment in which the end would be overlooked; such text is in strings only."""
+    """Escape a script so that nothing in it ends its element, or opens a comment in which the end would be overlooked.
+
+    Such text stands in strings only, whose meaning the escapes keep.
+    """
     return text.replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("<script", "<\\u0073cript")

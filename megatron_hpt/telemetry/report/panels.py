@@ -23,18 +23,18 @@ STATE_COLORS = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One overlaid curve: a metric, what it is called, its unit and d3 format."""
+    """One chart of overlaid curves: a metric, what it is called, its unit and the d3 format of its values."""
 
     key: str
     title: str
     unit: str
     form: str = ".3~g"
     log: bool = False
-    """Where there are positive values."""
+    """The axis is logarithmic, if there is a positive value."""
     share: bool = False
-    """From 0 to 1."""
+    """The axis goes from 0 to 1, if no value lies beyond."""
     optional: bool = False
-    """Left out where no run has it, instead of being said to be empty."""
+    """It is left out where no run has it, instead of being shown as empty."""
     about: str = ""
 
 
@@ -54,20 +54,20 @@ TRAINING = (
     Panel("throughput/tokens_per_s", "Throughput", "trained tokens / s"),
 )
 PICTURE = ("rollout/accuracy", "gate/sft_share", "rollout/response_tokens", "train/entropy", "mismatch/k3_kl", "time/step_s")
-"""Of `TRAINING`, what the picture shows."""
+"""The keys of `TRAINING` that the picture shows."""
 
 
 def training(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """The overlaid curves of the steps: ``{key, title, about, smooth, spec, curves}``; spec None: nothing is recorded.
+    """Return the charts of the steps, ``{key, title, about, smooth, spec, curves}``; spec is None where nothing is recorded.
 
-    A curve is ``{grid, y}``; grid None: that of its run.
+    There is a curve ``{grid, y}`` for each run; its grid is None if it is that of the run.
     """
     drawn = [_drawn(panel, [(None, record.curve(panel.key)) for record in records], records) for panel in TRAINING]
     return [panel for panel, declared in zip(drawn, TRAINING, strict=True) if panel["spec"] or not declared.optional]
 
 
 def evaluations(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """As `training`, of the evaluations that any of the runs has."""
+    """Return the charts of the evaluations that any of the runs has, in the form of `training`."""
     keys = sorted({key for record in records for key in record.evaluated})
     panels = [Panel(key, evaluation_title(key), _measured(key), ".3f", share=True) for key in keys]
     return [_drawn(panel, [record.evaluations(panel.key) for record in records], records) for panel in panels]
@@ -96,12 +96,12 @@ def _drawn(panel: Panel, curves: Sequence[tuple[Grid | None, list]], records: Se
 
 
 def columns(grid: Grid) -> dict[str, list[Any]]:
-    """A grid as the page reads it."""
+    """Return a grid as the page reads it."""
     return {**asdict(grid), "hours": [short(value) for value in grid.hours]}
 
 
 def points(panel: dict[str, Any], records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """What charts.js makes of the curves of a panel of `training`, by step."""
+    """Return a chart's points as charts.js makes them of its curves by step, for the picture, which runs no script."""
     return [
         {"x": x, "y": y, "series": f"s{index}", "lone": before is None is after}
         for index, (curve, record) in enumerate(zip(panel["curves"], records, strict=True))
@@ -110,20 +110,18 @@ def points(panel: dict[str, Any], records: Sequence[RunRecord]) -> list[dict[str
 
 
 def short(value: float | None) -> float | None:
-    """Five digits: what a chart can show."""
+    """Round to five digits, which is what a chart can show."""
     return None if value is None else float(f"{value:.5g}")
 
 
 def depth(record: RunRecord, decided: Sequence[Visit]) -> list[dict[str, Any]]:
-    """The charts of one run: ``{title, about, wide, spec}``; those of the gate need its decisions."""
-    shown = [seconds(record)]
-    if decided:
-        shown = [_learnt(decided), _sources(decided), _difficulties(decided), _ways(decided), _transitions(decided), *shown]
-    return shown
+    """Return the charts of one run, ``{title, about, spec, empty, wide}``; without decisions there are none of the gate."""
+    of_gate = (_learnt, _sources, _difficulties, _timelines, _transitions) if decided else ()
+    return [*(chart(decided) for chart in of_gate), seconds(record)]
 
 
 def seconds(record: RunRecord) -> dict[str, Any]:
-    """Seconds per phase, stacked."""
+    """Return the chart of the seconds per phase, stacked."""
     names = [*PHASES, "other"]
     curves = {phase: [value or 0.0 for value in record.curve(f"time/{phase}_s")] for phase in (*PHASES, "step")}
     within = [phase for phase in PHASES if phase != "eval"]  # a step's seconds are without its evaluation
@@ -142,20 +140,20 @@ def seconds(record: RunRecord) -> dict[str, Any]:
 
 
 def _chart(title: str, about: str, spec: charts.Spec | None, empty: str = "", wide: bool = False) -> dict[str, Any]:
-    """Empty: what is said where there is nothing to draw."""
+    """Return a chart; `empty` is shown where there is nothing to draw."""
     return {"title": title, "about": about, "spec": spec, "empty": empty, "wide": wide}
 
 
 def _learnt(decided: Sequence[Visit]) -> dict[str, Any]:
     order = (State.SOLVED, State.RL, State.BOTH, State.OFF_POLICY, State.SFT, State.SKIPPED)
     rows = list(visits.population(decided))
-    there = [state for state in order if any(shares.get(state) for _, shares in rows)]
+    present = [state for state in order if any(shares.get(state) for _, shares in rows)]
     points = [
         {"x": step, "y": short(shares.get(state, 0.0)), "series": f"s{index}"}
         for step, shares in rows
-        for index, state in enumerate(there)
+        for index, state in enumerate(present)
     ]
-    colors = {state: STATE_COLORS[state] for state in there}
+    colors = {state: STATE_COLORS[state] for state in present}
     spec = charts.stacked(points, colors, "share of prompts", ".2f", share=True)
     return _chart("Where the prompts stand", "all prompts seen so far, each as it was last decided", spec)
 
@@ -187,8 +185,8 @@ def _share_lines(shares: visits.Shares, colors: dict[str, str]) -> charts.Spec |
     return charts.lines(points, colors, "SFT share", ".2f", share=True) if points else None
 
 
-def _ways(decided: Sequence[Visit]) -> dict[str, Any]:
-    found = timelines.timelines(decided)
+def _timelines(decided: Sequence[Visit]) -> dict[str, Any]:
+    chosen = timelines.timelines(decided)
     values = [
         {
             "row": row,
@@ -199,14 +197,14 @@ def _ways(decided: Sequence[Visit]) -> dict[str, Any]:
             "visits": segment.visits,
             "last": f"{segment.solved} of {segment.graded} right" if segment.graded else "none",
         }
-        for row, timeline in enumerate(found.shown)
+        for row, timeline in enumerate(chosen.shown)
         for segment in timeline.segments
     ]
     colors = {state: color for state, color in STATE_COLORS.items() if any(value["state"] == state for value in values)}
-    kind = "visited more than once" if found.repeated else "none visited twice yet"
-    about = f"{len(found.shown)} of {found.prompts:,} prompts ({kind}), those solved first on top; blank: not seen yet"
+    kind = "visited more than once" if chosen.repeated else "none visited twice yet"
+    about = f"{len(chosen.shown)} of {chosen.prompts:,} prompts ({kind}), those solved first on top; blank: not seen yet"
     return _chart(
-        "From SFT to RL to solved, prompt by prompt", about, charts.segments(values, colors, len(found.shown)), wide=True
+        "From SFT to RL to solved, prompt by prompt", about, charts.segments(values, colors, len(chosen.shown)), wide=True
     )
 
 

@@ -1,4 +1,4 @@
-"""What the report tells of a run's metrics: curves on a common grid, facts, and what a reader should know before."""
+"""What the report shows of a run's metrics: curves on a common grid, facts, and notes that a reader should see first."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from megatron_hpt.telemetry.progress import duration
 
 Lines = Sequence[dict[str, Any]]
 MOST_POINTS = 500
-"""Of a curve; a longer run's steps are averaged in groups."""
+"""Points of a curve; a longer run's steps are averaged in groups."""
 _EVALUATED = re.compile(r"eval/.+/[a-z]+@\d+")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where points stand, by each of the axes that can be chosen."""
+    """Where points stand, by each of the axes that can be chosen; each list has an entry for every point."""
 
     step: list[int]
     hours: list[float]
     tokens: list[int]
-    """Generated and trained."""
+    """Tokens generated and trained."""
 
     def at(self, places: Sequence[int]) -> Grid:
-        """Some of the points."""
+        """Return the points of these indices."""
         return Grid(*([column[place] for place in places] for column in (self.step, self.hours, self.tokens)))
 
     def plus(self, other: Grid) -> Grid:
-        """These points and then the others."""
+        """Return these points followed by the others."""
         return Grid(self.step + other.step, self.hours + other.hours, self.tokens + other.tokens)
 
 
@@ -59,14 +59,14 @@ class RunRecord:
 
     @cached_property
     def spent(self) -> Grid:
-        """What was used up to the end of each step, cumulated."""
+        """Time and tokens that were spent up to the end of each step."""
         seconds = _cumulated([(line.get("time/step_s") or 0.0) + (line.get("time/eval_s") or 0.0) for line in self.lines])
         tokens = _cumulated([(line.get("rollout/tokens") or 0) + (line.get("train/tokens") or 0) for line in self.lines])
         return Grid([line["step"] for line in self.lines], [value / 3600 for value in seconds], tokens)
 
     @property
     def per_point(self) -> int:
-        """Steps that are averaged into one point of a curve."""
+        """The number of steps that are averaged into one point of a curve."""
         return -(-len(self.lines) // MOST_POINTS)
 
     @cached_property
@@ -76,18 +76,18 @@ class RunRecord:
         return self.spent.at(ends)
 
     def curve(self, key: str) -> list[float | None]:
-        """A metric on the grid; None where no step of the point has a value."""
+        """Return a metric on the grid, with None where no step of the point has a value."""
         groups = (self.lines[first : first + self.per_point] for first in range(0, len(self.lines), self.per_point))
-        values = ([value for line in group if (value := line.get(key)) is not None] for group in groups)
-        return [sum(there) / len(there) if there else None for there in values]
+        measured = ([value for line in group if (value := line.get(key)) is not None] for group in groups)
+        return [sum(values) / len(values) if values else None for values in measured]
 
     def evaluations(self, key: str) -> tuple[Grid, list[float]]:
-        """An evaluation on a grid of its own, by the version that was evaluated."""
-        found = [(line["eval/version"], line[key]) for line in self.lines if line.get(key) is not None]
+        """Return an evaluation on a grid of its own, whose steps are the versions of the weights that were evaluated."""
+        evaluated = [(line["eval/version"], line[key]) for line in self.lines if line.get(key) is not None]
         start = self.lines[0]["step"]
         before = Grid([start], [0.0], [0]).plus(self.spent)
-        places = [min(max(version - start, 0), len(self.lines)) for version, _ in found]
-        return replace(before.at(places), step=[version for version, _ in found]), [value for _, value in found]
+        places = [min(max(version - start, 0), len(self.lines)) for version, _ in evaluated]
+        return replace(before.at(places), step=[version for version, _ in evaluated]), [value for _, value in evaluated]
 
     @property
     def evaluated(self) -> list[str]:
@@ -96,12 +96,12 @@ class RunRecord:
 
     @cached_property
     def not_taken(self) -> list[int]:
-        """Steps whose update was skipped."""
+        """The steps whose update was skipped."""
         return [line["step"] for line in self.lines if line.get("train/skipped")]
 
 
 def read(run: RunDir, label: str) -> RunRecord:
-    """A run's record.
+    """Read a run's record.
 
     Raises:
         DataError: the run has no finished step yet.
@@ -113,7 +113,7 @@ def read(run: RunDir, label: str) -> RunRecord:
 
 
 def labels(runs: Sequence[RunDir]) -> list[str]:
-    """Short names that tell the runs apart: those of the recipes, else of the folders, else the paths."""
+    """Return short names that tell the runs apart: those of the recipes, else of the folders, else their paths."""
     paths = [run.path.resolve() for run in runs]
     common = Path(os.path.commonpath(paths)) if len(paths) > 1 else paths[0].parent
     options = (
@@ -125,10 +125,10 @@ def labels(runs: Sequence[RunDir]) -> list[str]:
 
 
 def facts(record: RunRecord) -> dict[str, str]:
-    """What one wants to know first."""
+    """Return what a reader wants to know of a run first, title → text."""
     lines, config = record.lines, record.config
     folder = record.run.path.resolve().name
-    found = {
+    result = {
         **({"folder": folder} if folder != record.label else {}),
         "model": config.model.path,
         "data": str(config.data.train),
@@ -140,42 +140,44 @@ def facts(record: RunRecord) -> dict[str, str]:
         "accuracy of rollouts": _from_to([line.get("rollout/accuracy") for line in lines], ".3f"),
     }
     for key in record.evaluated:
-        found[evaluation_title(key)] = _from_to([line.get(key) for line in lines], ".3f")
+        result[evaluation_title(key)] = _from_to([line.get(key) for line in lines], ".3f")
     mismatch = [value for line in lines if (value := line.get("mismatch/k3_kl")) is not None]
-    found["largest mismatch (k3 KL)"] = f"{max(mismatch):.2g}" if mismatch else "not measured"
-    found["steps not taken"] = str(len(record.not_taken))
-    found["tokens generated"] = f"{sum(line.get('rollout/tokens') or 0 for line in lines):,}"
-    found["tokens trained"] = f"{sum(line.get('train/tokens') or 0 for line in lines):,}"
-    found["time"] = duration(record.spent.hours[-1] * 3600)
-    return found
+    result["largest mismatch (k3 KL)"] = f"{max(mismatch):.2g}" if mismatch else "not measured"
+    result["steps not taken"] = str(len(record.not_taken))
+    result["tokens generated"] = f"{sum(line.get('rollout/tokens') or 0 for line in lines):,}"
+    result["tokens trained"] = f"{sum(line.get('train/tokens') or 0 for line in lines):,}"
+    result["time"] = duration(record.spent.hours[-1] * 3600)
+    return result
 
 
 def evaluation_title(key: str) -> str:
-    """For people: ``eval/heldout/avg@8`` is "heldout avg@8"."""
+    """Return how an evaluation's key is shown: ``eval/heldout/avg@8`` as "heldout avg@8"."""
     return key.removeprefix("eval/").replace("/", " ")
 
 
 def _from_to(values: Sequence[float | None], form: str) -> str:
-    there = [value for value in values if value is not None]
-    if not there:
+    """Format the first and the last value that was measured, and the highest where it lies between them."""
+    measured = [value for value in values if value is not None]
+    if not measured:
         return "not measured"
-    ends = f"{there[0]:{form}} → {there[-1]:{form}}"
-    return ends if max(there) in (there[0], there[-1]) or len(there) < 3 else f"{ends} (highest {max(there):{form}})"
+    first, last, highest = measured[0], measured[-1], max(measured)
+    ends = f"{first:{form}} → {last:{form}}"
+    return ends if highest in (first, last) or len(measured) < 3 else f"{ends} (highest {highest:{form}})"
 
 
 def notes(record: RunRecord) -> list[str]:
-    """What a reader should know before the curves."""
+    """Return what a reader should know before the curves, a sentence each."""
     return list(_notes(record))
 
 
 def _notes(record: RunRecord) -> Iterator[str]:
-    done, wanted, taken = len(record.lines), record.config.trainer.steps, record.not_taken
-    if done < wanted:
-        yield f"{done} of {wanted} steps are finished: the run goes on, or ended early."
-    if taken:
-        shown = ", ".join(map(str, taken[:8])) + (" …" if len(taken) > 8 else "")
+    done, steps, skipped = len(record.lines), record.config.trainer.steps, record.not_taken
+    if done < steps:
+        yield f"{done} of {steps} steps are finished: the run goes on, or ended early."
+    if skipped:
+        shown = ", ".join(map(str, skipped[:8])) + (" …" if len(skipped) > 8 else "")
         reasons = sorted({line["train/skip_reason"] for line in record.lines if line.get("train/skip_reason")})
-        yield f"{len(taken)} of the steps were not taken (step {shown}): {'; '.join(reasons[:3]) or 'no reason recorded'}"
+        yield f"{len(skipped)} of the steps were not taken (step {shown}): {'; '.join(reasons[:3]) or 'no reason recorded'}"
     if not record.evaluated:
         yield "Nothing was evaluated on held-out problems (evaluation.sets)."
     if record.per_point > 1:
@@ -183,7 +185,7 @@ def _notes(record: RunRecord) -> Iterator[str]:
 
 
 def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Settings in which the runs differ, with each run's value."""
+    """Return the settings in which the runs differ, with each run's value in the order of the runs."""
     flat = [dict(_leaves(read_yaml(record.run.config), "")) for record in records]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = [(key, [settings.get(key, "—") for settings in flat]) for key in keys]

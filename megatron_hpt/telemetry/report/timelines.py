@@ -1,4 +1,4 @@
-"""The ways of single prompts through a run: from state to state."""
+"""Timelines: the ways of single prompts through a run, from state to state."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ _MOST_SEGMENTS = 2_000
 
 @dataclass(frozen=True)
 class TimelineSegment:
-    """A prompt stands in a state from a step on, until another."""
+    """A time in which a prompt stands in one state."""
 
     start: int
     end: int
+    """The first step that does not belong to it."""
     state: State
     visits: int
     solved: int
     graded: int
-    """Of its last visit in the segment."""
+    """This and `solved` count the answers of the last visit in the segment."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,21 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Timelines:
-    """Some prompts, those that were solved first before."""
+    """The timelines of some prompts, those that were solved first before the others."""
 
     shown: Sequence[Timeline]
     prompts: int
-    """That the run has seen."""
+    """Prompts that the run has seen."""
     repeated: int
-    """That it has seen more than once."""
+    """Prompts that it has seen more than once."""
 
 
 def timelines(visits: Sequence[Visit], most: int = _MOST_PROMPTS) -> Timelines:
-    """Ways of at most `most` prompts, evenly chosen of those that were visited more than once (of all, if none was)."""
+    """Make timelines of at most `most` prompts, evenly chosen from those visited more than once, or from all if none was."""
     by_prompt: dict[str, list[Visit]] = defaultdict(list)
     for visit in visits:
         by_prompt[visit.prompt_id].append(visit)
-    repeated = [prompt for prompt, own in by_prompt.items() if len(own) > 1]
+    repeated = [prompt for prompt, visits_of in by_prompt.items() if len(visits_of) > 1]
     end = visits[-1].step + 1 if visits else 0
     chosen = [Timeline(prompt, _segments(by_prompt[prompt], end)) for prompt in evenly(repeated or list(by_prompt), most)]
     total = sum(len(timeline.segments) for timeline in chosen)
@@ -71,7 +72,7 @@ def _segments(visits: Sequence[Visit], end: int) -> list[TimelineSegment]:
 
 
 def _way(timeline: Timeline) -> tuple[int, ...]:
-    """What prompts are sorted by: when one stays solved, when it leaves SFT, when it is first seen."""
+    """Return what prompts are sorted by: from when on it stays solved, when it leaves SFT, and when it is first seen."""
     segments = timeline.segments
     late = segments[-1].end + 1
     solved = segments[-1].start if segments[-1].state is State.SOLVED else late

@@ -13,7 +13,7 @@ from megatron_hpt.errors import DataError
 from megatron_hpt.objective.gate import Choice
 
 MOST_DECISIONS = 300_000
-"""That are read; of a longer run's ledger every second, third … step."""
+"""Decisions that are read; of a longer run's ledger only every second, third … step is read."""
 _MOST_BINS = 60
 DIFFICULTIES = ("never solved", "up to 25 % solved", "25 to 50 % solved", "50 to 75 % solved", "75 to 100 % solved")
 
@@ -55,14 +55,14 @@ class Visit:
 
     @property
     def state(self) -> State:
-        """Solved: every graded answer is right, and the demonstration does not teach it alone."""
+        """Where the prompt stands; solved if all graded answers are right and it learns not from its demonstration alone."""
         if 0 < self.graded == self.solved and self.choice is not Choice.DEMONSTRATION:
             return State.SOLVED
         return _STATES[self.choice]
 
     @property
     def demonstration_share(self) -> float | None:
-        """β / (α + β); None if nothing was trained."""
+        """The demonstration's share of the weight, β / (α + β); None if nothing was trained."""
         total = self.rollout_weight + self.demonstration_weight
         return self.demonstration_weight / total if total else None
 
@@ -73,14 +73,14 @@ class Visits:
 
     all: Sequence[Visit]
     every: int
-    """Of how many steps one was read."""
+    """One of so many steps was read."""
     unreadable: Sequence[str] = ()
     """Messages about batches that could not be read."""
 
 
 def read(ledger: Ledger) -> Visits:
-    """Decisions of the ledger, at most about `MOST_DECISIONS`. Damaged batches are left out and told."""
-    steps, found, unreadable = ledger.steps(), [], []
+    """Read the decisions of the ledger, at most about `MOST_DECISIONS`; damaged batches are left out, with a message each."""
+    steps, visits, unreadable = ledger.steps(), [], []
     every = 1
     for index, step in enumerate(steps):
         if index % every:
@@ -90,10 +90,10 @@ def read(ledger: Ledger) -> Visits:
         except DataError as error:
             unreadable.append(str(error))
             continue
-        found += [_visit(step, group, decision) for group, decision in enumerate(decisions)]
+        visits += [_visit(step, group, decision) for group, decision in enumerate(decisions)]
         if not index:
             every = max(1, -(-len(steps) * len(decisions) // MOST_DECISIONS))
-    return Visits(found, every, unreadable)
+    return Visits(visits, every, unreadable)
 
 
 def _visit(step: int, group: int, decision: dict[str, Any]) -> Visit:
@@ -115,7 +115,7 @@ Shares = dict[str, list[tuple[int, float]]]
 
 
 def by_source(visits: Sequence[Visit], most: int = 6) -> Shares:
-    """SFT share of the most frequent data sources, and of all others together."""
+    """Return the SFT share of the most frequent data sources, and of all others together."""
     frequent = [name for name, _ in Counter(visit.source for visit in visits).most_common()]
     kept = set(frequent if len(frequent) <= most + 1 else frequent[:most])
     shares = _shares(visits, lambda visit: (visit.source or "(no source)") if visit.source in kept else "all others")
@@ -123,7 +123,7 @@ def by_source(visits: Sequence[Visit], most: int = 6) -> Shares:
 
 
 def by_difficulty(visits: Sequence[Visit]) -> Shares:
-    """SFT share by how often the prompt was solved in the whole run, hardest first; prompts never graded are left out."""
+    """Return the SFT share by how often prompts were solved in the whole run, hardest first, without those never graded."""
     solved, graded = Counter(), Counter()
     for visit in visits:
         solved[visit.prompt_id] += visit.solved
@@ -138,7 +138,7 @@ def _difficulty(solved: int, graded: int) -> str:
 
 
 def _shares(visits: Sequence[Visit], name: Callable[[Visit], str]) -> Shares:
-    """Mean β / (α + β) over the visits that train, in groups of consecutive steps."""
+    """Average β / (α + β) over the visits that train, by name and in groups of consecutive steps."""
     binned = _bins(visits)
     sums: dict[tuple[str, int], list[float]] = defaultdict(list)
     for visit in visits:
@@ -152,14 +152,14 @@ def _shares(visits: Sequence[Visit], name: Callable[[Visit], str]) -> Shares:
 
 
 def _bins(visits: Sequence[Visit]) -> dict[int, int]:
-    """Step → the last step of its bin."""
+    """Group consecutive steps into at most `_MOST_BINS` bins; return step → last step of its bin."""
     steps = sorted({visit.step for visit in visits})
     width = max(1, -(-len(steps) // _MOST_BINS))
     return {step: steps[min(index - index % width + width, len(steps)) - 1] for index, step in enumerate(steps)}
 
 
 def population(visits: Sequence[Visit]) -> Iterator[tuple[int, dict[State, float]]]:
-    """After each group of steps: the share of the prompts seen so far that stand in each state."""
+    """Yield for each group of steps its last step, and the share of the prompts seen so far that then stand in each state."""
     binned, states, counts = _bins(visits), {}, Counter()
     for index, visit in enumerate(visits):
         counts[states.get(visit.prompt_id)] -= 1
@@ -170,7 +170,7 @@ def population(visits: Sequence[Visit]) -> Iterator[tuple[int, dict[State, float
 
 
 def transitions(visits: Sequence[Visit]) -> Counter[tuple[State, State]]:
-    """How often a prompt's state at one visit was followed by which at its next."""
+    """Count (state at a visit, state of the same prompt at its next visit)."""
     last: dict[str, State] = {}
     counted: Counter[tuple[State, State]] = Counter()
     for visit in visits:
@@ -181,7 +181,7 @@ def transitions(visits: Sequence[Visit]) -> Counter[tuple[State, State]]:
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` items at equal distances, the first and the last among them."""
+    """Choose at most `most` items at equal distances, the first and the last among them; of one, the last."""
     if len(items) <= most:
         return list(items)
     if most == 1:

@@ -18,11 +18,11 @@ from megatron_hpt.telemetry.report.record import RunRecord
 from megatron_hpt.telemetry.report.visits import Visits
 
 PAGE = 5_000_000
-"""Bytes that a page should not exceed: answers take what the curves leave."""
+"""Bytes that a page should not exceed; answers get what the curves leave."""
 _VEGA = 1_000_000
-"""Bytes of the drawing library, and of the page itself, rounded up."""
+"""Bytes of the drawing library and of the page itself, rounded up."""
 _FEWEST = 100_000
-"""Bytes of answers that every run may show nevertheless."""
+"""Bytes of answers that every run may show however much the curves take."""
 
 
 def write_report(runs: Sequence[RunDir], target: Path | None = None) -> Path:
@@ -31,13 +31,13 @@ def write_report(runs: Sequence[RunDir], target: Path | None = None) -> Path:
     The cost does not grow with the answers: of the ledger's rows only those that are shown are read.
 
     Args:
-        target: file of the page; default: ``report.html`` of the run, or of the current folder if there are several.
+        target: file of the page; without it, ``report.html`` in the run's folder, or in the current one for several runs.
 
     Returns:
         Path of the page.
 
     Raises:
-        ConfigError: the target is no ``.html``.
+        ConfigError: the target's name does not end in ``.html``.
         DataError: a run has no finished step yet, or the target cannot be written.
     """
     target = target or (runs[0].report if len(runs) == 1 else Path(runs[0].report.name))
@@ -49,43 +49,45 @@ def write_report(runs: Sequence[RunDir], target: Path | None = None) -> Path:
     with whole(target.with_suffix(".png")) as temporary:
         temporary.write_bytes(picture(records, training))
     curves = {"training": training, "evaluation": panels.evaluations(records), "differences": record.differences(records)}
-    ledgers = [visits.read(Ledger(one.run.batches)) for one in records]
-    described = [_described(one, index, decided) for index, (one, decided) in enumerate(zip(records, ledgers, strict=True))]
+    decisions = [visits.read(Ledger(each.run.batches)) for each in records]
+    described = [_described(*pair, index) for index, pair in enumerate(zip(records, decisions, strict=True))]
     budget = max(_FEWEST, (PAGE - _VEGA - len(json.dumps([curves, described]))) // len(records))
-    for one, decided, told in zip(records, ledgers, described, strict=True):
-        told["answers"] = _answers(one, decided, budget)
+    for each, decided, description in zip(records, decisions, described, strict=True):
+        description["answers"] = _answers(each, decided, budget)
     payload = {"runs": described, **curves}
-    settings = [(one.label, one.run.config.read_text(encoding="utf-8")) for one in records]
+    settings = [(each.label, each.run.config.read_text(encoding="utf-8")) for each in records]
     write_whole(target, page(_title(records), f"megatron_hpt, {time.strftime('%Y-%m-%d %H:%M')}", payload, settings))
     return target
 
 
 def _title(records: Sequence[RunRecord]) -> str:
-    return records[0].label if len(records) == 1 else f"{len(records)} runs: " + ", ".join(one.label for one in records)
+    return records[0].label if len(records) == 1 else f"{len(records)} runs: " + ", ".join(each.label for each in records)
 
 
-def _described(one: RunRecord, index: int, decided: Visits) -> dict[str, Any]:
-    """A run without its answers."""
+def _described(run: RunRecord, decided: Visits, index: int) -> dict[str, Any]:
+    """Return what the page shows of a run besides its answers."""
     color, dash = charts.style(index)
     sampled = [f"Decisions of every {decided.every}th step."] if decided.every > 1 else []
-    told = [*_missing(one, decided), *sampled, *_short(decided.unreadable)]
     return {
-        "label": one.label,
+        "label": run.label,
         "style": {"color": color, "dash": dash},
-        "grid": panels.columns(one.grid),
-        "facts": record.facts(one),
-        "notes": record.notes(one),
-        "depth": {"charts": panels.depth(one, decided.all), "notes": told},
+        "grid": panels.columns(run.grid),
+        "facts": record.facts(run),
+        "notes": record.notes(run),
+        "depth": {
+            "charts": panels.depth(run, decided.all),
+            "notes": [*_missing(run, decided), *sampled, *_short(decided.unreadable)],
+        },
     }
 
 
-def _answers(one: RunRecord, decided: Visits, budget: int) -> dict[str, Any]:
-    reading = answers.read(one, decided.all, budget) if decided.all else answers.Reading([])
-    return {"steps": reading.steps, "notes": [*_missing(one, decided), *_short(reading.problems)]}
+def _answers(run: RunRecord, decided: Visits, budget: int) -> dict[str, Any]:
+    reading = answers.read(run, decided.all, budget) if decided.all else answers.Reading([])
+    return {"steps": reading.steps, "notes": [*_missing(run, decided), *_short(reading.problems)]}
 
 
-def _missing(one: RunRecord, decided: Visits) -> list[str]:
-    return [] if decided.all else [f"{one.label} has no ledger (batches/ is empty or gone): curves only."]
+def _missing(run: RunRecord, decided: Visits) -> list[str]:
+    return [] if decided.all else [f"{run.label} has no ledger (batches/ is empty or gone): curves only."]
 
 
 def _short(messages: Sequence[str], most: int = 3) -> list[str]:
@@ -93,10 +95,10 @@ def _short(messages: Sequence[str], most: int = 3) -> list[str]:
 
 
 def picture(records: Sequence[RunRecord], training: Sequence[dict[str, Any]]) -> bytes:
-    """Six of the curves as a PNG."""
+    """Draw the curves of `panels.PICTURE` as a PNG."""
     import vl_convert
 
-    names = [one.label for one in records]
+    names = [each.label for each in records]
     drawn = [panel for panel in training if panel["key"] in panels.PICTURE and panel["spec"]]
     spec = {
         "concat": [
