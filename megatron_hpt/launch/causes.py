@@ -1,6 +1,6 @@
-"""Why a process failed, from its log: the first error there, and what to do about the common ones. Pure functions over text.
+"""Finds in a process's log why it failed, and what to do about common errors. Pure functions over text.
 
-What an engine says last is that something went wrong in another of its processes; the reason stands where the first one failed.
+The last error of an engine says that another of its processes failed; the reason is where the first process failed.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ _PREFIX = re.compile(
     r"(?:\[\d{4}-\d\d-\d\d [\d:]{8}[^\]]*\] ?)?"  # SGLang: time and rank
     r"(?:[\d-]{10} [\d:,]+ (?:ERROR|CRITICAL) [\w.]+: )?"  # ours: time, level, logger
 )
-"""Before each line of a traceback that a logger wrote."""
+"""What loggers write before each line of a traceback."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _BEGINS = "Traceback (most recent call last):"
 _ENDS = re.compile(r"[A-Za-z_][\w.]*(?:: .*)?$")
-"""The line behind a traceback's frames."""
+"""The line after a traceback's frames, which names the exception."""
 _HANDLING = "During handling of the above exception, another exception occurred:"
 _ARGUMENT = re.compile(r"[\w./ -]{1,60}: error: .+")
 _OWN_WORDS = re.compile(r"^[\d-]+ [\d:,]+ ERROR megatron_hpt\.process: (?P<said>.+)", re.MULTILINE)
-"""What ended a process of ours, when it knew (`process.ends_in_words`)."""
+"""The error that ended a process of ours, as `process.ends_in_words` logs it."""
 _LOGGED = re.compile(r"(?:^|[ (])(?:ERROR|CRITICAL|FATAL)\b[ :\]]*\S")
 _OTHERS = re.compile(
     r"See root cause above|Engine core initialization failed|EngineDeadError|ChildFailedError|resource_tracker"
 )
-"""Said of the failure of another process, whose own words are better."""
+"""Errors that only report the failure of another process, whose own words are better."""
 _FATAL = re.compile(r"Fatal Python error: |terminate called |\s*what\(\):|[A-Z]\w*Error: |torch\.\S*Error: ")
-"""Ends of a process without a traceback."""
+"""Errors that end a process without a traceback."""
 _WARNED = re.compile(r"\bWARN(?:ING)?\b")
 _MOST_LINES, _MOST_CHARACTERS = 6, 1000
 
@@ -84,41 +84,43 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "a host name does not resolve: put it into DNS or /etc/hosts",
     ),
 )
-"""What an error says → what to do. The first that fits counts."""
+"""Pattern of an error → what to do about it. The first that matches counts."""
 
 
 _EXITS = {
     -7: f"memory that it had mapped was not there\n    what to do: {ADVICE[0][1]}",
     -9: "killed from outside\n    what to do: if nobody did, the kernel has, for want of memory (dmesg | grep -i oom)",
 }
-"""Exit codes, negative as Python's, of processes that say nothing more."""
+"""Exit codes (negative for signals, as Python has them) of processes that cannot say more → cause and advice."""
 
 
 def cause(log: str) -> str | None:
-    """What a log says of why its process failed, with advice where the error is a common one; None: nothing of that kind."""
-    found = first_error(log)
-    if found is None:
+    """Return the first error of a log, with advice where there is some, or None if the log has no error."""
+    error = first_error(log)
+    if error is None:
         return None
-    known = advice(found)
-    return f"{found}\n    what to do: {known}" if known else found
+    known = advice(error)
+    return f"{error}\n    what to do: {known}" if known else error
 
 
 def of_exit(code: int) -> str | None:
-    """What an exit code alone says; None: nothing."""
+    """Return the cause that an exit code alone tells, with advice, or None."""
     return _EXITS.get(code)
 
 
 def advice(error: str) -> str | None:
-    """What to do about an error; None: it is not a common one."""
+    """Return what to do about an error, or None if it is not a common one."""
     return next((remedy for pattern, remedy in ADVICE if re.search(pattern, error, re.DOTALL)), None)
 
 
 def first_error(log: str) -> str | None:
-    """The first error of a log: what a process of ours said it ended of, an argument that a parser refuses, what the first
-    traceback ends in, else the first line that is logged as an error. What only repeats that another process has failed counts
-    where there is nothing else."""
-    raw = log.splitlines()
-    raw = [_COLOUR.sub("", line) for line in raw]
+    """Return the error of a log that explains best why its process ended, or None.
+
+    In this order: the error that ended a process of ours, an argument that a parser refused, the first traceback's exception,
+    the first line that is logged as an error, a fatal line without a traceback. Errors that only report the failure of another
+    process count where there is nothing else.
+    """
+    raw = [_COLOUR.sub("", line) for line in log.splitlines()]
     lines = [line[_PREFIX.match(line).end() :].rstrip() for line in raw]
     found = [match["said"] for match in _OWN_WORDS.finditer(log)][-1:]
     found += [line for line in lines if _ARGUMENT.fullmatch(line)]
@@ -130,12 +132,16 @@ def first_error(log: str) -> str | None:
 
 
 def _exceptions(lines: list[str], warned: list[bool]) -> Iterator[str]:
-    """What each traceback ends in, in order, with the lines that belong to its message.
+    """Yield the exception of each traceback in order, with the lines that belong to its message.
 
-    Of a chain the first is the reason, but for exceptions that were raised while another was handled: those explain it.
+    Of a chain of exceptions the first is the reason, but one that was raised while another was handled explains that one: the
+    handled one is left out. Tracebacks of warnings are left out too.
+
+    Args:
+        warned: whether each line is a logged warning.
     """
     for start, line in enumerate(lines):
-        if not line.endswith(_BEGINS) or warned[start] or (start and warned[start - 1]):  # what was done without
+        if not line.endswith(_BEGINS) or warned[start] or (start and warned[start - 1]):  # the process went on
             continue
         end = next((i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith(" ")), None)
         if end is not None and _ENDS.match(lines[end]) and _HANDLING not in lines[end : end + _MOST_LINES]:
@@ -143,7 +149,7 @@ def _exceptions(lines: list[str], warned: list[bool]) -> Iterator[str]:
 
 
 def _message(lines: list[str]) -> str:
-    """An exception's line, and those below that continue it: indented, as pydantic's are."""
+    """Return an exception's line and the indented lines below that continue it, as pydantic's errors have them."""
     own = [lines[0]]
     for line in lines[1:_MOST_LINES]:
         if not line.startswith("  ") or "For further information visit" in line:

@@ -1,4 +1,4 @@
-"""The processes of a run: started in sessions of their own, watched, and taken down without leaving any behind."""
+"""The processes of a run: started in sessions of their own, watched, and ended so that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -18,48 +18,53 @@ from megatron_hpt.launch import causes
 GRACE_S = 10.0
 """Seconds between SIGTERM and SIGKILL: vLLM needs some to remove its own shared memory."""
 _LONGEST_LOG = 64 * 2**20
-"""Bytes of a log that are looked at."""
+"""Most bytes of a log that are read."""
 TRACKERS_S = 5.0
-"""Seconds for resource trackers to remove the shared memory of processes that were killed."""
+"""Seconds that resource trackers have to remove the shared memory of processes that were killed."""
 
 
 @dataclass
 class Child:
-    """One started process."""
+    """One started process, the leader of its own session and process group."""
 
     name: str
+    """Name in messages, e.g. ``engine 0``."""
     process: subprocess.Popen
     log: Path
     log_starts: dict[Path, int]
-    """Sizes of the logs beside its own, and of its own, when it started: a resumed run appends to those of the run before."""
+    """Size of each log in the folder when the process started: a resumed run appends to the logs of the run before."""
     command: Sequence[str]
     environment: dict[str, str] | None
 
     @classmethod
     def start(cls, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> Child:
-        """Start a command that dies with this process and logs to a file."""
+        """Start a command that logs to a file and dies with this process.
+
+        Args:
+            environment: the whole environment; None inherits that of this process.
+        """
         launcher = [sys.executable, "-m", "megatron_hpt.process", str(log), *command]
         log_starts = {path: path.stat().st_size for path in log.parent.glob("*.log")}
         process = subprocess.Popen(launcher, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         return cls(name, process, log, log_starts, command, environment)
 
     def again(self) -> Child:
-        """Take down what is left of it and start the same command."""
+        """End what is left of this process's group, and start the same command with the same environment."""
         stop_all([self])
         return Child.start(self.name, self.command, self.log, self.environment)
 
     @property
     def output(self) -> str:
-        """What it has logged so far."""
+        """The text that the process has logged since its start."""
         return said(self.log, self.log_starts.get(self.log, 0))
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """The exit code, negative for a signal; None while the process runs."""
         return self.process.poll()
 
     def signal_group(self, number: int) -> bool:
-        """Signal the whole process group; False if nobody is left in it."""
+        """Send a signal to the whole process group; return False if no process is left in it."""
         try:
             os.killpg(self.process.pid, number)
         except ProcessLookupError:
@@ -69,13 +74,13 @@ class Child:
 
 @dataclass(frozen=True)
 class Failure:
-    """A process that ended when it should not have, or as it should not have."""
+    """A process that ended too early or badly; as text, the cause and the last lines of its log."""
 
     name: str
     exit_code: int
     log: Path
     log_start: int = 0
-    """Where in the log its own words begin."""
+    """Byte of the log at which this process began to write."""
 
     def __str__(self) -> str:
         died = f"{self.name} died ({describe_exit(self.exit_code)})"
@@ -84,7 +89,7 @@ class Failure:
 
 
 def said(log: Path, start: int = 0) -> str:
-    """The text of a log from a byte on, of an endless one the beginning."""
+    """Return the text of a log from a byte on; of a very long one its beginning."""
     if not log.is_file():
         return ""
     with log.open("rb") as file:
@@ -93,7 +98,7 @@ def said(log: Path, start: int = 0) -> str:
 
 
 def describe_exit(code: int) -> str:
-    """An exit code in words."""
+    """Name an exit code and, if there is one, its signal."""
     if code < 0:
         with contextlib.suppress(ValueError):
             return f"exit code {code}, {signal.Signals(-code).name}"
@@ -101,7 +106,7 @@ def describe_exit(code: int) -> str:
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log, indented."""
+    """Return the last lines of a log, indented."""
     if not log.is_file():
         return "    (no log)"
     text = log.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
@@ -110,31 +115,36 @@ def tail(log: Path, lines: int = 15) -> str:
 
 _ROOT_CAUSES = (
     re.compile(r"Root Cause.*?rank\s*:\s*(?P<rank>\d+) \(local_rank.*?exitcode\s*:\s*(?P<code>-?\d+)", re.DOTALL),
-    # Slurm names a task first when it was the first to end; several alike are one line.
+    # Slurm writes a line for each end of tasks, the first one first; tasks that end alike share a line.
     re.compile(r"srun: error: \S+ tasks? (?P<rank>\d+)[^:]*: (?:Exited with exit code (?P<code>\d+)|(?P<signal>[A-Z][a-z]+))"),
 )
-"""What torchrun and srun say of the rank that failed."""
+"""Messages of torchrun and srun that name the rank that failed first."""
 _SIGNALS = {"Killed": -9, "Terminated": -15, "Aborted": -6, "Segmentation": -11}
-"""The first word of what srun says of a task that a signal ended."""
+"""First word of srun's message about a task that a signal ended → exit code."""
 
 
 def failure_of(child: Child, logs: Path) -> Failure:
-    """What failed; of the trainer, the rank that its launcher names as the root cause."""
+    """Describe how a child failed; of the trainer, the rank that torchrun or srun names as the root cause.
+
+    Args:
+        logs: folder of the ranks' own logs.
+    """
     code = child.exit_code or 0
-    found = [match for pattern in _ROOT_CAUSES if (match := pattern.search(child.output))] if child.name == "trainer" else []
-    if not found:
+    named = [match for pattern in _ROOT_CAUSES if (match := pattern.search(child.output))] if child.name == "trainer" else []
+    if not named:
         return Failure(child.name, code, child.log, child.log_starts.get(child.log, 0))
-    cause = found[0].groupdict()
+    cause = named[0].groupdict()
     rank, code = cause["rank"], int(cause["code"]) if cause["code"] else _SIGNALS.get(cause["signal"], code)
     log = logs / f"trainer_rank{rank}.log"
     return Failure(f"trainer rank {rank}", code, log, child.log_starts.get(log, 0))
 
 
 def stop_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:
-    """SIGTERM to every group, SIGKILL to what is left of it after `grace_s` seconds.
+    """Send SIGTERM to every child's group and SIGKILL to what is left of it after `grace_s` seconds; return when all are gone.
 
-    Python's resource trackers come last: they remove the shared memory of those that were killed. What they know nothing of
-    (SGLang's load figures, which it leaves behind however it ends) is removed here.
+    Python's resource trackers are killed last, because they remove the shared memory of the processes that were killed before.
+    Shared memory that they do not know (SGLang leaves its load figures behind however it ends) is removed here. Children that
+    have ended are allowed.
     """
     shared = set().union(*(shared_memory(pid) for child in children for pid in members(child.process.pid)))
     alive = _left([child for child in children if child.signal_group(signal.SIGTERM)], grace_s)
@@ -150,7 +160,7 @@ def stop_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:
 
 
 def _remove(paths: set[Path]) -> None:
-    """Remove files that nobody has mapped; helpers that left the group, as SGLang's do, end a moment later."""
+    """Remove files once no process has them mapped: helpers that left their group, as SGLang's do, end a moment later."""
     deadline = time.monotonic() + TRACKERS_S
     while paths:
         mapped = set().union(*map(shared_memory, processes()))
@@ -163,7 +173,7 @@ def _remove(paths: set[Path]) -> None:
 
 
 def _left(children: Sequence[Child], seconds: float) -> list[Child]:
-    """Those of whose groups there is somebody left after a while."""
+    """Wait until the children's groups are empty, at most `seconds`; return the children whose groups are not."""
     deadline, alive = time.monotonic() + seconds, list(children)
     while alive and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -172,25 +182,25 @@ def _left(children: Sequence[Child], seconds: float) -> list[Child]:
 
 
 def processes() -> list[int]:
-    """All of this machine."""
+    """Return the process ids of this machine."""
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def members(group: int) -> list[int]:
-    """Processes of a group."""
-    found = []
+    """Return the process ids of a group."""
+    pids = []
     for pid in processes():
         with contextlib.suppress(ProcessLookupError):
             if os.getpgid(pid) == group:
-                found.append(pid)
-    return found
+                pids.append(pid)
+    return pids
 
 
 def shared_memory(pid: int) -> set[Path]:
-    """Files of /dev/shm that a process has mapped.
+    """Return the files of /dev/shm that a process has mapped.
 
-    By their numbers, not by the names in its map: a semaphore is made under another name than the one that it stays under
-    (sem_open of glibc), and the map shows the first.
+    They are found by inode and not by the names in the process's map, because glibc's sem_open renames a semaphore after
+    mapping it, and the map keeps the first name.
     """
     with contextlib.suppress(OSError):
         maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")

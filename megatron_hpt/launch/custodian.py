@@ -1,10 +1,10 @@
 """``python -m megatron_hpt.launch.custodian FOLDER``: removes what one supervisor's processes leave behind, and outlives it.
 
-Engines leave files in /dev/shm: SGLang its load figures and semaphores each time, either engine more when it is killed; who is
-killed cannot clean up, and a supervisor neither. So this process, which a terminal's signals do not reach, notes what those of
-whose temporary files FOLDER is have mapped, and removes what nobody has mapped any more. When the supervisor is gone (the end
-of its standard input) it ends who is left and removes the folder too. Were it killed itself, the next supervisor would, by its
-notes.
+Engines leave files in /dev/shm: SGLang always its load figures and semaphores, and either engine more when it is killed. A
+process that is killed cannot clean up, and neither can a supervisor that is. So this process, which a terminal's signals do
+not reach, notes the files that processes with TMPDIR=FOLDER have mapped, and removes those that no process has mapped any more.
+When its standard input ends, the supervisor is gone: it then ends the processes that are left, and removes the folder too. If
+it is killed itself, the next supervisor on the machine does so from its notes.
 """
 
 from __future__ import annotations
@@ -25,45 +25,46 @@ from pathlib import Path
 from megatron_hpt.launch.children import processes, shared_memory
 
 NOTES = "shared.json"
-"""In the folder: names in /dev/shm that its processes have mapped."""
+"""File in the folder with the names in /dev/shm that its processes have mapped."""
 LOCK = "lock"
-"""In the folder: whoever holds it sees to the folder. Process ids say nothing where containers share /tmp."""
+"""File in the folder whose lock says that somebody is in charge of it; process ids do not where containers share /tmp."""
 _SHARED = Path("/dev/shm")
 _LOOK_S, _SCAN_S = 0.1, 1.0
-"""Between two looks whether anything has changed in /dev/shm, and between two at the processes."""
+"""Seconds between two looks at /dev/shm for a change, and between two scans of all processes."""
 _LOOKS = 3
+"""Scans in which a new process may still turn out to belong to the folder."""
 _UNUSED_S = 3.0
-"""A file that nobody has mapped for so long, and whose users are gone, was left behind."""
+"""Seconds after which a file was left behind if its users are gone and no process has it mapped."""
 GRACE_S = 12.0
-"""For processes that a dead supervisor's end has reached by its signal; engines remove their own files in it."""
+"""Seconds that processes have to end after the supervisor, whose end sends them a signal; engines remove their files then."""
 _REMOVAL_S = 5.0
 
 
 @dataclass(frozen=True)
 class Process:
-    """One that lives; a number that is used again is another one."""
+    """A living process; one that gets the process id of another later is unequal to it."""
 
     pid: int
     started: int
-    """Clock ticks after the machine's start."""
+    """Start in clock ticks after the machine's start."""
     parent: int
     session: int
 
 
 class Custodian:
-    """Knows the processes of one folder, and what they have mapped."""
+    """Knows the processes of one folder and the files in /dev/shm that they have mapped."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._members: dict[int, Process] = {}
         self._strangers: Counter[Process] = Counter()
-        """How often each was looked at: between fork and exec a process has its parent's environment."""
+        """Process → scans that took it for a stranger: between fork and exec a process has its parent's environment."""
         self._users: dict[Path, set[Process]] = {}
         self._unused: dict[Path, float] = {}
-        """File that nobody uses → since when."""
+        """File that no process uses → time since when."""
 
     def scan(self) -> None:
-        """Look at all processes, and note what is new."""
+        """Look at all processes, and note new ones of the folder and new files of theirs."""
         alive = list(filter(None, map(process, processes())))
         here = set(alive)
         self._members = {pid: member for pid, member in self._members.items() if member in here}
@@ -83,11 +84,11 @@ class Custodian:
 
     @property
     def members(self) -> list[int]:
-        """Processes of the folder that lived at the last scan."""
+        """Process ids of the folder at the last scan."""
         return list(self._members)
 
     def remove_unused(self, after_s: float) -> bool:
-        """Remove files whose users are gone and that nobody has mapped for a while; whether any are left."""
+        """Remove files whose users are gone and that no process has had mapped for `after_s`; return whether files are left."""
         suspects = {path for path, users in self._users.items() if not any(process(user.pid) == user for user in users)}
         mapped = mapped_by_anybody() if suspects else set()
         now = time.monotonic()
@@ -101,7 +102,8 @@ class Custodian:
         return bool(self._users)
 
     def _belongs(self, one: Process) -> bool:
-        """By its parent, its session or its environment; titles that engines give themselves overwrite the last."""
+        """Return whether a process belongs to the folder, by its parent, its session or its environment. The last alone would
+        not do: the titles that engines give themselves overwrite it."""
         if one.parent in self._members or one.session in self._members:
             return True
         with contextlib.suppress(OSError):
@@ -116,12 +118,12 @@ class Custodian:
 
 
 def mapped_by_anybody() -> set[Path]:
-    """Files of /dev/shm that some process has mapped."""
+    """Return the files of /dev/shm that some process has mapped."""
     return set().union(*map(shared_memory, processes()))
 
 
 def remove_noted(folder: Path) -> None:
-    """What the processes of a dead supervisor have mapped, and nobody has any more."""
+    """Remove files that a dead custodian had noted for a folder, unless a process still has them mapped."""
     with contextlib.suppress(OSError, ValueError):
         noted = {_SHARED / Path(name).name for name in json.loads((folder / NOTES).read_text(encoding="utf-8"))}
         for path in noted - mapped_by_anybody() if noted else ():
@@ -129,7 +131,7 @@ def remove_noted(folder: Path) -> None:
 
 
 def process(pid: int) -> Process | None:
-    """What the kernel says of a process; None: it has ended."""
+    """Read a process from /proc; None if it has ended."""
     with contextlib.suppress(OSError):
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         words = stat.rpartition(")")[2].split()  # proc_pid_stat(5), from the third field on
@@ -138,7 +140,7 @@ def process(pid: int) -> Process | None:
 
 
 def _watch(custodian: Custodian) -> None:
-    """Until the supervisor is gone."""
+    """Scan and remove until the supervisor is gone."""
     changed, scanned = None, 0.0
     while not select.select([sys.stdin], [], [], _LOOK_S)[0]:
         stamp, now = _SHARED.stat().st_mtime_ns, time.monotonic()
@@ -149,7 +151,7 @@ def _watch(custodian: Custodian) -> None:
 
 
 def _finish(custodian: Custodian) -> None:
-    """End who is left, after a while; remove what they leave."""
+    """Kill the processes that do not end within `GRACE_S`, and remove the files that they leave."""
     custodian.scan()
     deadline = time.monotonic() + GRACE_S
     while custodian.members and time.monotonic() < deadline:
@@ -164,7 +166,7 @@ def _finish(custodian: Custodian) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command of the module's first line."""
     folder = Path(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

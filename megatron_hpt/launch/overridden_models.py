@@ -1,4 +1,4 @@
-"""Folders of a run's models with `model.overrides` in config.json: engines start with one, checkpoints and export copy one."""
+"""Model folders of a run whose config.json has `model.overrides`, for engines to start with and checkpoints to copy from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write(config: Config, run: RunDir) -> None:
 
 
 def write_overridden(source: Path, target: Path, overrides: Mapping[str, Any]) -> None:
-    """A folder with other values for some keys of config.json; every other file is a link into `source`."""
+    """Write a folder whose config.json has other values for some keys, and whose other files are links into `source`."""
     contents = read_config(source, overrides)
     shutil.rmtree(target, ignore_errors=True)  # of the run before it was resumed
     with whole_folder(target) as temporary:

@@ -1,8 +1,8 @@
-"""Temporary files of a run's processes in one folder, so that nothing of them is left in /tmp, however a process ends.
+"""One folder for the temporary files of a run's processes, so that nothing is left in /tmp however a process ends.
 
-vLLM leaves the sockets of its processes, multiprocessing a folder for each process that is killed. A process of its own
-(`launch.custodian`) removes the folder at the supervisor's end, however that comes, and with it shared memory that was left
-behind; were it killed too, the next run on the machine does so.
+vLLM leaves its sockets behind, and multiprocessing a folder for each process that is killed. A separate process
+(`launch.custodian`) removes the folder when the supervisor has ended, however it ended, together with shared memory that was
+left behind. If that process is killed too, the next run on the machine removes them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from megatron_hpt.launch.custodian import LOCK
 
 _PREFIX = "hpt-"
 _END_S = custodian.GRACE_S + 10.0
-"""Longest time that a custodian takes to finish."""
+"""Longest time in seconds that a custodian takes to finish."""
 
 
 class Scratch:
-    """The folder of one supervisor."""
+    """The folder of one supervisor, made here together with its custodian."""
 
     def __init__(self) -> None:
         sweep()
@@ -42,11 +42,11 @@ class Scratch:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process gets whose temporary files belong here."""
+        """Environment variables of a process whose temporary files belong here."""
         return {"TMPDIR": str(self.path)}
 
     def close(self) -> None:
-        """Remove it, and what is left in shared memory; twice is once."""
+        """Remove the folder and what its processes have left in shared memory; idempotent. Called when they have ended."""
         self._custodian.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._custodian.wait(_END_S)
@@ -55,21 +55,22 @@ class Scratch:
 
 
 def keep_compiled(folder: Path, place: Path) -> None:
-    """What torch compiles for processes whose temporary files are in `folder` is to be kept at `place`.
+    """Keep at `place` what torch compiles for processes whose temporary files are in `folder`, for later runs.
 
-    A link, since torch has headers in the temporary folder whatever TORCHINDUCTOR_CACHE_DIR says (_inductor/codecache.py).
+    This is a link, because torch puts headers into the temporary folder whatever TORCHINDUCTOR_CACHE_DIR says
+    (_inductor/codecache.py).
     """
     place.mkdir(parents=True, exist_ok=True)
     (folder / _compiled()).symlink_to(place)
 
 
 def _compiled() -> str:
-    """How torch calls its folder (_inductor/runtime/cache_dir_utils.py)."""
+    """Return the name that torch gives its folder (_inductor/runtime/cache_dir_utils.py)."""
     return f"torchinductor_{getpass.getuser()}"
 
 
 def sweep() -> None:
-    """Remove this user's folders whose supervisors are gone."""
+    """Remove this user's folders whose supervisors and custodians are gone."""
     for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{LOCK}"):
         with contextlib.suppress(OSError), lock.open("r+", encoding="utf-8") as file:  # another user's, or held
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Who has to be ready before the first batch, and for how long it may take."""
+"""The start of a run: which parts have to be ready before the first batch, and how long each may take."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from megatron_hpt.engines.running import is_healthy
 from megatron_hpt.errors import DeadlineError
 
 PARTS = ("trainer", "coordinator")
-"""They say themselves that they are ready; engines are asked."""
+"""Parts that say on the blackboard that they are ready (`ready/<part>`); engines are asked."""
 
 
 class Starting:
-    """The start of one run, as the supervisor sees it."""
+    """The start of one run; its supervisor calls `look` several times a second until the first step is done.
+
+    Args:
+        logs: folder that messages point to.
+        step: step that the run starts from.
+    """
 
     def __init__(self, config: Config, board: Blackboard, logs: Path, step: int) -> None:
-        """
-        Args:
-            logs: folder that a message points to.
-            step: that the run starts from.
-        """
         self._board, self._logs, self._step = board, logs, step
         self._seconds = config.deadlines.startup_s
         self._trainer_is_last = config.transfer.shares_gpus or config.rollout.sleep
-        """It waits for engines on the same GPUs, and its time counts from then."""
+        """Whether the trainer waits for engines on the same GPUs, so that its time counts from when they answer."""
         self._begun = time.monotonic()
         self._answered: float | None = None
         self._ready: set[str] = set()
 
     @property
     def announced(self) -> bool:
-        """All engines have answered, and everybody knows where they are."""
+        """Whether all engines have answered and their URLs are on the blackboard (`engines`)."""
         return self._answered is not None
 
     @property
     def over(self) -> bool:
-        """All parts are ready: from here on the trainer hears a notice."""
+        """Whether all parts are ready; from here on the trainer hears a scheduler's notice."""
         return self.announced and self._ready.issuperset(PARTS)
 
     def look(self, engines: Mapping[str, str]) -> str | None:
-        """Announce the engines once all of them answer.
+        """Announce the engines once all of them answer, and say what is waited for.
 
         Args:
             engines: URL → name.
 
         Returns:
-            Who is waited for; None: nobody, weights are with the engines.
+            A line for the display, or None once the engines have the weights.
 
         Raises:
-            DeadlineError: somebody is not ready within `deadlines.startup_s`; names everybody who is not.
+            DeadlineError: a part is not ready within `deadlines.startup_s`; names every part that is not.
         """
         waiting = [] if self.announced else [name for url, name in engines.items() if not is_healthy(url)]
         if not waiting and not self.announced:
@@ -71,5 +71,5 @@ class Starting:
         return None if sent else "the trainer sends its weights to the engines"
 
     def _since(self, part: str) -> float | None:
-        """When its time began; None: it has not yet."""
+        """Return when a part's time began, or None if it has not begun yet."""
         return self._answered if part == "trainer" and self._trainer_is_last else self._begun

@@ -1,4 +1,4 @@
-"""The supervisor: starts engines, trainer and coordinator, shows progress, and ends everything when one part dies."""
+"""The supervisor starts engines, trainer and coordinator, shows progress, and ends everything when one part dies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_hpt.telemetry.progress import Progress
 
 POLL_S = 0.2
 SETTLE_S = 1.5
-"""Seconds without a further failure after which those of one cause are taken to be complete; all are reported."""
+"""Seconds without another failure after which all failures of one cause have shown; they are reported together."""
 
 
 class RunFailed(HptError):
@@ -31,7 +31,7 @@ class RunFailed(HptError):
 
 
 class Supervisor:
-    """One run."""
+    """Supervises one run; `run` is called once."""
 
     def __init__(self, config: Config, run: RunDir, start: int, launcher: Launcher) -> None:
         self._config, self._run, self._start, self._launcher = config, run, start, launcher
@@ -41,26 +41,27 @@ class Supervisor:
         self._engines = Fleet()
         self._starting = Starting(config, self._board, run.logs, start)
         self._silences = 0
-        """Engines that the coordinator has given up, so far."""
+        """Number of engines that the coordinator has given up so far (`silent/<n>`)."""
         self._granted = 0
-        """Dead engines that the trainer has made room for, so far."""
+        """Number of dead engines that the trainer has made room for so far (`wanted/<n>` → `granted/<n>`)."""
         self._returned = 0
+        """Number of engines that answer again, so far (`returned/<n>`)."""
         self._shown = start
         self._read = 0
         self._before = self._metrics_file
-        """Lines of a resumed run's steps to come are of the run before while this is the file that they are in."""
+        """Inode of the metrics when this run began. While it is the same, lines of steps to come are of the run before."""
         self._noticed: float | None = None
         self._notice = ""
 
     def run(self) -> None:
-        """Run to the end.
+        """Start all parts and return when trainer and coordinator have finished. Whatever is raised, no process is left.
 
         Raises:
-            RunFailed: a process died; all others have been ended.
-            NoSpaceError: likewise, because a disk is full.
-            Interrupted: SIGINT, or a second notice; likewise.
-            RequeueRequested: SIGTERM or SIGUSR1; the trainer has saved what it had trained, or ran out of time for it.
-            DeadlineError: a part was not ready in time, or an engine again; likewise.
+            RunFailed: a process died.
+            NoSpaceError: a process died because a disk is full.
+            Interrupted: SIGINT came, or a second notice.
+            RequeueRequested: SIGTERM or SIGUSR1 came, and the trainer has saved what it had trained or ran out of time for it.
+            DeadlineError: a part was not ready in time, or an engine that was started again.
         """
         handlers = {signal.SIGINT: _interrupt, signal.SIGTERM: self._take_notice, signal.SIGUSR1: self._take_notice}
         previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -88,7 +89,7 @@ class Supervisor:
         return [*self._engines.values(), *self._parts]
 
     def _watch(self, progress: Progress) -> None:
-        """Return when trainer and coordinator have ended well."""
+        """Watch all parts, and return when trainer and coordinator have ended well."""
         while not self._finished():
             if self._noticed is not None:
                 self._end_if_saved()
@@ -102,16 +103,16 @@ class Supervisor:
         self._show(progress)
 
     def _take_notice(self, number: int, _: Any) -> None:
-        """A scheduler's notice: the loop asks the trainer to save; a second one does not wait for that."""
+        """Handle a scheduler's notice: `_watch` has the trainer save. A second notice ends the run without waiting for that."""
         if self._noticed is not None:
             _interrupt(number, _)
         self._noticed, self._notice = time.monotonic(), signal.Signals(number).name
 
     def _end_if_saved(self) -> None:
-        """Pass the notice on, and end the run when the checkpoint and the last line of metrics are there.
+        """Pass a notice on to the trainer, and end the run when its checkpoint and the last line of metrics are written.
 
         Raises:
-            RequeueRequested: they are, or it took too long, or nothing has been trained yet.
+            RequeueRequested: they are written, or took too long, or nothing has been trained yet.
         """
         if self._board.get(NOTICE) is None:
             self._board.put(NOTICE, True)
@@ -130,11 +131,11 @@ class Supervisor:
         return all(child.exit_code == 0 for child in self._parts)
 
     def _check_children(self, progress: Progress) -> None:
-        """Start engines again that died in service, as often as is allowed.
+        """Start engines again that died in service, as often as `rollout.max_restarts` allows.
 
         Raises:
-            RunFailed: anything else died.
-            NoSpaceError: likewise, because a disk is full.
+            RunFailed: another part died, or too many engines did.
+            NoSpaceError: that happened because a disk is full.
         """
         failures, deadline = self._failures(), time.monotonic() + 4 * SETTLE_S
         if not failures:
@@ -145,7 +146,7 @@ class Supervisor:
             time.sleep(SETTLE_S)
             failures = self._failures()
         dead = self._engines.dead()
-        # One that never answered will not either.
+        # An engine that never answered will not do so after a restart either.
         allowed = self._config.rollout.max_restarts if self._starting.announced else 0
         if len(dead) < len(failures) or self._engines.restarts + len(dead) > allowed:
             self._blame_space(failures)
@@ -154,24 +155,24 @@ class Supervisor:
             self._restart(url, progress)
 
     def _blame_space(self, failures: Sequence[Failure]) -> None:
-        """Where parts died for want of space, that is what is said first: their logs may have had no room for it.
+        """Blame a full disk for failures where there is one, because the logs may have had no room to say so.
 
         Raises:
-            NoSpaceError: they did.
+            NoSpaceError: a disk is full, or a part ended with this error.
         """
-        told = any(failure.exit_code == NoSpaceError.EXIT_CODE for failure in failures)
+        reported = any(failure.exit_code == NoSpaceError.EXIT_CODE for failure in failures)
         places = (self._run.path, Path(tempfile.gettempdir()))
-        reason = next(filter(None, map(full, places)), describe(self._run.path) if told else None)
+        reason = next(filter(None, map(full, places)), describe(self._run.path) if reported else None)
         if reason is not None:
             raise NoSpaceError("\n".join([reason, *map(str, failures)]))
 
     def _restart(self, url: str, progress: Progress) -> None:
-        """Start an engine again: at once, or where it shares the trainer's GPUs, when the trainer does not need them."""
+        """Start an engine again: at once, or, if it shares the trainer's GPUs, when the trainer has made room for it."""
         child = self._engines[url]
         self._engines.restarts += 1
         died = f"{child.name} died ({describe_exit(child.exit_code)})"
         count = f"restart {self._engines.restarts} of {self._config.rollout.max_restarts}"
-        # One that dies while it starts has been given memory already, and the trainer waits for it.
+        # An engine that dies while it starts again has been given memory already, and the trainer waits for it.
         if self._config.rollout.sleep and url not in self._engines.returning:
             self._board.put(f"wanted/{self._granted + len(self._engines.waiting)}", url)
             self._engines.waiting.append(url)
@@ -187,7 +188,7 @@ class Supervisor:
             self._engines.start_again(self._engines.waiting.pop(0))
 
     def _end_unresponsive(self, progress: Progress) -> None:
-        """End engines that listen no more, or that the coordinator has given up, so that they can be started again."""
+        """End engines that listen no more or that the coordinator has given up; `_check_children` then starts them again."""
         if not self._starting.announced:
             return
         ended = [(url, "listens no more") for url in self._engines.silent()]
@@ -200,16 +201,16 @@ class Supervisor:
             self._engines.end(url)
 
     def _failures(self) -> list[Failure]:
-        # An engine may not end at all while the run goes on, however well.
+        # An engine may not end while the run goes on, not even with exit code 0.
         ended = [self._engines[url] for url in self._engines.dead()]
         ended += [part for part in self._parts if part.exit_code]
         return [failure_of(child, self._run.logs) for child in ended]
 
     def _announce_returned(self, progress: Progress) -> None:
-        """Ask the trainer to give its weights to engines that answer again.
+        """Ask the trainer to give its weights to engines that answer again after a restart.
 
         Raises:
-            DeadlineError: one does not for too long.
+            DeadlineError: an engine has not answered within `deadlines.startup_s` of its restart.
         """
         for url, waited in self._engines.returned().items():
             self._board.put(f"returned/{self._returned}", url)
@@ -227,7 +228,7 @@ class Supervisor:
         return self._run.metrics.stat().st_ino if self._run.metrics.is_file() else None
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Lines of metrics that count."""
+        """Return the lines of metrics that belong to this run."""
         lines = metrics.read(self._run.metrics)
         return [line for line in lines if line["step"] < self._start] if self._metrics_file == self._before else lines
 

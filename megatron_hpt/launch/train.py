@@ -28,11 +28,11 @@ from megatron_hpt.telemetry.report.write import write_report
 
 logger = logging.getLogger(__name__)
 Launch = Callable[[Config], Callable[[RunDir], Launcher]]
-"""Refuses what cannot be placed, before there is a run."""
+"""Takes a configuration, refuses one that cannot be placed, and returns what makes the launcher once there is a run."""
 
 
 def start_run(source: str, overrides: list[str], root: Path, launch: Launch = on_this_machine) -> RunDir:
-    """Train from the first step in a new run directory."""
+    """Train a recipe from the first step in a new run directory below `root`; return it when the run has ended well."""
     recipe = recipes.load(source, overrides)
     check_folder(root)
     prepare_inputs(recipe, root)
@@ -48,7 +48,7 @@ def start_run(source: str, overrides: list[str], root: Path, launch: Launch = on
 
 
 def prepare_inputs(recipe: recipes.Recipe, root: Path) -> None:
-    """Make what the recipe makes for itself; another process that is at it is waited for."""
+    """Have the recipe make its own inputs (`prepare`); wait for another process that is making them."""
     if recipe.prepare is not None:
         with in_words(root), _alone(root):
             recipe.prepare(recipe.config)
@@ -56,7 +56,7 @@ def prepare_inputs(recipe: recipes.Recipe, root: Path) -> None:
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """While inputs are prepared: who comes second waits, and finds them there."""
+    """Hold a lock while inputs are prepared: a process that comes second waits, and finds them made."""
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".preparing").open("w", encoding="utf-8") as file:
         try:
@@ -68,13 +68,13 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = on_this_machine) -> RunDir:
-    """Continue a run from its last checkpoint; batches that its ledger holds are trained again, not generated again.
+    """Continue a run from its last checkpoint; batches that its ledger holds are trained again, but not generated again.
 
     Args:
         source: a run directory, or a recipe whose newest run is continued.
 
     Raises:
-        ConfigError: nothing to continue, or the run is complete.
+        ConfigError: there is nothing to continue, or the run is complete, or a setting cannot change within a run.
     """
     if Path(source).is_dir():
         run = open_run(Path(source))
@@ -97,10 +97,10 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = o
 
 
 def _check_steps(run: RunDir, steps: int) -> None:
-    """A run goes on; it does not go back.
+    """Refuse to continue a run to fewer steps than it has trained.
 
     Raises:
-        ConfigError: it has trained more steps than it is to have.
+        ConfigError: it has trained more than `steps`.
     """
     trained = max(len(metrics.read(run.metrics)), *run.checkpoint_steps(), 0)
     if steps < trained:
@@ -111,10 +111,10 @@ def _check_steps(run: RunDir, steps: int) -> None:
 
 
 def resume_point(run: RunDir, config: Config) -> int:
-    """The step to continue from: the newest checkpoint after which everything that is missing can still be made.
+    """Return the step to continue from: the newest checkpoint after which everything that is missing can still be made.
 
-    A checkpoint is written before its step's line of metrics, and the last one before the export and the final
-    evaluation; a run that ended in between goes back one checkpoint, and its ledger replays the batches.
+    A checkpoint is written before its step's line of metrics, and the last one before the export and the final evaluation. A
+    run that ended in between goes back one checkpoint, and trains the batches since then from its ledger.
     """
     steps, lines = config.trainer.steps, len(metrics.read(run.metrics))
     exported = run.exported_step(config)
@@ -129,10 +129,10 @@ def resume_point(run: RunDir, config: Config) -> int:
 
 
 def _files_of(run: RunDir) -> list[dict[str, Any]]:
-    """The training files that the run began with.
+    """Return the training files that the run began with, from RUN/data.json.
 
     Raises:
-        DataError: RUN/data.json is damaged.
+        DataError: the file is damaged.
     """
     try:
         listed = json.loads(run.data.read_text(encoding="utf-8"))
@@ -143,7 +143,7 @@ def _files_of(run: RunDir) -> list[dict[str, Any]]:
 
 
 def _check_same_batches(saved: Config, config: Config) -> None:
-    """Settings that the ledger's batches depend on may not change within a run.
+    """Refuse changes of settings that the ledger's batches depend on.
 
     Raises:
         ConfigError: names the settings.
@@ -161,9 +161,10 @@ def _check_same_batches(saved: Config, config: Config) -> None:
 
 
 def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher, saved: Config | None = None) -> None:
-    """
+    """Run the supervisor with the run's lock held, and draw the report however it ends.
+
     Args:
-        saved: configuration of the run before, if it is resumed; nothing of it goes before its successor is there.
+        saved: configuration of the run before, if it is resumed; nothing is lost of it before what replaces it is written.
     """
     from megatron_hpt.launch.supervisor import Supervisor  # imports torch
 
@@ -182,7 +183,7 @@ def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher, save
 
 @contextmanager
 def _logged(run: RunDir) -> Iterator[None]:
-    """What this process warns of is in a log too, made with the first line: its streams may be gone."""
+    """Write this process's warnings to a log too, made with the first one, because its output streams may be gone."""
     handler = logging.FileHandler(run.log("supervisor"), encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.WARNING)
@@ -195,7 +196,7 @@ def _logged(run: RunDir) -> Iterator[None]:
 
 
 def _report(run: RunDir) -> None:
-    """Draw what there is; a failure to draw must not hide how the run ended."""
+    """Draw the report of the steps that there are; a failure to draw it must not hide how the run ended."""
     try:
         if metrics.read(run.metrics):
             write_report([run])

@@ -1,4 +1,4 @@
-"""What is looked at of the training data before anything starts, and what is refused."""
+"""Looks at the training data before anything starts, and refuses what cannot be trained on."""
 
 from __future__ import annotations
 
@@ -22,38 +22,40 @@ from megatron_hpt.objective.gate import Gate
 
 logger = logging.getLogger(__name__)
 EXAMPLES = 64
-"""Prompts that are kept for a closer look."""
+"""Prompts that are kept as examples, for `megatron-hpt check`."""
 LOOKED_AT = 1024
-"""Rows that are tokenised before anything starts; the others are when they are taken."""
+"""Rows that are tokenised before anything starts; other rows are tokenised when a batch takes them."""
 ROUND_TRIPS = 64
-"""Of these, whose tokens become text again."""
+"""Rows of these whose tokens are turned into text again, to see whether they are the same."""
 
 
 @dataclass
 class TrainingDataReport:
-    """What is known of a run's training data before it starts."""
+    """Findings about a run's training data before it starts."""
 
     name: str
-    """As `data.train` has it."""
+    """Files, as `data.train` names them."""
     rows: int = 0
-    """That were tokenised: `LOOKED_AT` rows, evenly spread, or all."""
+    """Rows that were tokenised: `LOOKED_AT` rows, evenly spread, or all."""
     prompts: int = 0
-    """Of these, not dropped."""
+    """Prompts among these rows that were not dropped."""
     demonstrations: int = 0
-    """Of these, with one that can be used."""
+    """Prompts among these with a demonstration that can be used."""
     counts: Counter[str] = field(default_factory=Counter)
+    """Kind of what was dropped or cut → number of rows."""
     overview: Overview = field(default_factory=Overview)
+    """Findings about all rows, none of them tokenised."""
     longest_prompt: int = 0
-    """Of those that were tokenised and not dropped, in tokens."""
+    """Most tokens of a prompt that was tokenised and not dropped."""
     longest_demonstration: int = 0
-    """Likewise, end-of-sequence included."""
+    """Most tokens of a demonstration of such a prompt, end-of-sequence included."""
     examples: list[Prompt] = field(default_factory=list)
-    """The first `EXAMPLES` of them."""
+    """The first `EXAMPLES` of these prompts."""
     unrewarded: int = 0
     """Demonstrations among the examples that were graded and did not earn 1."""
 
     def add(self, prompt: Prompt | None) -> None:
-        """One more row was tokenised; None: and dropped."""
+        """Count a row that was tokenised; None is one that was dropped."""
         self.rows += 1
         if prompt is None:
             return
@@ -66,16 +68,15 @@ class TrainingDataReport:
 
 
 def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> TrainingDataReport:
-    """Read every row of `data.train`, and tokenise some; shows how far it is.
+    """Read every row of `data.train` and tokenise some, with a progress bar.
 
     Raises:
-        DataError: as `scan` and `Reader.read`, with file and row.
+        DataError: raised as by `scan` and `Reader.read`, with file and row.
+        ModelError: the tokenizer is not what its file says.
     """
     sets = open_sets(config)
-    reader, found = (
-        Reader(tokenizer, LengthLimits.of(config.data)),
-        TrainingDataReport(", ".join(problems.name for problems in sets)),
-    )
+    reader = Reader(tokenizer, LengthLimits.of(config.data))
+    found = TrainingDataReport(", ".join(problems.name for problems in sets))
 
     first: list[RawRow] = []
 
@@ -93,10 +94,10 @@ def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> TrainingD
 
 
 def _check_tokens(config: Config, tokenizer: Tokenizer, reader: Reader, rows: Iterable[RawRow]) -> None:
-    """Prompts and demonstrations come back from their tokens, which are those of tokenizer.json.
+    """Check that texts of some rows come back from their tokens, and that the tokens are those that tokenizer.json gives.
 
     Raises:
-        DataError: with file and row: a text that the tokens lose something of.
+        DataError: the tokens lose a part of a text; names file and row.
         ModelError: the tokenizer is not what its file says.
     """
     folder, written = hf_side(config.model.path), []
@@ -114,13 +115,13 @@ def _check_tokens(config: Config, tokenizer: Tokenizer, reader: Reader, rows: It
 
 
 def check_training_data(config: Config, tokenizer: Tokenizer, gate: Gate, held_out: Set[str]) -> TrainingDataReport:
-    """Every row can be read and used, and there is what the algorithm learns from. Returns what was found.
+    """Check that every row can be read and used, and that there is what the algorithm learns from; return the findings.
 
     Args:
         held_out: data sources of the evaluation sets, which may have rewards of their own.
 
     Raises:
-        DataError: with file and row.
+        DataError: a row or the whole cannot be used; names file and row.
         ConfigError: the gate or the reward names a data source that is not there.
     """
     found = look_at(config, tokenizer, Console(stderr=True))

@@ -1,1 +1,1 @@
-"""SGLang 0.5.23."""
+"""SGLang 0.5.23 as a rollout engine."""

@@ -1,4 +1,4 @@
-"""SGLang's side of a weight update: routes of its server (sglang/srt/entrypoints/http_server.py)."""
+"""Weight updates of an SGLang server, by the routes of its server (sglang/srt/entrypoints/http_server.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_hpt.transfer.manifest import Contents, Manifest, as_version
 
 
 class SglangControl(EngineControl):
-    """One SGLang server, our receiver plugged in."""
+    """The control plane of one SGLang server with our receiver (`engines.sglang.plugin`)."""
 
     _PAUSE: ClassVar = {InFlight.KEEP: "in_place", InFlight.RECOMPUTE: "retract", InFlight.ABORT: "abort"}
 
@@ -25,7 +25,6 @@ class SglangControl(EngineControl):
         self._ranks = 0
 
     def prepare(self, contents: Contents) -> None:
-        """See the base class."""
         self._ranks = self.layout().tensor
         self._begin(taking_over=True)
         try:
@@ -41,12 +40,11 @@ class SglangControl(EngineControl):
             self._post("/end_weight_update", {})
         if self._in_flight is not InFlight.KEEP:
             self._call("POST", "/flush_cache")
-        # Last: SGLang would set it with the load, before anything else can fail.
+        # The version comes last, because everything before it can fail; SGLang by itself would set it with the load.
         self._post("/update_weight_version", {"new_version": str(manifest.version), "abort_all_requests": False})
-        return json.JSONDecoder().raw_decode(answer)[0]  # SGLang adds a sentence to what our receiver says
+        return json.JSONDecoder().raw_decode(answer)[0]  # SGLang adds a sentence to our receiver's JSON
 
     def compare(self, contents: Contents, manifest: Manifest) -> None:
-        """See the base class."""
         self._ranks = self.layout().tensor
         self._begin(taking_over=False)
         try:
@@ -64,7 +62,10 @@ class SglangControl(EngineControl):
             self._post("/begin_weight_update", {})
 
     def _command(self, action: str, body: dict[str, Any]) -> str:
-        """Our load format carries a command; SGLang wants it as a pickled list of named tensors, one a rank."""
+        """Have every rank's receiver carry out an action, and return its answer.
+
+        The command travels as our load format, for which SGLang wants a pickled list of named tensors, one for each rank.
+        """
         import torch  # here, since whoever only plans does without
 
         data = bytearray(json.dumps({"action": action, "body": body}).encode())
@@ -80,15 +81,13 @@ class SglangControl(EngineControl):
         return answer.json()["message"]
 
     def pause(self) -> None:
-        """See the base class."""
         self._post("/pause_generation", {"mode": self._PAUSE[self._in_flight]})
 
     def resume(self) -> None:
-        """See the base class."""
         self._post("/continue_generation", {})
 
     def _sleep(self) -> None:
-        """A server that is not idle would end: requests are ended, and a cache that can be flushed says that they have."""
+        # A server that is not idle would end. So requests are ended first; that the cache can be flushed shows that they have.
         self._post("/pause_generation", {"mode": "abort"})
         self._call("POST", "/flush_cache", params={"timeout": f"{self._deadline_s / 2:g}"})
         self._post("/release_memory_occupation", {"tags": [memory.value for memory in Memory]})
@@ -97,16 +96,13 @@ class SglangControl(EngineControl):
         self._post("/resume_memory_occupation", {"tags": [memory.value]})
 
     def version(self) -> int | None:
-        """See the base class."""
         return as_version(self._call("GET", "/model_info").json()["weight_version"])
 
     def load(self) -> ServerLoad:
-        """See the base class."""
         (core,) = self._call("GET", "/v1/loads", params={"include": "core"}).json()["loads"]
         return ServerLoad(core["num_running_reqs"], core["num_waiting_reqs"], core["token_usage"])
 
     def layout(self) -> EngineLayout:
-        """See the base class."""
         info = self._call("GET", "/server_info").json()
         return EngineLayout(int(info["tp_size"]), int(info["pp_size"]), int(info["ep_size"]))
 

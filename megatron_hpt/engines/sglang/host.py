@@ -1,4 +1,4 @@
-"""SGLang on a host without a GPU: an out-of-tree platform of SGLang's own plugin interface, plain torch operations.
+"""SGLang on a host without a GPU: a platform of SGLang's own plugin interface that uses plain torch operations.
 
 SGLang's in-tree CPU platform wants a kernel package that is on no registry. A platform of the entry-point group
 ``sglang.srt.platforms`` whose dispatch key is ``native`` runs every fused operation's torch form, with torch's attention
@@ -14,12 +14,12 @@ NAME = "megatron_hpt_host"
 
 
 def activate() -> str:
-    """Entry point: where SGLang finds the platform."""
+    """Return where SGLang finds the platform. Entry point of the group ``sglang.srt.platforms``."""
     return f"{__name__}:HostPlatform"
 
 
 def __getattr__(name: str) -> Any:
-    """Make the class when SGLang asks for it: importing this module must not import SGLang."""
+    """Make the class HostPlatform when SGLang first asks for it, because importing this module must not import SGLang."""
     if name != "HostPlatform":
         raise AttributeError(name)
     from sglang.srt.arg_groups import choices
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
     from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
     class HostPlatform(CpuDeviceMixin, SRTPlatform):
-        """Plain torch on the CPU."""
+        """Runs every operation in plain torch on the CPU."""
 
         _enum = PlatformEnum.OOT
         capabilities = PlatformCapabilities()
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
 
 
 def hooks() -> dict[str, Any]:
-    """What replaces SGLang's Triton kernels of deterministic mode: dotted name → function."""
+    """Return replacements of the Triton kernels of SGLang's deterministic mode: dotted name → function."""
     from megatron_hpt.engines.sglang.sampling_hash import hash32
 
     # The mode is wanted for its seeds; plain torch operations stay as they are.

@@ -1,7 +1,7 @@
-"""Our receiver inside SGLang: hooks of SGLang's own plugin interface (entry point ``sglang.srt.plugins``).
+"""Our receiver of weights inside SGLang: hooks of SGLang's own plugin interface (entry point ``sglang.srt.plugins``).
 
-An `update_weights_from_tensor` whose load format is ours carries no weights but a command as JSON bytes; the weights come
-by the transfer's transport. A refusal is an answer (400), where SGLang's own formats end the server.
+An `update_weights_from_tensor` with our load format carries a command as JSON bytes and no weights; those come by the
+transfer's transport. An error is an answer (400), while SGLang's own formats end the server.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MESSAGE_BYTES = 1024
 
 
 class Endpoint:
-    """The receiver of one model runner."""
+    """The receiver of one rank's model runner; its methods are the actions of a command."""
 
     def __init__(self, updater: Any) -> None:
         from sglang.srt.runtime_context import get_parallel
@@ -47,12 +47,12 @@ class Endpoint:
         self._updater = updater
 
     def agree(self, contents: dict[str, Any]) -> dict[str, float]:
-        """Accept what will travel."""
+        """Agree with a trainer on what will travel."""
         self._receiver.agree(Contents.from_json(contents))
         return {}
 
     def update(self, manifest: dict[str, Any]) -> dict[str, float]:
-        """Check a version, load it, compare where the manifest asks for it; returns what the steps took."""
+        """Check a version, load it, and compare it if the manifest asks for it; return the seconds of each step."""
         wanted = Manifest.from_json(manifest)
         self._receiver.take(wanted)
         self._receiver.load(self._updater.get_model().load_weights)
@@ -61,7 +61,7 @@ class Endpoint:
         return self._receiver.seconds
 
     def compare(self, sent: dict[str, Any]) -> dict[str, float]:
-        """Compare the model with weights from elsewhere."""
+        """Compare the model's weights with those that a `Contents` and a `Manifest` (as JSON) describe."""
         contents, manifest = Contents.from_json(sent["contents"]), Manifest.from_json(sent["manifest"])
         compare_only(self._seat, contents, manifest, self._weights().read)
         return {}
@@ -75,7 +75,8 @@ _endpoints: dict[int, Endpoint] = {}
 
 
 def receive(original: Callable[..., tuple[bool, str]], updater: Any, named_tensors: Any, load_format: str | None = None):
-    """In place of `WeightUpdater.update_weights_from_tensor`: ours where the load format says so."""
+    """Carry out a command of ours, and leave other load formats to SGLang: a hook around
+    `WeightUpdater.update_weights_from_tensor`."""
     if load_format != LOAD_FORMAT:
         return original(updater, named_tensors, load_format)
     failure, seconds = "", {}
@@ -96,7 +97,7 @@ def receive(original: Callable[..., tuple[bool, str]], updater: Any, named_tenso
 
 
 def _of_all_ranks(message: str) -> str:
-    """SGLang answers with the first rank's outcome: let every rank have the first failure of any."""
+    """Return the first failure of any rank on every rank, or "": SGLang answers with the outcome of the first rank alone."""
     from sglang.srt.runtime_context import get_parallel
 
     group = get_parallel().tp_group.cpu_group
@@ -104,12 +105,12 @@ def _of_all_ranks(message: str) -> str:
     mine = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
-    found = [bytes(m.numpy()).rstrip(b"\0").decode(errors="replace") for m in everyone]
-    return next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text), "")
+    failures = [bytes(m.numpy()).rstrip(b"\0").decode(errors="replace") for m in everyone]
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(failures) if text), "")
 
 
 def register() -> None:
-    """Entry point: SGLang calls this in each of its processes."""
+    """Register our hooks. Entry point, called by SGLang in each of its processes."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(_UPDATER, receive, HookType.AROUND)

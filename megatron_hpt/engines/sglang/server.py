@@ -1,7 +1,7 @@
-"""SGLang as a rollout engine: how its server is started, and its native route with token ids in and out.
+"""SGLang as a rollout engine: how its server is started, and the client of its native route, with token ids in and out.
 
-Written against SGLang 0.5.23 (``/generate``, sglang/srt/entrypoints/http_server.py, srt/managers/io_struct.py). Unknown
-keys are ignored there, and some bad requests end the whole server: what can be refused is refused here.
+Written against SGLang 0.5.23 (``/generate``, sglang/srt/entrypoints/http_server.py, srt/managers/io_struct.py). SGLang ignores
+unknown keys, and some bad requests end the whole server, so requests are checked here before they are sent.
 """
 
 from __future__ import annotations
@@ -30,19 +30,16 @@ from megatron_hpt.models.hf_config import run_shape
 from megatron_hpt.process import token
 
 ENVIRONMENT = ".venv-sglang"
-"""What `make sglang-env` builds, beside the environment of the trainer."""
+"""Name of the environment that `make sglang-env` builds, beside that of the trainer."""
 SPARE = 6
-"""Tokens of its context that SGLang leaves unused: a response ends 2 before its end, a prompt 6 before it is refused
-(srt/managers/tp_worker.py, scheduler.py)."""
-
-
+"""Tokens of its context that SGLang leaves unused: a response ends 2 tokens before the context does, and a prompt that comes
+within 6 tokens of it is refused (srt/managers/tp_worker.py, scheduler.py)."""
 STATIC_SHARE = 0.9
-"""Of its share of a GPU's memory, what SGLang holds all the time, weights and KV cache; it plans what a batch needs beside
-that."""
+"""Part of its share of a GPU's memory that SGLang holds all the time, for weights and KV cache; batches use the rest."""
 
 
 def server_command(config: Config, python: str, start: Start) -> list[str]:
-    """Command line of a server. The run's token goes by a private file: every user of a machine can read command lines."""
+    """Return the command line of one server. The run's token is in a private file, since anybody can read command lines."""
     command = _arguments(config, python, start)
     if own := token():
         file = start.folder / f"sglang_{start.port}.yaml"
@@ -77,10 +74,12 @@ def _arguments(config: Config, python: str, start: Start) -> list[str]:
 
 
 def _gpu_arguments(config: Config) -> list[str]:
-    """SGLang's share is of the memory that is free before it loads, and only of what it holds all the time (srt/mem_cache/
+    """Return the options of a server on GPUs.
+
+    SGLang's share is of the memory that is free before it loads, and counts only what it holds all the time (srt/mem_cache/
     kv_cache_configurator.py, _profile_available_bytes): on a GPU that others use too it takes less than its share.
 
-    The attention backend is left to SGLang, which takes one that can be deterministic on that GPU (srt/arg_groups/overrides.py,
+    SGLang chooses the attention backend, one that can be deterministic on that GPU (srt/arg_groups/overrides.py,
     _deterministic_attention_backend): fa3 up to Hopper, flashinfer on Blackwell, there without its prefix cache.
     """
     static = STATIC_SHARE * config.rollout.gpu_memory_share
@@ -89,7 +88,7 @@ def _gpu_arguments(config: Config) -> list[str]:
 
 
 def _host_arguments(cache_tokens: int) -> list[str]:
-    """Without a GPU: plain torch operations, a KV cache of a given size."""
+    """Return the options of a server without a GPU: plain torch operations, and a KV cache of a given size."""
     return [
         *("--device", "cpu", "--attention-backend", "torch_native"),
         *("--disable-overlap-schedule", "--max-total-tokens", str(cache_tokens)),
@@ -97,13 +96,13 @@ def _host_arguments(cache_tokens: int) -> list[str]:
 
 
 def cache_tokens(config: Config) -> int:
-    """Tokens that the KV cache of a server on the host holds: what it has room for, and not more than can be in use."""
+    """Return the tokens in the KV cache of a server on the host: what has room, and not more than can be in use."""
     most = config.rollout.max_running * (config.max_sequence_length + SPARE)
     return min(cache_room(config, run_shape(config)), most)
 
 
 def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
-    """Environment of the server, on top of what it inherits."""
+    """Return the whole environment of a server."""
     # The context may go beyond the model's positions by what no sequence uses.
     own = {"SGLANG_PLUGINS": "megatron_hpt", "HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     return {**inherited_here(), **own, **({} if on_gpus else _host_environment(config))}
@@ -122,7 +121,7 @@ def _host_environment(config: Config) -> dict[str, str]:
 
 
 class SglangEngine(HttpEngine):
-    """One running SGLang server."""
+    """The client of one SGLang server."""
 
     generate_route = "/generate"
     version_route = "/model_info"
@@ -135,14 +134,14 @@ class SglangEngine(HttpEngine):
         self._vocab = vocab
 
     def progress_of(self, answer: bytes) -> Hashable:
-        """What is running and what fills the cache, which grows with every token (srt/managers/load_snapshot.py)."""
+        """Return requests and tokens in the cache, which grow with every token produced (srt/managers/load_snapshot.py)."""
         return tuple((load["num_running_reqs"], load["num_used_tokens"]) for load in json.loads(answer)["loads"])
 
     def body(self, request: SamplingRequest) -> dict[str, Any]:
-        """A batch of single samples: the samples of one request would share its seed.
+        """Return a batch of single samples, because the samples of one request would share its seed.
 
         Raises:
-            EngineError: a token outside the vocabulary, which would end the server.
+            EngineError: a token is outside the vocabulary, which would end the server.
         """
         if outside := [token for token in request.tokens if not 0 <= token < self._vocab]:
             raise EngineError(f"token {outside[0]} is outside the model's vocabulary of {self._vocab}: the server would end")
@@ -162,23 +161,23 @@ class SglangEngine(HttpEngine):
     def samples(self, answer: Any) -> list[Sample]:
         return [
             self.whole_sample(
-                one["output_ids"],
-                [entry[0] for entry in one["meta_info"]["output_token_logprobs"]],
-                one["meta_info"]["finish_reason"]["type"],
-                {span["version"] for span in one["meta_info"]["weight_versions"] or ()},
+                sample["output_ids"],
+                [entry[0] for entry in sample["meta_info"]["output_token_logprobs"]],
+                sample["meta_info"]["finish_reason"]["type"],
+                {span["version"] for span in sample["meta_info"]["weight_versions"] or ()},
             )
-            for one in answer
+            for sample in answer
         ]
 
 
 def client(config: Config, url: str, own: str | None = None) -> SglangEngine:
-    """The client of a server of a run."""
+    """Return the client of a server of a run."""
     vocab, deadlines = run_shape(config).vocab, config.deadlines
     return SglangEngine(url, deadlines.rollout_s, deadlines.silent_s, vocab, connections_of(config), own)
 
 
 def recognise(url: str, http: httpx.Client) -> RunningServer | None:
-    """An SGLang server that runs already."""
+    """Describe an SGLang server that somebody else has started."""
     info = answer_of(http, "/model_info")
     if info is None:
         return None

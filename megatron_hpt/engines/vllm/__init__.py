@@ -1,1 +1,1 @@
-"""vLLM 0.32."""
+"""vLLM 0.32 as a rollout engine."""

@@ -1,4 +1,4 @@
-"""A vLLM server as anybody starts it (``vllm serve``): OpenAI's completions, with token ids in and out.
+"""The client of a vLLM server as anybody starts it (``vllm serve``): OpenAI's completions, with token ids in and out.
 
 Written against vLLM 0.32 (vllm/entrypoints/openai/completion/protocol.py).
 """
@@ -11,21 +11,21 @@ from megatron_hpt.engines.client import HttpEngine
 from megatron_hpt.engines.types import Sample, SamplingRequest
 
 UNLABELLED = "the server's own"
-"""Label of the weights of a server that has no route to ask for it: nobody can send it others either."""
+"""Label of the weights of a server that has no route for it; such a server cannot be sent other weights either."""
 
 
 class CompletionsEngine(HttpEngine):
-    """One running server whose weights stay what they are: those found when it was first asked, version `OWN`."""
+    """The client of one server whose weights stay those that were found when it was recognised: version `OWN`.
+
+    Args:
+        model: name under which the server offers its model.
+        own: label of the weights, or `UNLABELLED`.
+    """
 
     generate_route = "/v1/completions"
     version_route = "/weight_info"
 
     def __init__(self, url: str, deadline_s: float, silent_s: float, model: str, own: str) -> None:
-        """
-        Args:
-            model: the name that the server gives it.
-            own: label of the weights, or `UNLABELLED`.
-        """
         super().__init__(url, deadline_s, silent_s, own=own)
         self._model = model
 
@@ -33,7 +33,7 @@ class CompletionsEngine(HttpEngine):
         return UNLABELLED if self._own == UNLABELLED else await super().label()
 
     def body(self, request: SamplingRequest) -> dict[str, Any]:
-        """Everything is said, since the server fills in what the model's generation_config.json has."""
+        # Every parameter is given, because the server would take missing ones from the model's generation_config.json.
         return {
             "model": self._model,
             "prompt": request.tokens,

@@ -1,4 +1,4 @@
-"""vLLM's side of a weight update: routes of its development mode (vllm/entrypoints/rl/online/api_router.py)."""
+"""Weight updates of a vLLM server, by the routes of its development mode (vllm/entrypoints/rl/online/api_router.py)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from megatron_hpt.transfer.manifest import Contents, Manifest, as_version
 
 
 class VllmControl(EngineControl):
-    """One vLLM server in development mode, our receiver plugged in."""
+    """The control plane of one vLLM server in development mode with our receiver (`engines.vllm.plugin`)."""
 
     def prepare(self, contents: Contents) -> None:
-        """See the base class."""
         if self._is_open():  # a trainer died between the start and the end of an update
             self._post("/finish_weight_update", {})
         self._post("/init_weight_transfer_engine", {"init_info": {"contents": contents.to_json()}})
@@ -40,7 +39,6 @@ class VllmControl(EngineControl):
         return {step: max(rank[step] for rank in seconds) for step in seconds[0]}
 
     def compare(self, contents: Contents, manifest: Manifest) -> None:
-        """See the base class."""
         arguments = [json.dumps(contents.to_json()), json.dumps(manifest.to_json())]
         self._post("/collective_rpc", {"method": "transfer_compare", "args": arguments})
         self._check()
@@ -49,10 +47,10 @@ class VllmControl(EngineControl):
         return any(rank["open"] for rank in self._outcomes())
 
     def _check(self) -> list[dict[str, Any]]:
-        """Each rank's outcome of the last step.
+        """Return each rank's outcome of the last step.
 
         Raises:
-            TransferError: what one of them met.
+            TransferError: a rank failed; carries its message.
         """
         outcomes = self._outcomes()
         for rank, outcome in enumerate(outcomes):
@@ -64,35 +62,31 @@ class VllmControl(EngineControl):
         return self._post("/collective_rpc", {"method": "transfer_outcome"}).json()["results"]
 
     def pause(self) -> None:
-        """See the base class."""
         self._post("/pause", params={"mode": "abort" if self._in_flight is InFlight.ABORT else "keep"})
 
     def resume(self) -> None:
-        """See the base class."""
         self._post("/resume")
 
     def _sleep(self) -> None:
         self._post("/sleep", params={"level": "2", "mode": "abort"})
 
     def _wake(self, memory: Memory) -> None:
-        """With the last of it vLLM resumes by itself."""
+        # vLLM resumes by itself when it has all of its memory again.
         self._post("/wake_up", params={"tags": memory.value})
 
     def version(self) -> int | None:
-        """See the base class."""
         return as_version(self._call("GET", "/weight_info").json()["weight_version"])
 
     def load(self) -> ServerLoad:
-        """See the base class; from its Prometheus metrics."""
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for line in self._call("GET", "/metrics").text.splitlines():
             name, _, value = line.rpartition(" ")
-            found[name.partition("{")[0]] = float(value) if name and not line.startswith("#") else 0.0
-        running, waiting = found["vllm:num_requests_running"], found["vllm:num_requests_waiting"]
-        return ServerLoad(int(running), int(waiting), found["vllm:kv_cache_usage_perc"])
+            metrics[name.partition("{")[0]] = float(value) if name and not line.startswith("#") else 0.0
+        running, waiting = metrics["vllm:num_requests_running"], metrics["vllm:num_requests_waiting"]
+        return ServerLoad(int(running), int(waiting), metrics["vllm:kv_cache_usage_perc"])
 
     def layout(self) -> EngineLayout:
-        """See the base class; a server that was not started here tells its number of ranks only."""
+        # A server says how many ranks it has, not how it shares the model out; we start none but tensor parallel ones.
         return EngineLayout(int(self._call("GET", "/get_world_size?include_dp=false").json()["world_size"]))
 
     def _post(self, route: str, body: dict[str, Any] | None = None, params: dict[str, str] | None = None) -> httpx.Response:

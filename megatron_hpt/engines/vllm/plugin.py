@@ -1,11 +1,11 @@
-"""Our receiver inside vLLM: a weight-transfer backend of vLLM's own factory.
+"""Our receiver of weights inside vLLM: a backend of vLLM's own weight-transfer factory.
 
 vLLM imports this in each of its processes through the entry point ``vllm.general_plugins``; a server that is started
 with ``--weight-transfer-config '{"backend": "megatron_hpt"}'`` then uses it. This is the only module that imports vLLM.
 
 Nothing here raises out of a call: in vLLM 0.32 an error on one of several ranks leaves the other ranks' replies in their
-queues, and every later call gets the reply of the one before (v1/executor/multiproc_executor.py, get_response). Each rank
-keeps its outcome instead, and `Outcomes` tells it.
+queues, and every later call gets the reply of the one before (v1/executor/multiproc_executor.py, get_response). Instead each
+rank keeps its outcome, and `VllmControl` asks for it by `Outcomes` after every call.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """What will travel."""
+    """Body of /init_weight_transfer_engine: the JSON of `Contents`."""
 
     contents: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One whole version."""
+    """Body of /update_weights: the JSON of a `Manifest`."""
 
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
 def _kept(method: Callable[..., None]) -> Callable[..., None]:
-    """Keep what a call meets, for `Outcomes`; see the top of this module for why it is not raised."""
+    """Keep the error of a call for `Outcomes` instead of raising it; the module's docstring says why."""
 
     @functools.wraps(method)
     def call(self: ManifestWeightTransferEngine, *args: Any) -> None:
@@ -71,20 +71,22 @@ def _kept(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Outcomes:
-    """What a server's workers can be asked beside vLLM's own methods (``--worker-extension-cls``)."""
+    """Methods that vLLM adds to every worker (``--worker-extension-cls``); called by ``/collective_rpc``."""
 
     def transfer_outcome(self) -> dict[str, Any]:
-        """``failure``: what this rank's last step of a transfer met, or nothing; ``open``: an update has been started."""
+        """Return this rank's state: ``failure`` (error of its last step, or ""), ``open`` (whether an update has been started)
+        and ``seconds`` (durations of the last update's steps)."""
         engine = self.weight_transfer_engine
         return {"failure": engine.failure, "open": self._weight_update_active, "seconds": engine.seconds}
 
     def transfer_compare(self, contents: str, manifest: str) -> None:
-        """Compare this rank's weights with others (JSON of `Contents` and `Manifest`); see `transfer_outcome`."""
+        """Compare this rank's weights with those that a `Contents` and a `Manifest` (as JSON) describe; the outcome is told by
+        `transfer_outcome`."""
         self.weight_transfer_engine.compare(contents, manifest)
 
 
 class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Checks a version against its manifest, then loads it layer by layer, then compares."""
+    """Checks a version against its manifest, then loads it layer by layer, then compares. vLLM makes one on each rank."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -106,20 +108,20 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     @_kept
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Agree on what will travel; the trainer that did this last is the one that may update."""
+        """Agree with a trainer on what will travel; only the trainer that did so last may update."""
         self._receiver.agree(Contents.from_json(init_info.contents))
 
     def start_weight_update(self) -> None:
-        """Nothing yet: the model is not touched before its new weights have been verified."""
+        # The model is not touched before its new weights have been verified.
         self._manifest = None
 
     @_kept
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Overrides the base method, whose accelerator synchronisation does not exist on the host."""
+        # Overrides the base method, which synchronises an accelerator that a host does not have.
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Verify everything, then load everything: a bad manifest or damaged bytes leave the old weights untouched."""
+        """Verify the whole version, then load it: a bad manifest or damaged bytes leave the old weights untouched."""
         manifest = Manifest.from_json(update_info.manifest)
         self._receiver.take(manifest)
         expected = {name for name, _ in self.model.named_parameters()}
@@ -131,21 +133,24 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             if missed := expected - set(loaded):
                 raise TransferError(f"version {manifest.version} brought nothing for {sorted(missed)[:3]} of the model")
         except BaseException:
-            # Layers wait for weights that will not come: without this the next update would start among them.
+            # Layers still wait for weights, which will not come: without this the next update would begin in that state.
             finalize_layerwise_reload(self.model, self.model_config)
             raise
         self._manifest = manifest
 
     def _forget_packing_of_experts(self) -> None:
-        """The host's experts are packed by the step that makes their kernel, which vLLM 0.32 takes once: without this
-        they would compute with unpacked weights after an update (unquantized_fused_moe_method.py, _setup_kernel)."""
+        """Have the host's experts packed again after loading.
+
+        vLLM 0.32 packs them where it makes their kernel, which it does once: without this they would compute with unpacked
+        weights after an update (unquantized_fused_moe_method.py, _setup_kernel).
+        """
         for module in self.model.modules():
             if _expert_packing(module):
                 module.quant_method.moe_kernel = None
 
     @_kept
     def finish_weight_update(self) -> None:
-        """Repack what was loaded, and compare it with what was sent where the manifest asks for it."""
+        """Repack the loaded weights, and compare them with those that were sent if the manifest asks for it."""
         if self._manifest is None:
             raise TransferError(self.failure or "no weights came between the start and the end of an update")
         finalize_layerwise_reload(self.model, self.model_config)
@@ -159,7 +164,7 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     @_kept
     def compare(self, contents: str, manifest: str) -> None:
-        """Compare the model with weights from elsewhere."""
+        """Compare the model's weights with those that a `Contents` and a `Manifest` (as JSON) describe."""
         sent = Contents.from_json(json.loads(contents)), Manifest.from_json(json.loads(manifest))
         compare_only(self._seat, *sent, self._weights().read)
 
@@ -168,16 +173,15 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """See `Receiver.seconds`."""
         return self._receiver.seconds
 
     def shutdown(self) -> None:
-        """Unmap the senders' memory."""
+        # Unmaps the senders' memory.
         self._receiver.close()
 
 
 def plain(module: nn.Module, parameter: str) -> Tensor:
-    """A weight as the module computes with it; packed copies of vLLM's host build are undone."""
+    """Return the weight that a module computes with, unpacked where vLLM's host build keeps a packed copy."""
     if parameter == "weight" and hasattr(module, "cpu_linear"):
         return _through(module)
     if parameter in ("w13_weight", "w2_weight") and (isa := _expert_packing(module)):
@@ -186,7 +190,7 @@ def plain(module: nn.Module, parameter: str) -> Tensor:
 
 
 def _through(module: nn.Module) -> Tensor:
-    """Unit vectors through a packed linear layer: every sum has one term, so the weight comes out exactly."""
+    """Return the weight of a packed linear layer, by applying it to unit vectors: every sum has one term, so it is exact."""
     width = next(getattr(module, n) for n in ("input_size_per_partition", "input_size", "embedding_dim") if hasattr(module, n))
     unit = torch.eye(width, dtype=module.params_dtype)
     return module.cpu_linear(unit, module.weight, None).t()
@@ -198,10 +202,13 @@ def _expert_packing(module: nn.Module) -> str | None:
 
 
 def _unpacked(packed: Tensor, isa: str) -> Tensor:
-    """Packing permutes the elements of an expert: packing their numbers, digit by digit, says where each went."""
+    """Undo the packing of experts, which permutes the elements of each.
+
+    Where an element went is found by packing the elements' numbers, digit by digit in a base that every dtype holds exactly.
+    """
     from vllm._custom_ops import cpu_prepack_moe_weight
 
-    base, shape = 128, packed.shape[1:]  # small integers, exact in any dtype
+    base, shape = 128, packed.shape[1:]  # digits below it are exact in any dtype
     numbers = torch.arange(shape.numel())
     came_from = torch.zeros_like(numbers)
     for digit in itertools.count():
@@ -215,6 +222,6 @@ def _unpacked(packed: Tensor, isa: str) -> Tensor:
 
 
 def register() -> None:
-    """Entry point: add the backend to vLLM's factory, once a process."""
-    with contextlib.suppress(ValueError):  # already registered: vLLM may load plugins more than once
+    """Add the backend to vLLM's factory. Entry point, called by vLLM in each of its processes, sometimes more than once."""
+    with contextlib.suppress(ValueError):  # already registered
         WeightTransferEngineFactory.register_engine(BACKEND, ManifestWeightTransferEngine)

@@ -1,4 +1,4 @@
-"""vLLM as a rollout engine: how its server is started, and its token-in, token-out route.
+"""vLLM as a rollout engine: how its server is started, and the client of its token-in, token-out route.
 
 Written against vLLM 0.32 (``/inference/v1/generate``, vllm/entrypoints/scale_out/token_in_token_out).
 """
@@ -24,13 +24,13 @@ from megatron_hpt.engines.vllm.control import VllmControl
 from megatron_hpt.environment import inherited_here
 
 ONE_PROCESS = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
-"""The class, because vLLM replaces the word ``uni`` on a host (platforms/cpu.py)."""
+"""Names the executor's class, because vLLM replaces the word ``uni`` on a host (platforms/cpu.py)."""
 WORKSPACE_BYTES = 3 * 2**30
-"""An engine's own activations and buffers (vLLM; SGLang leaves a share of what it has)."""
+"""Bytes of a GPU that vLLM takes for activations and buffers."""
 
 
 def server_command(config: Config, python: str, start: Start) -> list[str]:
-    """Command line of a server."""
+    """Return the command line of one server."""
     return [
         *(python, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", start.model, "--served-model-name", config.name),
@@ -52,23 +52,24 @@ def server_command(config: Config, python: str, start: Start) -> list[str]:
 
 
 def _batched_tokens(config: Config) -> int:
-    """Tokens of one forward pass: vLLM wants a whole sequence and one of each that it decodes in it (config/scheduler.py)."""
+    """Return the most tokens of a forward pass, in which vLLM wants room for a whole sequence, and for one token of each
+    sequence that it decodes (config/scheduler.py)."""
     return max(4096, config.max_sequence_length, config.rollout.max_running)
 
 
 def _gpu_arguments(config: Config) -> list[str]:
-    """The share is of the GPU's whole memory; vLLM wants that much free when it starts (v1/worker/utils.py, request_memory)."""
+    # The share is of the GPU's whole memory; vLLM wants that much free when it starts (v1/worker/utils.py, request_memory).
     sleep = ["--enable-sleep-mode"] if config.rollout.sleep else []
     return ["--gpu-memory-utilization", f"{config.rollout.gpu_memory_share:g}", *sleep]
 
 
 def _host_arguments(config: Config) -> list[str]:
-    """One rank computes in the engine's process: vLLM's own choice is one more, which takes as long to start as the others."""
+    # One rank computes in the engine's process: vLLM would start another one for it, which takes as long as the others.
     return list(ONE_PROCESS) if config.rollout.tensor_parallel == 1 else []
 
 
 def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
-    """Environment of the server, on top of what it inherits."""
+    """Return the whole environment of a server."""
     return {
         **inherited_here(),
         **({} if on_gpus else _host_environment(config)),
@@ -91,14 +92,14 @@ def _host_environment(config: Config) -> dict[str, str]:
 
 
 class VllmEngine(HttpEngine):
-    """One running vLLM server."""
+    """The client of a vLLM server that was started as `server_command` says."""
 
     generate_route = "/inference/v1/generate"
     version_route = "/weight_info"
     progress_route = "/metrics"
 
     def progress_of(self, answer: bytes) -> Hashable:
-        """Tokens produced since its start (vllm/v1/metrics/loggers.py); None where statistics are switched off."""
+        """Return the tokens produced since the start (vllm/v1/metrics/loggers.py), or None if statistics are switched off."""
         lines = answer.decode(errors="replace").splitlines()
         return tuple(line.rpartition(" ")[2] for line in lines if line.startswith("vllm:generation_tokens_total")) or None
 
@@ -130,13 +131,16 @@ class VllmEngine(HttpEngine):
 
 
 def client(config: Config, url: str, own: str | None = None) -> VllmEngine:
-    """The client of a server of a run."""
+    """Return the client of a server of a run."""
     return VllmEngine(url, config.deadlines.rollout_s, config.deadlines.silent_s, connections_of(config), own)
 
 
 def recognise(url: str, http: httpx.Client) -> RunningServer | None:
-    """A vLLM server that runs already. One of a run needs no tokenizer and names its weights; any other is asked by
-    OpenAI's route."""
+    """Describe a vLLM server that somebody else has started.
+
+    One that was started as a run's (with the token-in, token-out route and labelled weights) is asked by that route, any other
+    by OpenAI's completions.
+    """
     models = answer_of(http, "/v1/models")
     if models is None or (model := models["data"][0])["owned_by"] != "vllm":
         return None

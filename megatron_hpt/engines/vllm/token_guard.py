@@ -1,4 +1,4 @@
-"""A token before every route of a vLLM server: its own key guards the sampling routes only, not those that change weights."""
+"""Requires the run's token for every route of a vLLM server; vLLM's own key guards sampling, not the changes of weights."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any
 from megatron_hpt.process import TOKEN_VARIABLE, token_header
 
 OPEN = ("/health", "/metrics", "/ping")
-"""Routes that say nothing and change nothing."""
+"""Routes that reveal nothing and change nothing; they need no token."""
 
 
 class TokenGuard:
-    """ASGI middleware: 401 without ``Authorization: Bearer <HPT_TOKEN>``. Without a token in the environment all may."""
+    """ASGI middleware that answers 401 to requests without ``Authorization: Bearer <HPT_TOKEN>``.
+
+    Named on the server's command line (``--middleware``). Where the environment has no token, every request passes.
+    """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
         self._expected = header.encode() if (header := token_header().get("Authorization")) else None
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """Pass on what may pass."""
         if scope["type"] in ("http", "websocket") and self._expected is not None and scope["path"] not in OPEN:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):

@@ -1,4 +1,4 @@
-"""``megatron-hpt evaluate``: from a model and the names of test sets to a table, and every sample kept."""
+"""``megatron-hpt evaluate``: samples and grades test sets with a model, and keeps every sample."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def evaluate(model: str, benchmarks: Sequence[str], options: EvaluationOptions, 
         The folder with every sample.
 
     Raises:
-        ConfigError, ModelError, DataError: before anything starts; names what was given and what is allowed.
-        EngineError, DeadlineError: the engines; what has been sampled is kept.
-        Interrupted: SIGINT or SIGTERM; likewise.
+        ConfigError, ModelError, DataError: raised before anything starts; name what was given and what is allowed.
+        EngineError, DeadlineError: the engines failed; what has been sampled is kept.
+        Interrupted: SIGINT or SIGTERM came; what has been sampled is kept.
     """
     job = prepare(model, benchmarks, options)
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -55,29 +55,29 @@ def evaluate(model: str, benchmarks: Sequence[str], options: EvaluationOptions, 
 
 
 def summaries(folder: Path) -> dict[str, Measures]:
-    """What there is to tell of every benchmark of an evaluation whose samples are there.
+    """Return the measures of every complete benchmark of an evaluation.
 
     Raises:
-        DataError: not an evaluation, or none of its benchmarks is complete.
+        DataError: the folder is not an evaluation, or none of its benchmarks is complete.
     """
     sets = read_record(folder).benchmarks
     files = {name: samples_file(folder, name) for name in sets}
-    found = {name: measured(read_problems(file, sets[name])) for name, file in files.items() if file.is_file()}
-    if not found:
+    measures = {name: measured(read_problems(file, sets[name])) for name, file in files.items() if file.is_file()}
+    if not measures:
         raise DataError(f"{folder}: no benchmark is complete yet; the command that began the evaluation continues it")
-    return found
+    return measures
 
 
 def regrade(folder: Path, grader: str | None, reward: RewardConfig) -> None:
     """Grade the samples of an evaluation again; needs no engine.
 
     Args:
-        grader: a reward for all benchmarks; None: the one that each was graded with.
-        reward: how many grader processes there are and how long an answer may take.
+        grader: name of a reward for all benchmarks; None grades each with the reward that it was graded with before.
+        reward: says how many grader processes there are and how long an answer may take.
 
     Raises:
-        DataError: not an evaluation, or one whose samples are not those that were written; nothing is changed.
-        ConfigError: no such reward.
+        DataError: the folder is not an evaluation, or its samples are not those that were written; nothing is changed.
+        ConfigError: there is no such reward.
     """
     record = read_record(folder)
     graders = {name: checked_grader(grader or one.grader, reward) for name, one in record.benchmarks.items()}
@@ -92,7 +92,7 @@ def regrade(folder: Path, grader: str | None, reward: RewardConfig) -> None:
 
 
 def _collect(job: EvaluationJob, collection: Collection, console: Console) -> None:
-    """Sample what is missing and grade, with engines only where something is missing."""
+    """Sample what is missing and grade it; engines are started only if something is missing."""
     reward, missing = job.config.reward, len(collection.missing)
     with Counter(missing, console) as counter, Graders(reward) as graders:
         if not missing:
@@ -113,7 +113,12 @@ async def _ask(
     counter: Counter,
     servers: Servers | None = None,
 ) -> None:
-    """Fill the collection from engines, and start those again that die, where they are ours."""
+    """Fill the collection from engines, and start engines again that die if they are ours.
+
+    Args:
+        connect: makes the clients; called inside the event loop.
+        servers: the engines, if they are ours.
+    """
     clients = connect()
     deadlines = job.config.deadlines
     patience = Patience(deadlines.health_s, deadlines.silent_s, return_s=deadlines.startup_s)
@@ -148,9 +153,9 @@ def _clients_of_running(job: EvaluationJob) -> list[HttpEngine]:
 
 @contextmanager
 def _model_folder(job: EvaluationJob) -> Iterator[Path]:
-    """The Hugging Face folder that engines start with: converted, or with other keys in config.json, where that is needed.
+    """Yield the Hugging Face folder that engines start with: a checkpoint is converted, and overrides go into a config.json.
 
-    What was made for it is removed at the end; an interrupted evaluation finds it again.
+    Folders that were made for this are removed at the end, but not by an interrupted evaluation, which uses them again.
     """
     source, made = job.subject.path, [job.folder / "converted", job.folder / "model"]
     if is_checkpoint(source):
@@ -169,7 +174,7 @@ def _model_folder(job: EvaluationJob) -> Iterator[Path]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM are raised as `Interrupted`."""
+    """Raise SIGINT and SIGTERM as `Interrupted`."""
 
     def interrupt(number: int, _: Any) -> NoReturn:
         for each in previous:  # engines take seconds to end

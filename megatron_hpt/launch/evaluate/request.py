@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do, with everything read and checked before anything starts."""
+"""Reads and checks everything that an evaluation needs, before anything is started."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OUT = Path("evaluations")
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What the command line says beside model and benchmarks; the defaults are the paper's protocol."""
+    """Options of the command line; the defaults are the paper's protocol."""
 
     data: Path = Path("data")
     out: Path | None = None
@@ -47,13 +47,13 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """One evaluation with everything that was read for it."""
+    """One evaluation, and everything that was read for it."""
 
     config: Config
-    """Engine, tokenizer and graders are made from it."""
+    """Settings from which engines, tokenizer and graders are made."""
     subject: Subject
     servers: tuple[RunningServer, ...]
-    """That run already; none: they are started."""
+    """Servers that somebody else has started; where there are none, the evaluation starts its own."""
     tokenizer: Any
     sets: dict[str, list[EvaluationProblem]]
     record: Evaluation
@@ -61,11 +61,11 @@ class EvaluationJob:
 
 
 def prepare(model: str, benchmarks: Sequence[str], options: EvaluationOptions) -> EvaluationJob:
-    """Read and check everything.
+    """Read and check everything that an evaluation needs.
 
     Raises:
-        ConfigError, ModelError, DataError: naming what was given and what is allowed.
-        EngineError: a server that does not answer, or is none.
+        ConfigError, ModelError, DataError: something cannot be used; names what was given and what is allowed.
+        EngineError: a server does not answer, or is of no known engine.
     """
     if options.out:
         check_folder(options.out)
@@ -109,10 +109,10 @@ def _set_record(one: Chosen, problems: int) -> SetRecord:
 
 
 def _settings(subject: Subject, servers: Sequence[RunningServer], options: EvaluationOptions) -> Config:
-    """The configuration that engines, tokenizer and graders are made from.
+    """Return the configuration from which engines, tokenizer and graders are made.
 
     Raises:
-        ConfigError: an override that is none, servers of different weights, or a tokenizer that is not on this machine.
+        ConfigError: an override is not a setting, servers have different weights, or the tokenizer is not on this machine.
     """
     config = subject.configuration()
     if servers:
@@ -120,7 +120,7 @@ def _settings(subject: Subject, servers: Sequence[RunningServer], options: Evalu
         engine = {"urls": [server.url for server in servers], "engine": servers[0].kind}
     else:
         model = str(subject.path)
-        # What a run's engines leave to its trainer, an evaluation's have for themselves.
+        # The engines of an evaluation have the GPUs for themselves, without a trainer beside them.
         share = RolloutConfig.model_fields["gpu_memory_share"].default
         engine = {"urls": [], "model": "", "host": "127.0.0.1", "sleep": False, "gpu_memory_share": share}
     own = {"path": model, "overrides": {}}  # checkpoints and exports of a run have its overrides in them
@@ -132,10 +132,10 @@ def _settings(subject: Subject, servers: Sequence[RunningServer], options: Evalu
 
 
 def _placed(config: Config, chosen: bool) -> Config:
-    """With as many engines as there are GPUs for, unless their number was chosen.
+    """Set the number of engines to that for which there are GPUs, unless the number was chosen.
 
     Raises:
-        ConfigError: there are too few GPUs.
+        ConfigError: there are too few GPUs for the chosen number.
     """
     width, there = config.rollout.tensor_parallel, len(gpus_here())
     number = config.rollout.servers if chosen else max(1, there // width)
@@ -158,7 +158,7 @@ def _model_of(servers: Sequence[RunningServer]) -> str:
 
 
 def _head_dim(contents: dict[str, Any]) -> int | None:
-    """Size of an attention head, from a config.json of any family; None: it does not say."""
+    """Return the size of an attention head from a config.json of any family, or None if it does not say."""
     heads, hidden = contents.get("num_attention_heads"), contents.get("hidden_size")
     return contents.get("head_dim") or (hidden // heads if heads and hidden else None)
 
@@ -170,10 +170,10 @@ def _context(config: Config, servers: Sequence[RunningServer]) -> int | None:
 
 
 def _check_context(sets: Mapping[str, Sequence[EvaluationProblem]], max_tokens: int, context: int | None) -> int:
-    """Length of the longest prompt.
+    """Return the length of the longest prompt in tokens.
 
     Raises:
-        ConfigError: prompt and response do not fit into the model's context.
+        ConfigError: that prompt and a response do not fit into the model's context.
     """
     name, longest = max(
         ((name, problem) for name, problems in sets.items() for problem in problems), key=lambda pair: len(pair[1].tokens)

@@ -1,4 +1,4 @@
-"""Engines with the weights of a folder, for as long as an evaluation needs them."""
+"""The engine servers of an evaluation, which serve the weights of a folder."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ POLL_S = 0.5
 
 
 class Servers:
-    """`rollout.servers` engines; a context manager that ends them."""
+    """A context manager that starts `rollout.servers` engines when it is entered, and ends them when it is left.
+
+    Args:
+        model: Hugging Face folder.
+        folder: folder for the engines' logs.
+        gpus: names of this machine's GPUs (`gpus_here`), of which every engine gets `rollout.tensor_parallel`; without any,
+            engines run on the host.
+    """
 
     def __init__(self, config: Config, model: Path, folder: Path, gpus: Sequence[str]) -> None:
-        """
-        Args:
-            model: Hugging Face folder.
-            folder: for logs.
-            gpus: what those of this machine are called; every engine gets `rollout.tensor_parallel` of them. None: engines run
-                on the host.
-        """
         self._config, self._model, self._folder, self._gpus = config, model, folder, gpus
         self._scratch = Scratch()
         self.fleet = Fleet()
@@ -39,7 +39,7 @@ class Servers:
 
     @property
     def urls(self) -> list[str]:
-        """Where they are."""
+        """URLs of the servers, in the order of their numbers."""
         return list(self.fleet)
 
     def __enter__(self) -> Servers:
@@ -58,11 +58,14 @@ class Servers:
         self._scratch.close()
 
     def wait(self, status: Callable[[str], None]) -> None:
-        """Return when all of them answer.
+        """Return when all servers answer; called before `watch`.
+
+        Args:
+            status: called with a line for the display.
 
         Raises:
-            EngineError: one died.
-            DeadlineError: one is not ready within `deadlines.startup_s`.
+            EngineError: a server died.
+            DeadlineError: a server is not ready within `deadlines.startup_s`.
         """
         started = time.monotonic()
         while waiting := [name for url, name in self.fleet.names.items() if not is_healthy(url)]:
@@ -76,10 +79,10 @@ class Servers:
             time.sleep(POLL_S)
 
     async def watch(self) -> None:
-        """Start engines again that die, listen no more or were given up, for ever: whoever needs them no longer cancels this.
+        """Start servers again that die, stop listening or were given up; runs until it is cancelled.
 
         Raises:
-            EngineError: more died than `rollout.max_restarts`.
+            EngineError: a server died that `rollout.max_restarts` does not allow to be started again.
         """
         while True:
             await asyncio.sleep(POLL_S)
@@ -97,7 +100,7 @@ class Servers:
             fleet.start_again(url)
 
     def give_up(self, url: str) -> None:
-        """End an engine that gives no sign of life; `watch` starts it again. Called by the pool of the clients."""
+        """Have `watch` end a server that gives no sign of life, and start it again. Called by the pool of the clients."""
         self._given_up.add(url)
 
     def _fail_if_dead(self) -> None:

@@ -1,4 +1,4 @@
-"""What is to be evaluated: a folder, a checkpoint, a part of a run, or servers that run already."""
+"""The model that is to be evaluated: a folder, a checkpoint, a part of a run, or servers that run already."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with the settings that it came with."""
+    """A model, and where its settings are."""
 
     given: str
+    """The command line's MODEL."""
     name: str
-    """Of the evaluation's folder."""
+    """Name of the evaluation's folder."""
     path: Path | None
-    """Hugging Face folder, or checkpoint in Megatron's format; None: `urls` have it."""
+    """Hugging Face folder or checkpoint in Megatron's format; None if servers at `urls` have the model."""
     urls: tuple[str, ...] = ()
     run: RunDir | None = None
-    """The run that it is a part of."""
+    """The run that the model is a part of, if any."""
     step: int | None = None
+    """Optimizer steps that the model was trained for, if it is a part of a run."""
 
     def configuration(self) -> Config:
-        """Settings to start from: those of its run, or defaults."""
+        """Return the settings to start from: those of the model's run, or defaults."""
         if self.run is not None:
             return load_yaml(self.run.config)
         return Config(name="evaluation", model=ModelConfig(path=str(self.path or "none")), data=DataConfig(train=""))
 
     def weights(self) -> str:
-        """Digest of the names, sizes and times of a folder's files."""
+        """Return a digest of the names, sizes and times of the model's files."""
         digest = hashlib.sha256()
         for path in sorted(self.path.rglob("*")) if self.path else ():
             if path.is_file():
@@ -46,10 +48,10 @@ class Subject:
 
 
 def resolve(model: str) -> Subject:
-    """What a command line's MODEL means.
+    """Find the model that a command line's MODEL means.
 
     Raises:
-        ModelError, CheckpointError: nothing of the kind; says what would be.
+        ModelError, CheckpointError: MODEL is no model; says what would be one.
     """
     if model.startswith(("http://", "https://")):
         urls = tuple(url.rstrip("/") for url in model.split(","))
@@ -65,7 +67,7 @@ def resolve(model: str) -> Subject:
 
 
 def _part_of_run(given: str, run: RunDir) -> Subject:
-    """The best checkpoint where one was chosen, else the final model, else the newest checkpoint."""
+    """Find the model of a run: the best checkpoint if one was chosen, else the final model, else the newest checkpoint."""
     best, steps = read_best(run.path), run.checkpoint_steps()
     if best is not None:
         return _folder(given, run.checkpoint(best.step), run)
@@ -90,10 +92,10 @@ def _folder(given: str, path: Path, run: RunDir | None) -> Subject:
 
 
 def _runs_around(path: Path) -> Iterator[RunDir]:
-    """Of RUN/export and RUN/checkpoints/step_000100."""
+    """Yield the runs that a folder may be in as RUN/export or RUN/checkpoints/step_000100."""
     yield from (RunDir(folder) for folder in path.resolve().parents[:2])
 
 
 def dtype_of(contents: dict) -> str:
-    """The precision to compute in, from a config.json: the weights' own; float16 as bfloat16."""
+    """Return the precision to compute in from a config.json: that of the weights, and bfloat16 for float16."""
     return _DTYPES.get(str(contents.get("dtype") or contents.get("torch_dtype")), "float32")

@@ -1,6 +1,6 @@
-"""The tries of a batch job that did not finish its run: RUN.slurm/tries.json, and when to give up.
+"""Tries of a batch job that did not finish its run, kept in RUN.slurm/tries.json, and when to give up.
 
-A try notes that it has begun, because one whose own node is lost cannot note how it ended.
+A try notes that it has begun, because a try whose own node is lost cannot note how it ended.
 """
 
 from __future__ import annotations
@@ -22,37 +22,44 @@ class Try:
     """One try that did not finish the run."""
 
     job: int
+    """Slurm's number of the job."""
     attempt: int
+    """Number of times that Slurm had requeued the job before."""
     nodes: tuple[str, ...]
     reason: str
     checkpoint: int
-    """Newest one when it ended; 0: none."""
+    """Step of the newest checkpoint when the try ended; 0 if there was none."""
 
 
 def hopeless(tries: Sequence[Try]) -> str | None:
-    """Why a job is not started again; None: it is."""
+    """Return why a job is not started again, or None if it is.
+
+    Args:
+        tries: oldest first.
+    """
     newest, without = 0, 0
-    for each in tries:
-        without = 0 if each.checkpoint > newest else without + 1
-        newest = max(newest, each.checkpoint)
+    for failed in tries:
+        without = 0 if failed.checkpoint > newest else without + 1
+        newest = max(newest, failed.checkpoint)
     if without < HOPELESS:
         return None
     return f"{without} tries in a row without a checkpoint after step {newest}: the job is not started again"
 
 
 class Tries:
-    """What is kept of them in a folder."""
+    """The tries of one run, kept in files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.file, self._begun = folder / "tries.json", folder / "begun.json"
 
     def begin(self, job: int, attempt: int, nodes: Sequence[str], checkpoint: int) -> str | None:
-        """Note that a try begins; returns why it should not, if those before were too many.
+        """Note that a try begins; return why it should not, or None.
 
-        A try of the same job that began and noted no end was lost. Not so one of another job: that was cancelled.
+        An earlier try of the same job that noted its beginning and no end was lost, and counts as failed. One of another job
+        was cancelled, and does not count.
 
         Args:
-            checkpoint: newest one; 0: none.
+            checkpoint: step of the newest checkpoint; 0 if there is none.
         """
         if self._begun.is_file():
             before = _try(json.loads(self._begun.read_text(encoding="utf-8")))
@@ -62,18 +69,18 @@ class Tries:
         return hopeless(self.all())
 
     def fail(self, failed: Try) -> str | None:
-        """Note how a try ended; returns why there should be no other one."""
+        """Note how a try failed; return why there should be no other one, or None."""
         self._add(failed)
         self.end()
         return hopeless(self.all())
 
     def end(self) -> None:
-        """The try ended as it should."""
+        """Note that the try ended as it should."""
         self._begun.unlink(missing_ok=True)
 
     def all(self) -> list[Try]:
-        """Oldest first."""
-        return [_try(each) for each in json.loads(self.file.read_text(encoding="utf-8"))] if self.file.is_file() else []
+        """Return the failed tries, oldest first."""
+        return [_try(fields) for fields in json.loads(self.file.read_text(encoding="utf-8"))] if self.file.is_file() else []
 
     def _add(self, failed: Try) -> None:
         write_whole(self.file, json.dumps([asdict(each) for each in (*self.all(), failed)], indent=1))

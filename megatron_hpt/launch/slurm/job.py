@@ -1,4 +1,7 @@
-"""``megatron-hpt slurm``: the life of a batch job, from sick nodes to the requeue. What is pure of it: `launch.slurm`."""
+"""``megatron-hpt slurm``: the life of a batch job, from the check of its nodes to its requeue.
+
+The command lines of a run, which need no Slurm to be made, are in `launch.slurm.launcher`.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from megatron_hpt.launch.train import resume_point, resume_run, start_run
 from megatron_hpt.run import RunDir, newest
 
 HEALTH_S = 300
-"""Seconds that the health check of a node may take."""
+"""Most seconds that the health check of a node may take."""
 _HEALTHY = "HEALTHY"
 _KEPT = {
     "job-name": "SLURM_JOB_NAME",
@@ -40,40 +43,40 @@ _KEPT = {
     "partition": "SLURM_JOB_PARTITION",
     "account": "SLURM_JOB_ACCOUNT",
 }
-"""Options of a job that is submitted again ← what Slurm says of it."""
+"""Option of sbatch for a job that is submitted again → variable in which Slurm keeps its value."""
 
 
 class Hopeless(HptError):
-    """To start again would not help."""
+    """Raised when starting a job again would not help."""
 
     EXIT_CODE = 70
     """EX_SOFTWARE of sysexits.h."""
 
 
 class HandedOver(RequeueRequested):
-    """Another job goes on with the run."""
+    """Raised when another job goes on with the run."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """What a site wants of its jobs."""
+    """Settings of a site for its jobs, from the batch script."""
 
     ranks_per_node: int
     python: str
     """Interpreter on the nodes."""
     srun: str
-    """More arguments of every srun."""
+    """Additional arguments of every srun, as a shell would read them."""
     health: str
-    """Command that fails on a sick node."""
+    """Shell command that fails on a sick node."""
 
 
 def run_job(source: str, overrides: list[str], root: Path, site: Site) -> RunDir:
-    """Start the run of this job, or continue it: the run's name says which.
+    """Start the run of this job, or continue the newest run with the recipe's name. Called by the batch script.
 
     Raises:
         HandedOver: another job was submitted that leaves sick nodes out.
         RequeueRequested: this job was requeued.
-        Hopeless: several tries in a row came no further.
+        Hopeless: several tries in a row brought no new checkpoint.
         Interrupted: Slurm is ending the job.
     """
     signal.signal(signal.SIGUSR1, _noticed_early)
@@ -95,7 +98,7 @@ def run_job(source: str, overrides: list[str], root: Path, site: Site) -> RunDir
 
 
 def plan_job(source: str, overrides: list[str], site: Site) -> str:
-    """What `run_job` would start, on this job's nodes or on imagined ones; starts nothing."""
+    """Describe what `run_job` would start, on this job's nodes or, outside a job, on imagined ones; starts nothing."""
     config = recipes.load(source, overrides).config
     if "SLURM_JOB_ID" in os.environ:
         return describe(config, _job(site))
@@ -130,7 +133,7 @@ def _existing(name: str, root: Path) -> RunDir | None:
 
 
 def put_logs_aside(run: RunDir) -> None:
-    """Move the logs of the try before to a folder of their own, ``logs/try0`` and so on."""
+    """Move the logs of the try before into a folder of their own: ``logs/try0`` and so on."""
     folder = run.logs / f"try{len(list(run.logs.glob('try*')))}"
     folder.mkdir()
     for path in run.logs.glob("*.log"):
@@ -141,11 +144,11 @@ def put_logs_aside(run: RunDir) -> None:
 
 
 def _without_sick(config: Config, job: SlurmJob, health: str, folder: Path, overrides: list[str]) -> SlurmJob:
-    """The job on as many healthy nodes as the run takes; the others are spares.
+    """Return the job with as many healthy nodes as the run takes; other healthy nodes are spares.
 
     Raises:
-        HandedOver: there are too few; another job was submitted that excludes the sick ones.
-        RunFailed: there is none.
+        HandedOver: too few nodes are healthy; another job was submitted that excludes the sick ones.
+        RunFailed: no node is healthy.
     """
     needed, logs = topology_on(config, job).nodes, folder / f"health-{job.number}-{job.attempt}"
     logs.mkdir(parents=True, exist_ok=True)
@@ -168,7 +171,7 @@ def check_nodes(job: SlurmJob, command: str, logs: Path) -> list[str]:
     on_each = [*step(job, "health", job.nodes, 1), "--kill-on-bad-exit=0", f"--output={logs}/%N.log", "bash", "-c", check]
     try:
         subprocess.run(on_each, timeout=HEALTH_S + 60, check=False)
-    except subprocess.TimeoutExpired:  # a node that does not even start it
+    except subprocess.TimeoutExpired:  # some node does not even start the check
         say(job, f"the health check did not end within {HEALTH_S + 60} s")
     texts = {node: logs / f"{node}.log" for node in job.nodes}
     return [
@@ -177,7 +180,11 @@ def check_nodes(job: SlurmJob, command: str, logs: Path) -> list[str]:
 
 
 def _submit_without(sick: Sequence[str], name: str, job: SlurmJob, folder: Path, overrides: list[str]) -> str:
-    """Submit this job's script again: Slurm takes no excluded nodes for a job that runs. Returns the new job's number."""
+    """Submit this job's script as a new job that excludes sick nodes, which Slurm does not allow for a job that runs.
+
+    Returns:
+        Number of the new job.
+    """
     excluded = ",".join(sorted({*filter(None, os.environ.get("HPT_EXCLUDED", "").split(",")), *sick}))
     script = folder / "script.sbatch"
     script.unlink(missing_ok=True)
@@ -193,7 +200,12 @@ def _submit_without(sick: Sequence[str], name: str, job: SlurmJob, folder: Path,
 
 
 def _start_again(error: HptError, job: SlurmJob, checkpoint: int, tries: Tries) -> NoReturn:
-    """Requeue the job, unless Slurm is ending it or it is hopeless."""
+    """Requeue the job, unless Slurm is ending it or it is hopeless; raises as `run_job` does.
+
+    Args:
+        error: what ended the run.
+        checkpoint: step of the newest checkpoint; 0 if there is none.
+    """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     state = _ask("squeue", "-h", "-j", str(job.number), "-o", "%T")
     if state != "RUNNING":  # scancel and lost nodes end parts before this process hears of it
@@ -215,10 +227,10 @@ def _noticed_early(*_: object) -> NoReturn:
 
 
 def _ask(*command: str, environment: Mapping[str, str] | None = None) -> str:
-    """What a client of Slurm answers.
+    """Return the output of one of Slurm's commands.
 
     Raises:
-        HptError: it fails, with what it says, or is not there.
+        HptError: the command fails, or is not on this machine.
     """
     try:
         result = subprocess.run(
@@ -232,6 +244,6 @@ def _ask(*command: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def say(job: SlurmJob, what: str) -> None:
-    """A line in the job's output."""
+    """Write a line to the job's output."""
     sys.stdout.write(f"try {job.attempt}: {what}\n")
     sys.stdout.flush()

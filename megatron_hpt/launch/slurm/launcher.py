@@ -1,7 +1,7 @@
 """A run on the nodes of one Slurm allocation: its command lines, and the launcher that starts them.
 
-The supervisor runs on the batch host and starts every part by an srun of its own, trainer ranks too (torchrun would die of
-SIGUSR1 and leave its workers behind). Who runs on which node: `launch.topology`.
+The supervisor runs on the batch host and starts every part by an srun of its own. Trainer ranks have no torchrun, which would
+die of SIGUSR1 and leave its workers behind. `plan.topology` decides which part runs on which node.
 """
 
 from __future__ import annotations
@@ -28,53 +28,53 @@ from megatron_hpt.plan.topology import Device, Slots, Topology, least_nodes, pla
 from megatron_hpt.run import RunDir
 
 BETWEEN_GPUS = ("nccl", "cuda_ipc")
-"""Transports that need GPUs."""
+"""Transports of weights that need GPUs."""
 PORTS, BLOCKS = 64, 350
-"""Ports of one job, and how many jobs have ports of their own below those that the kernel gives to outgoing connections."""
+"""Ports of one job, and the number of jobs that have ports of their own below the kernel's range for outgoing connections."""
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """One try of a Slurm job, and what its site wants."""
+    """One try of a Slurm job, and the settings of its site."""
 
     number: int
     attempt: int
-    """How often Slurm has started it again."""
+    """Number of times that Slurm has requeued the job."""
     host: str
     """Node of the batch script."""
     nodes: tuple[str, ...]
-    """In Slurm's order; without those that are left out."""
+    """Nodes in Slurm's order, without those that are left out."""
     ranks_per_node: int
     has_gpus: bool
     srun: tuple[str, ...] = ()
-    """More arguments of every srun, e.g. --container-image of pyxis."""
+    """Additional arguments of every srun, e.g. --container-image of pyxis."""
     python: str = "python"
     """Interpreter on the nodes."""
 
     def port(self, index: int) -> int:
-        """Port `index` of this try: another one in every try and, nearly always, in every job."""
+        """Return port `index` of this try; it differs from try to try and, nearly always, from job to job."""
         block = (self.number + 97 * self.attempt) % BLOCKS
         return LOWEST_PORT + PORTS * block + index % PORTS
 
     def address(self, node: str) -> str:
-        """Address of a node that the others reach. A host's own name may point to its loopback."""
+        """Return the address at which other nodes reach a node. The name of this host may resolve to its loopback here."""
         others = [other for other in self.nodes if other != self.host]
         if node != self.host or not others:
             return _resolved(node)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((others[0], 9))  # sends nothing, but asks for the way
+            probe.connect((others[0], 9))  # sends nothing; the kernel chooses the interface
             return probe.getsockname()[0]
 
     def only(self, nodes: Sequence[str]) -> SlurmJob:
-        """The same with some of its nodes."""
+        """Return the same job with some of its nodes."""
         return replace(self, nodes=tuple(nodes))
 
 
 def _resolved(node: str) -> str:
-    """Address of a node's name.
+    """Return the address of a node's name.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the name does not resolve.
     """
     try:
         return socket.gethostbyname(node)
@@ -88,10 +88,10 @@ def _resolved(node: str) -> str:
 def job_of(
     environment: Mapping[str, str], nodes: Sequence[str], ranks_per_node: int, python: str, srun: Sequence[str]
 ) -> SlurmJob:
-    """The job that this process is the batch script of.
+    """Return the job whose batch script runs this process.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: this process is in no Slurm job.
     """
     try:
         return SlurmJob(
@@ -109,24 +109,24 @@ def job_of(
 
 
 def topology_on(config: Config, job: SlurmJob) -> Topology:
-    """Who runs where on a job's nodes.
+    """Place the parts of a run on a job's nodes.
 
     Raises:
-        ConfigError: not on these; or weights could not leave the trainer's nodes.
+        ConfigError: the nodes do not suffice, or weights could not leave the trainer's nodes.
     """
     return place_nodes(config, Slots(f"job {job.number}", len(job.nodes), job.ranks_per_node))
 
 
 def settings_on(config: Config, job: SlurmJob) -> list[str]:
-    """Overrides that a configuration needs on these nodes."""
+    """Return the overrides that a configuration needs on a job's nodes."""
     return [f"transfer.host={job.address(job.nodes[topology_on(config, job).trainer_nodes[0]])}"]
 
 
 def step(job: SlurmJob, name: str, nodes: Sequence[str], tasks_per_node: int) -> list[str]:
-    """An srun for a command on some nodes. The first task that fails ends its step; steps share what the nodes have."""
+    """Return an srun, up to its command, on some nodes. A task that fails ends its step; steps share the nodes' resources."""
     return [
         *("srun", "--quiet", f"--job-name={name}", "--overlap", "--kill-on-bad-exit=1", "--wait=0", "--input=none"),
-        # Slurm would give every task a core or two of its own; ranks and servers have threads.
+        # Slurm would bind every task to a core or two; ranks and servers have more threads than that.
         "--cpu-bind=none",
         *(f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}"),
         *(f"--nodelist={','.join(nodes)}", "--distribution=block"),
@@ -136,20 +136,25 @@ def step(job: SlurmJob, name: str, nodes: Sequence[str], tasks_per_node: int) ->
 
 
 def trainer_command(job: SlurmJob, topology: Topology, arguments: Sequence[str]) -> list[str]:
-    """All trainer ranks, node by node."""
+    """Return the command line that starts all trainer ranks, node by node."""
     nodes = [job.nodes[index] for index in topology.trainer_nodes]
     start = step(job, "trainer", nodes, len(topology.trainer) // len(nodes))
     return [*start, *_task(job, "--rank"), job.python, "-m", "megatron_hpt.actor.trainer", *arguments]
 
 
 def coordinator_command(job: SlurmJob, topology: Topology, arguments: Sequence[str]) -> list[str]:
-    """The coordinator, on the trainer's first node."""
+    """Return the command line that starts the coordinator on the trainer's first node."""
     start = step(job, "coordinator", [job.nodes[topology.trainer_nodes[0]]], 1)
     return [*start, *_task(job), job.python, "-m", "megatron_hpt.rollout.coordinator", *arguments]
 
 
 def engine_command(job: SlurmJob, name: str, places: Sequence[Device], server: Sequence[str]) -> list[str]:
-    """One server on its GPUs, by a step of its own so that it can be started again alone."""
+    """Return the command line that starts one server on its GPUs; a step of its own, so that it can be started again alone.
+
+    Args:
+        name: name of the step.
+        server: command line of the engine.
+    """
     gpus = ("--gpus", ",".join(str(device.gpu) for device in places)) if job.has_gpus else ()
     return [*step(job, name, [job.nodes[places[0].node]], 1), *_task(job, *gpus), *server]
 
@@ -159,14 +164,14 @@ def _task(job: SlurmJob, *flags: str) -> list[str]:
 
 
 def imagined(config: Config, ranks_per_node: int, python: str, srun: Sequence[str]) -> SlurmJob:
-    """A job with just the nodes that a run takes, to look at before there is one."""
+    """Return a job with just the nodes that a run takes, for showing what would be started before there is a job."""
     nodes = least_nodes(config, ranks_per_node)
     names = tuple(f"node{index}" for index in range(1, nodes + 1))
     return SlurmJob(0, 0, names[0], names, ranks_per_node, config.transfer.transport in BETWEEN_GPUS, tuple(srun), python)
 
 
 def describe(config: Config, job: SlurmJob) -> str:
-    """The nodes and command lines of a run, addresses as names."""
+    """Describe the nodes and command lines of a run, with names in place of addresses."""
     topology, kind = topology_on(config, job), engine_of(config)
     arguments = [f"runs/{config.name}-<time>", "--store", f"{job.host}:<port>", "--from-step", "<step>"]
     nodes = [job.nodes[index] for index in topology.trainer_nodes]
@@ -185,18 +190,18 @@ def describe(config: Config, job: SlurmJob) -> str:
 
 
 def _at(config: Config, host: str) -> Config:
-    """The configuration of a server that listens on `host`."""
+    """Return the configuration of a server that listens at `host`."""
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"host": host})})
 
 
 def other_steps(steps: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """Of a job's steps (``7.0``, ``7.batch``) those that srun has started, without that of this environment."""
+    """Return the steps of a job (``7.0``, ``7.batch``) that srun has started, without the one that this process is in."""
     own = environment.get("SLURM_STEP_ID")
-    return [each for each in steps if (number := each.rpartition(".")[2]).isdecimal() and number != own]
+    return [name for name in steps if (number := name.rpartition(".")[2]).isdecimal() and number != own]
 
 
 class SlurmLauncher:
-    """Every part by an srun inside the allocation of this process."""
+    """Starts every part by an srun inside the allocation of this process."""
 
     def __init__(self, config: Config, run: RunDir, job: SlurmJob) -> None:
         self._config, self._run, self._job = config, run, job
@@ -220,7 +225,7 @@ class SlurmLauncher:
         return start_engine(config, index, start, self._run.log(name), {}, around)
 
     def _steps(self) -> list[str]:
-        """The job's steps, without the one that this process may be in: a supervisor that NeMo-Run started."""
+        """Return the job's steps without the one that this process may be in, as a supervisor that NeMo-Run started is."""
         listed = ["squeue", "--noheader", "--steps", f"--jobs={self._job.number}", "--format=%i"]
         steps = subprocess.run(
             listed, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace"
@@ -228,9 +233,9 @@ class SlurmLauncher:
         return other_steps(steps, os.environ)
 
     def stop(self, children: Sequence[Child]) -> None:
-        """SIGTERM to srun would kill its tasks at once, so Slurm brings it to them."""
+        # SIGTERM to an srun would kill its tasks at once. Slurm brings the tasks the signal, and they end within their time.
         if any(child.exit_code is None for child in children):
-            # Refused for a job that is ending: then Slurm has told them itself.
+            # Slurm refuses this for a job that is ending; then it has sent the signal itself.
             subprocess.run(["scancel", "--signal=TERM", *self._steps()], capture_output=True, check=False)
         deadline = time.monotonic() + GRACE_S
         while any(child.exit_code is None for child in children) and time.monotonic() < deadline:

@@ -1,7 +1,7 @@
-"""``python -m megatron_hpt.launch.slurm.task [--rank] [--gpus 4,5] COMMAND…``: what srun starts on a node becomes COMMAND.
+"""``python -m megatron_hpt.launch.slurm.task [--rank] [--gpus 4,5] COMMAND…``: started by srun on a node, becomes COMMAND.
 
-A notice reaches the parts of a run over the blackboard, so SIGUSR1 is ignored: `scancel --signal=USR1` without `--batch` goes
-to every process of the job, and would kill them.
+It has COMMAND ignore SIGUSR1: a notice reaches the parts of a run over the blackboard, while `scancel --signal=USR1` without
+`--batch` goes to every process of the job and would kill it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import signal
 from collections.abc import Mapping
 
 _RANKS = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-"""What torch.distributed reads ← what srun sets (MASTER_ADDR and MASTER_PORT come with the step)."""
+"""Variable that torch.distributed reads → variable that srun sets. MASTER_ADDR and MASTER_PORT come with the step."""
 
 
 def environment(slurm: Mapping[str, str], rank: bool, gpus: str | None) -> dict[str, str]:
-    """What COMMAND gets on top of srun's environment.
+    """Return the variables that COMMAND gets on top of srun's environment.
 
     Args:
-        gpus: numbers among the step's GPUs; None: all.
+        slurm: srun's environment.
+        rank: whether COMMAND is a rank of torch.distributed.
+        gpus: COMMAND's GPUs, as numbers among the step's, e.g. ``4,5``; None means all.
     """
     own = {name: slurm[source] for name, source in _RANKS.items()} if rank else {}
     if gpus is not None:
@@ -29,7 +31,7 @@ def environment(slurm: Mapping[str, str], rank: bool, gpus: str | None) -> dict[
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command of the module's first line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rank", action="store_true", help="COMMAND is a rank of torch.distributed")
     parser.add_argument("--gpus", help="COMMAND sees these of the step's GPUs alone")

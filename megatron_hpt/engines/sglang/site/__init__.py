@@ -1,1 +1,1 @@
-"""A folder for an SGLang server's PYTHONPATH on the host: see its sitecustomize.py."""
+"""This folder is on the PYTHONPATH of SGLang servers on the host, for its sitecustomize.py."""

@@ -1,6 +1,7 @@
-"""Python imports this at start. torchvision of the package index is a CUDA build: beside a CPU torch its operators do not
-load, and importing it fails while it registers their shapes. Declaring the two schemas first lets it import; text models
-call none of them.
+"""Lets torchvision be imported beside a CPU torch; Python imports this module when it starts.
+
+torchvision of the package index is a CUDA build: beside a CPU torch its operators do not load, and importing it fails while
+it registers their shapes. It imports if their two schemas have been declared before. Text models call neither operator.
 """
 
 import importlib.abc
