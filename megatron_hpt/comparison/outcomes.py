@@ -10,12 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from megatron_hpt.comparison.paper import column_of
 from megatron_hpt.errors import DataError
-from megatron_hpt.evaluation.samples import RECORD, Evaluation, SetRecord, check_complete, read_record, samples_file
+from megatron_hpt.evaluation.samples import (
+    RECORD,
+    Evaluation,
+    SetRecord,
+    check_complete,
+    read_columns,
+    read_record,
+    samples_file,
+)
 from megatron_hpt.run import RunDir
 
 _COLUMNS = ("problem_id", "sample", "level", "ground_truth", "answer", "tokens", "truncated", "score")
@@ -154,12 +159,7 @@ def read_problems(file: Path, record: SetRecord) -> tuple[SampledProblem, ...]:
     Raises:
         DataError: not a file of samples, or not those that the evaluation's record tells of.
     """
-    try:
-        rows = pq.read_table(file, columns=list(_COLUMNS)).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file}: not a readable file of samples: {error}") from None
-    if missing := [name for name in _COLUMNS if rows and name not in rows[0]]:
-        raise DataError(f"{file}: not a file of samples: it has no column {', '.join(missing)}")
+    rows = read_columns(file, _COLUMNS)
     check_complete(file, ((row["problem_id"], row["sample"]) for row in rows), record)
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hpt.evaluation.statistics import CONFIDENCE, CORRECT, Scores, graded, student_quantile
+from megatron_hpt.evaluation.statistics import CONFIDENCE, CORRECT, Estimate, Scores, graded, mean_of, student_quantile
 
 EXHAUSTIVE_UP_TO = 16
 """Problems that differ, for which every assignment of signs is tried; of more, DRAWS assignments are drawn."""
@@ -71,14 +71,11 @@ def mean_difference(pairs: Sequence[tuple[Scores, Scores]], confidence: float = 
     parts = [difference(first, second, confidence) for first, second in pairs]
     if not parts or None in parts:
         return None
-    value = math.fsum(part.value for part in parts) / len(parts)
-    down, up = (
-        math.sqrt(math.fsum((part.value - getattr(part, end)) ** 2 for part in parts)) / len(parts) for end in ("low", "high")
-    )
+    mean = mean_of([Estimate(part.value, part.low, part.high, part.problems, part.left_out) for part in parts])
     weighted = [(a - b) / (a.size * len(parts)) for a, b in (_means(*pair) for pair in pairs)]
     p_value, test = paired_test(np.concatenate(weighted))
-    sums = {name: sum(getattr(part, name) for part in parts) for name in ("plus", "minus", "problems", "left_out")}
-    return Difference(value=value, low=value - down, high=value + up, p_value=p_value, test=test, **sums)
+    plus, minus = sum(part.plus for part in parts), sum(part.minus for part in parts)
+    return Difference(plus, minus, mean.value, mean.low, mean.high, p_value, test, mean.problems, mean.left_out)
 
 
 def _correct(scores: Scores) -> Scores:

@@ -1,4 +1,8 @@
-"""The fields of one row: what is in them, or an error that names row and field."""
+"""The fields of one row in the project's schema: what is in them, or an error that names row and field and ends the command.
+
+`preparation.fields` reads the fields of anybody's records. It takes more kinds of values, and an error costs one row its place.
+`storage.columns` and `storage.lines` see to the types of whole columns before a row comes here.
+"""
 
 from __future__ import annotations
 

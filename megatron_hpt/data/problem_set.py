@@ -17,7 +17,7 @@ from megatron_hpt.data.storage.blocks import Block
 from megatron_hpt.data.storage.columns import check_schema, readable
 from megatron_hpt.data.storage.formats import FORMATS, FileFormat, format_of, rows_of
 from megatron_hpt.data.storage.locations import Location, find
-from megatron_hpt.data.storage.row_cache import Spool
+from megatron_hpt.data.storage.row_cache import RowCache
 from megatron_hpt.errors import DataError
 
 WINDOW_BYTES = 256 << 20
@@ -39,15 +39,18 @@ class RawRow:
 
     @property
     def prompt_id(self) -> str:
-        """Of its prompt: ``extra_info.index``, or the default."""
-        index = (self.fields.get("extra_info") or {}).get("index")
-        return self.default_id if index is None else str(index)
+        """The id of its prompt: ``extra_info.index``, or the default."""
+        index = self._extra("index")
+        return self.default_id if index is None else index
 
     @property
     def level(self) -> str | None:
         """How hard its problem is: ``extra_info.level``, where the data has one."""
-        level = (self.fields.get("extra_info") or {}).get("level")
-        return None if level is None else str(level)
+        return self._extra("level")
+
+    def _extra(self, name: str) -> str | None:
+        value = (self.fields.get("extra_info") or {}).get(name)
+        return None if value is None else str(value)
 
 
 class ProblemSet:
@@ -97,8 +100,8 @@ class ProblemSet:
         return blocks
 
     @cached_property
-    def _spool(self) -> Spool:
-        return Spool(self._scratch)
+    def _cache(self) -> RowCache:
+        return RowCache(self._scratch)
 
     def batches(self, number: int, skip: int = 0, only: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The rows of a block after its first `skip` ones, in order.
@@ -123,7 +126,7 @@ class ProblemSet:
         number = bisect_right(self._firsts, index) - 1
         row = index - self._firsts[number]
         self._bring(number, row)
-        return self.raw(number, row, self._spool.row(number, row))
+        return self.raw(number, row, self._cache.row(number, row))
 
     def raw(self, number: int, row: int, fields: dict[str, Any]) -> RawRow:
         """What was read of a block's row, with its names."""
@@ -138,17 +141,17 @@ class ProblemSet:
         return self._prefix + (place if len(self.locations) == 1 else f"{self._files[block.location]}:{place}")
 
     def _bring(self, number: int, row: int) -> None:
-        """Read a block until a row of it is in the spool; one that is not large to its end."""
+        """Read a block until a row of it is in the cache; a block that is not large is read to its end."""
         block = self.blocks[number]
         wanted = row + 1 if block.bytes > LARGE_BYTES else block.rows
-        while self._spool.rows(number) < wanted:
-            self._spool.add(number, next(self._reader(number)))
-        if self._spool.rows(number) == block.rows:
+        while self._cache.rows(number) < wanted:
+            self._cache.add(number, next(self._reader(number)))
+        if self._cache.rows(number) == block.rows:
             self._readers.pop(number, None)
 
     def _reader(self, number: int) -> Iterator[pa.RecordBatch]:
-        """Goes on after what is in the spool; a few are kept, since each holds pages of its block."""
-        reader = self._readers.pop(number, None) or self.batches(number, skip=self._spool.rows(number))
+        """Return the iterator that reads on behind the cached rows; a few are kept, since each holds pages of its block."""
+        reader = self._readers.pop(number, None) or self.batches(number, skip=self._cache.rows(number))
         self._readers[number] = reader
         if len(self._readers) > _OPEN_BLOCKS:
             self._readers.pop(next(iter(self._readers)))

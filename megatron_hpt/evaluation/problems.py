@@ -16,7 +16,6 @@ from megatron_hpt.data.rendering import rendered
 from megatron_hpt.data.scan import scan
 from megatron_hpt.data.storage.locations import find
 from megatron_hpt.errors import ConfigError, DataError, did_you_mean
-from megatron_hpt.preparation.fields import Unfit
 from megatron_hpt.preparation.formats import benchmark
 from megatron_hpt.preparation.reading import Files
 from megatron_hpt.preparation.sets import set_name
@@ -93,19 +92,12 @@ def _json_rows(file: Path) -> list[RawRow]:
     """The rows of a published set, as tools/prepare_data.py benchmarks would write them: also with the same ids."""
     name = set_name(file).lower()
     form, rows, seen = benchmark(name), [], {}
-    for record in (record for batch in Files((file,)).batches() for record in batch.records):
-        where = f"{file}, row {record.row}"
-        if record.damage:
-            raise DataError(f"{where}: {record.damage}")
-        try:
-            named = form.read(record.fields)
-        except Unfit as why:
-            raise DataError(f"{where}, {why}") from None
+    for record, named in Files((file,)).values(form.read):
         identity = named.identity or f"{name}-{len(rows)}"
         if identity in seen:
-            raise DataError(f"{where}, id: {identity!r} is also the id of row {seen[identity]}; ids must be unique")
+            raise DataError(f"{record.where}, id: {identity!r} is also the id of row {seen[identity]}; ids must be unique")
         seen[identity] = record.row
-        rows.append(RawRow(schema_row(named.problem, named.source or name, "test", identity), where, identity))
+        rows.append(RawRow(schema_row(named.problem, named.source or name, "test", identity), record.where, identity))
     return rows
 
 

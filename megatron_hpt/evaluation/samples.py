@@ -154,11 +154,16 @@ def read_samples(path: Path) -> list[SampleRow]:
     Raises:
         DataError: no such file, or not one of samples; names it.
     """
+    return [SampleRow(**row) for row in read_columns(path, SCHEMA.names)]
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Read some columns of a file of samples; the others stay on the disk. Raises as `read_samples`."""
     with _readable(path):
-        table = pq.read_table(path)
-    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
-        raise DataError(f"{path}: not a file of samples: it has no column {', '.join(missing)}")
-    return [SampleRow(**row) for row in table.select(SCHEMA.names).to_pylist()]
+        file = pq.ParquetDataset(path)
+        if missing := [name for name in columns if name not in file.schema.names]:
+            raise DataError(f"{path}: not a file of samples: it has no column {', '.join(missing)}")
+        return file.read(columns=list(columns)).to_pylist()
 
 
 def count_samples(path: Path) -> int:
@@ -203,5 +208,5 @@ def _told(key: Key) -> str:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable file of samples: {error}") from None

@@ -1,4 +1,7 @@
-"""Values of a record as what a problem is made of, or the reason why not."""
+"""Values of anybody's record as what a problem is made of, or the reason why not, which costs the record its place.
+
+What is written from them has the project's schema, whose rows `data.fields` reads; it takes nothing but that schema.
+"""
 
 from __future__ import annotations
 

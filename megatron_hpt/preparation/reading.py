@@ -9,21 +9,24 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_hpt.data.storage import jsonl
 from megatron_hpt.data.storage.columns import check_names
+from megatron_hpt.data.storage.formats import open_parquet
+from megatron_hpt.data.storage.locations import is_hidden
 from megatron_hpt.data.storage.splits import check_one_split, split_of
 from megatron_hpt.errors import DataError, did_you_mean
-from megatron_hpt.preparation.fields import beginnings
+from megatron_hpt.preparation.fields import Unfit, beginnings
 
+T = TypeVar("T")
 BATCH = 1024
 SUFFIXES = (".parquet", ".json", ".jsonl")
-_BUFFER = 1 << 20
-"""Bytes of a column that are read ahead."""
+_START = 1 << 20
+"""Bytes of a JSON file that say what kind it is."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Record:
     fields: dict[str, Any]
     damage: str = ""
     """Why there are no fields."""
+
+    @property
+    def where(self) -> str:
+        """How messages call the record."""
+        return f"{self.file}, row {self.row}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,21 @@ class Files:
             if empty:
                 raise DataError(f"{path}: has no rows")
 
+    def values(self, read: Callable[[dict[str, Any]], T], columns: Collection[str] | None = None) -> Iterator[tuple[Record, T]]:
+        """All records, each with what `read` makes of its fields; for sets of which no record may be left out.
+
+        Raises:
+            DataError: as `batches`; and with file and row where a record is damaged or `read` raises Unfit.
+        """
+        for record in (record for batch in self.batches(columns) for record in batch.records):
+            if record.damage:
+                raise DataError(f"{record.where}: {record.damage}")
+            try:
+                value = read(record.fields)
+            except Unfit as why:
+                raise DataError(f"{record.where}, {why}") from None
+            yield record, value
+
     def require(self, columns: Collection[str]) -> None:
         """See that every parquet file has columns, or what they are in; a JSON record is asked when it is read.
 
@@ -113,9 +136,9 @@ def local_files(source: Path) -> Files:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """What a folder and its folders have to read, by name; names that begin with . or _ are somebody's notes."""
+    """List what a folder and its folders have to read, by name; hidden files are left alone."""
     found = (path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    return sorted(path for path in found if not any(part[0] in "._" for part in path.relative_to(folder).parts))
+    return sorted(path for path in found if not is_hidden(path.relative_to(folder).as_posix()))
 
 
 def one_split(source: str, folder: Path, paths: Iterable[Path]) -> Files:
@@ -131,7 +154,7 @@ def one_split(source: str, folder: Path, paths: Iterable[Path]) -> Files:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
+        file = open_parquet(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from None
     check_names(file.schema_arrow, str(path))
@@ -174,7 +197,7 @@ def _records(batch: pa.RecordBatch, path: Path, first: int) -> list[Record]:
 def _json(path: Path, columns: Collection[str] | None) -> Iterator[RecordBatch]:
     """An array, or one record a line: the first character says which."""
     with path.open("rb") as file:
-        start = file.read(_BUFFER)
+        start = file.read(_START)
         file.seek(0)
         try:
             jsonl.check_beginning(start)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_hpt.errors import DataError
-from megatron_hpt.preparation.fields import Unfit, chat, value
+from megatron_hpt.preparation.fields import chat, value
 from megatron_hpt.preparation.overlap import HeldOut
 from megatron_hpt.preparation.reading import SUFFIXES, Files, files_below, local_files
 
@@ -44,20 +44,13 @@ def held_out(sources: Sequence[Path], words: int, own: Collection[Path] = ()) ->
     Raises:
         DataError: no test set; with file and row: a prompt that is none.
     """
-    found, prepared = HeldOut(words), {path.resolve() for path in own}
+    tests, prepared = HeldOut(words), {path.resolve() for path in own}
     sets = [(name, files) for source in sources for name, files in sets_in(source).items()]
     others = [(name, files) for name, files in sets if files.paths[0].resolve() not in prepared]
     if not others:
         raise DataError(f"{', '.join(map(str, sources))}: no test set but what is prepared here")
     for name, files in others:
         files.require(["prompt"])
-        for record in (record for batch in files.batches(["prompt"]) for record in batch.records):
-            where = f"{record.file}, row {record.row}"
-            if record.damage:
-                raise DataError(f"{where}: {record.damage}")
-            try:
-                _, question = chat(value(record.fields, "prompt"), "prompt")
-            except Unfit as why:
-                raise DataError(f"{where}, {why}") from None
-            found.add(name, record.row, question)
-    return found
+        for record, (_, question) in files.values(lambda fields: chat(value(fields, "prompt"), "prompt"), ["prompt"]):
+            tests.add(name, record.row, question)
+    return tests

@@ -54,7 +54,7 @@ class Summary:
 
     def _costs_its_place(self, item: Item, drop: frozenset[FindingKind]) -> bool:
         for finding in item.findings:
-            self.examples.setdefault(finding.kind, f"{item.record.file}, row {item.record.row}: {finding.detail}")
+            self.examples.setdefault(finding.kind, f"{item.record.where}: {finding.detail}")
         kinds = dict.fromkeys(finding.kind for finding in item.findings)
         self.found.update(kinds.keys())
         self.mended.update({one.kind for one in item.findings if one.is_mended})

@@ -1,4 +1,4 @@
-"""What is graded, and what comes of it."""
+"""Answers, which are graded, and grades."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """A score, or why there is none. Made by `graded` and `ungraded`."""
+    """A score, or why there is none. `graded` and `ungraded` make them."""
 
     score: float | None
-    """None: ungraded, which is counted and left out of the gate, and never a 0."""
+    """None: the answer is ungraded; it is counted and left out of the gate, and never taken for a 0."""
     cause: Cause | None = None
     detail: str = ""
 
@@ -46,7 +46,7 @@ class Grade:
 
 
 def graded(score: float) -> Grade:
-    """The verifier's number.
+    """Make the grade of a verifier's number.
 
     Raises:
         ValueError: it is not finite.
@@ -57,7 +57,7 @@ def graded(score: float) -> Grade:
 
 
 def ungraded(cause: Cause, detail: str) -> Grade:
-    """No number, and the reason."""
+    """Make a grade without a number, with the reason."""
     return Grade(None, cause, detail)
 
 

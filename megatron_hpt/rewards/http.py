@@ -18,11 +18,11 @@ from megatron_hpt.rewards.grades import Answer, Cause, Grade, graded, ungraded
 
 @dataclass(frozen=True)
 class Server:
-    """How an engine is asked: both at /classify, each in its own form."""
+    """How an engine's server is asked for scores. Both have /classify, each with a form of its own."""
 
     body: Callable[[list[str], HttpRewardConfig], dict[str, Any]]
     outputs: Callable[[Any], list[list[float]]]
-    """From the answer to the model's outputs for each text, in order."""
+    """Takes the server's answer; returns the model's outputs for each text, in order."""
 
 
 SERVERS = {
@@ -49,7 +49,7 @@ class RewardServer:
         self._url, self._deadline_s = settings.http.url.rstrip("/") + "/classify", settings.deadline_s
 
     async def grade(self, answers: Sequence[Answer]) -> list[Grade]:
-        """Grades in order; a request that fails or is late leaves its answers ungraded."""
+        """Return grades in order. Never raises for an answer: a request that fails or is late leaves its answers ungraded."""
         size, gate = self._settings.batch, asyncio.Semaphore(self._settings.requests)
         async with aiohttp.ClientSession(headers=self._headers) as session:
 

@@ -1,4 +1,4 @@
-"""All graders of a run: chooses the rewards of each answer, has them graded where they run, and adds them up."""
+"""All graders of a run: the pool chooses the rewards of each answer, has them computed where they run, and adds them up."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ async def _none() -> list[Grade]:
 
 
 def weights(choice: str | Mapping[str, float]) -> Mapping[str, float]:
-    """A choice of rewards as a weighted sum."""
+    """Write a choice of rewards as a weighted sum."""
     return {choice: 1.0} if isinstance(choice, str) else choice
 
 
 def weighted(term: Mapping[str, float], parts: Mapping[str, Grade]) -> Grade:
-    """The weighted sum of grades; ungraded if one of them is. It is rounded once, so that 0.7 + 0.2 + 0.1 is 1."""
+    """Add grades by their weights; ungraded if one of them is. The sum is rounded once, so that 0.7 + 0.2 + 0.1 is 1."""
     for part in parts.values():
         if part.score is None:
             return part

@@ -14,12 +14,22 @@ from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.settings.user_functions import import_function
 
 Reward = Callable[[Answer], float]
-"""Runs in a grader process. Raising leaves the answer ungraded."""
+"""Gives one answer its score, any finite number (1.0 is correct; pass@k and the curriculum count nothing else as solved).
+
+`worker` makes every reward of the settings once, in the process from which graders are forked, and each grader calls it for one
+answer at a time, in its main thread, under `reward.deadline_s` and `reward.memory_gib`. A reward may keep state and start
+processes; they die with its grader. The same answer must get the same score, since another grader may see it next time.
+
+It may raise anything. `Ungradable`, any other exception, a score that is not finite, and running out of time or memory or dying
+leave the answer ungraded, with the cause in its `Grade`: it is counted (`rollout/ungraded_*`), left out of gate and loss, and
+never taken for a 0. A reward that cannot work here at all (a package is missing, programs cannot be jailed) raises a
+ConfigError when it is made, which ends the command before anything starts. `http` is no such function: see `http.RewardServer`.
+"""
 
 
 @dataclass(frozen=True)
 class RewardRow:
-    """A reward of this project."""
+    """A reward of this project: what it compares, and the function that makes it from the settings."""
 
     about: str
     build: Callable[[RewardConfig], Reward]
@@ -40,11 +50,11 @@ LOCAL: dict[str, RewardRow] = {
     "reasoning_gym": RewardRow("the verifier of the task in reasoning-gym", gym.build),
     "code": RewardRow("the program in the response passes the tests, in a sandbox", code.build),
 }
-"""Those that run in grader processes; `http` is the one that does not."""
+"""Name → the rewards that run in grader processes. `http` is the one that does not."""
 
 
 def build(name: str, settings: RewardConfig) -> Reward:
-    """A reward that runs in a grader process.
+    """Make a reward that runs in a grader process; `worker` calls this.
 
     Raises:
         ConfigError: no such reward, or it cannot run here.
@@ -66,7 +76,7 @@ def check_name(name: str) -> None:
 
 
 def _of_user(function: Callable[..., float]) -> Reward:
-    """The user's function of (response, ground_truth), which may also ask for data_source and prompt by name."""
+    """Make a reward of a user's function of (response, ground_truth), which may also have parameters data_source and prompt."""
     parameters = inspect.signature(function).parameters
     asked = [name for name in ("data_source", "prompt") if name in parameters]
     try:
@@ -82,7 +92,7 @@ def _of_user(function: Callable[..., float]) -> Reward:
 
 
 def check(settings: RewardConfig) -> None:
-    """Everything that the settings name can be made here.
+    """Make every reward that the settings name once, before anything starts, so that one that cannot run here is refused.
 
     Raises:
         ConfigError: names the setting and says what to change.

@@ -37,7 +37,9 @@ class Columns:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL or parquet file.
+    """Read the rows of a JSONL or parquet file of answers, all at once, since they are written again with their grades.
+
+    This is not the reader of prompts (`data.storage`): any JSON object is a row, and errors count lines as an editor does.
 
     Raises:
         DataError: it is neither, or has no rows; names file and line.

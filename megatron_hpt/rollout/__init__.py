@@ -1,1 +1,1 @@
-"""Generation: the engines, and the coordinator that turns prompts into batches."""
+"""The coordinator: it has prompts sampled and graded, and turns them into the batches that the trainer trains on."""

@@ -1,4 +1,4 @@
-"""From graded groups to the rows of a batch: pure functions."""
+"""From graded groups to the rows of a batch. The functions are pure; the coordinator calls them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ class Group:
     samples: Sequence[Sample] = ()
     rewards: Sequence[float | None] = ()
     demonstration_reward: float | None = None
-    """Of the prompt's demonstration, where the algorithm compares with it."""
+    """The reward of the prompt's demonstration; None where the algorithm does not compare with it, or it is ungraded."""
     cancelled: int = 0
-    """Samples that were asked for and cancelled when the decision was fixed."""
+    """How many samples were requested, and cancelled when the decision was fixed."""
 
 
 def decide(step: int, groups: Sequence[Group], gate: Gate, prompts: int, previous: Mapping[str, Choice]) -> list[Decision]:
-    """The gate's decision on each group; those that dynamic sampling brought beyond the step's prompts are skipped."""
+    """Ask the gate about each group. Of a gate that refills, groups that train beyond the step's `prompts` are skipped.
+
+    The coordinator calls this after every round of dynamic sampling; `assemble` calls it with all groups of the step.
+    """
     decisions, full = [], 0
     for group in groups:
         decision = gate(situation(step, group, previous))
@@ -46,10 +49,10 @@ def decide(step: int, groups: Sequence[Group], gate: Gate, prompts: int, previou
 
 
 def situation(step: int, group: Group, previous: Mapping[str, Choice]) -> Situation:
-    """What the gate is told of a group.
+    """Collect what the gate may know of a group.
 
     Args:
-        previous: what was decided when each prompt was last seen.
+        previous: prompt id → the choice when the prompt was last seen.
     """
     prompt = group.prompt
     return Situation(
@@ -65,18 +68,16 @@ def situation(step: int, group: Group, previous: Mapping[str, Choice]) -> Situat
 
 @dataclass(frozen=True)
 class GateDecider:
-    """Tells, while a step's rollouts are made, for which prompts the gate has all it needs."""
+    """The `Decider` of training: it asks the gate while a step's rollouts are made."""
 
     gate: Gate
     step: int
     previous: Mapping[str, Choice]
 
     def decides_early(self, prompt: Prompt, wanted: int) -> bool:
-        """Whether the prompt may be decided before all of its rollouts are graded."""
         return decides_early(self.gate, situation(self.step, Group(prompt), self.previous), wanted)
 
     def decided(self, prompt: Prompt, rewards: Sequence[float | None], wanted: int) -> bool:
-        """Whether the rollouts that are missing change nothing."""
         return self.gate.decided(situation(self.step, Group(prompt, rewards=rewards), self.previous), wanted)
 
 
@@ -90,11 +91,13 @@ def assemble(
 ) -> Batch:
     """Decide each group and lay out its rows.
 
-    Every rollout is recorded; those that do not train have weight 0. A demonstration is a row of its own.
-    Rewards are recorded, and judged by the gate, as the verifier gave them; penalties are in the advantages.
+    Every rollout becomes a row; rows that do not train have weight 0. A demonstration that trains is a row of its own.
+    Rewards are recorded, and judged by the gate, as the verifier gave them; overlong penalties change the advantages only.
 
     Args:
-        previous: what was decided when each prompt was last seen.
+        groups: of all rounds of the step, graded.
+        metrics: what the coordinator measured; it is kept in the batch with the metrics that are computed here.
+        previous: prompt id → the choice when the prompt was last seen.
     """
     decisions = decide(step, groups, algorithm.gate, config.trainer.prompts_per_step, previous or {})
     rows = [
@@ -116,7 +119,7 @@ def assemble(
 
 
 def _rows(index: int, group: Group, decision: Decision) -> list[Row]:
-    """The rows of a group without advantages, weighed as decided."""
+    """Lay out the rows of a group with the weights of its decision, and without advantages."""
     prompt = group.prompt
     rows = [
         Row(
@@ -154,14 +157,15 @@ def _rows(index: int, group: Group, decision: Decision) -> list[Row]:
 
 
 def _is_left_out(row: Row, algorithm: Algorithm, mask_truncated: bool) -> bool:
-    """Nothing can be learnt from it: it is ungraded, or cut off at the limit where the recipe masks those."""
+    """Whether a row is kept out of the loss: it has no reward and the term of its role needs one, or it was cut off at the
+    length limit and the recipe masks such rows."""
     if row.source is Source.ROLLOUT and mask_truncated and row.finish_reason == "length":
         return True
     return not row.is_estimated and algorithm.needs_estimate(row.role)
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
-    """Accuracy, lengths and failures over all rollouts; None where nothing was generated."""
+    """Average accuracy and lengths, and count failures, over all rollouts; averages are None where nothing was generated."""
     samples = [sample for group in groups for sample in group.samples]
     rewards = [reward for group in groups for reward in group.rewards]
     graded = [reward for reward in rewards if reward is not None]
@@ -175,7 +179,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
 
 
 def _cancelled_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """How many samples were cancelled, and an estimate of the tokens that this saved.
+    """Count the cancelled samples, and estimate how many tokens were saved.
 
     The samples of a prompt are decoded side by side, so a cancelled one was about as long as the longest finished one of
     its prompt; it would have become as long as the finished ones of the step that are longer than that are on average.

@@ -13,8 +13,8 @@ A step in ten lines (s is its number; the supervisor has started engines, traine
  9. With version s + 1 published, the coordinator writes the step's line of metrics; after the last step it evaluates again.
 10. All the while the supervisor shows progress, starts dead engines again, and ends everything when another part dies.
 
-A batch that the ledger holds already (a resumed run) skips 1 to 7. Bulk data never goes over the blackboard: batches lie in the
-ledger, weights go by `transfer`. The keys of the blackboard, where [0] is rank 0 of the trainer and n counts from 0:
+Where the ledger holds the batch already (a resumed run), nothing is sent in 1, and 2 to 7 are skipped. The blackboard has small
+values only: batches lie in the ledger, weights go by `transfer`. Its keys, where [0] is rank 0 and n counts from 0:
 
     key                 written by    awaited or polled by     value
     engines             supervisor    coordinator, trainer     URLs of the engines; written once all of them answer

@@ -1,4 +1,4 @@
-"""The evaluations of a run: sampled and graded as by ``megatron-hpt evaluate``, on engines with the trainer's weights."""
+"""The evaluations inside a run. They are sampled and graded as by ``megatron-hpt evaluate``, on the engines of the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_hpt.run import RunDir
 
 
 class Evaluations:
-    """The held-out sets of a run, and the folders of their samples."""
+    """Evaluates the held-out sets of a run; every evaluation has a folder of samples. The coordinator has one of these."""
 
     def __init__(self, run: RunDir, config: Config, tokenizer: Any, graders: Graders) -> None:
         self._run, self._config, self._tokenizer, self._graders = run, config, tokenizer, graders
@@ -38,11 +38,15 @@ class Evaluations:
         )
 
     async def evaluate(self, version: int, engine: Sampler, engines: int) -> dict[str, Any]:
-        """Metrics of weights `version`; in a step's line it is that of its version, see docs/metrics.md.
+        """Sample and grade every held-out set, and write the samples.
 
         Args:
-            engine: serves these weights.
-            engines: how many are behind it.
+            version: of the weights that `engine` serves.
+            engine: the pool.
+            engines: how many engines the pool has; so many times `rollout.max_running` requests are under way.
+
+        Returns:
+            The metrics that docs/metrics.md has below ``eval/``, with the version that they are about.
 
         Raises:
             EngineError, DeadlineError: as the engine raises.

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_hpt.preparation.checks import Seen
 from megatron_hpt.preparation.overlap import PHRASE, SHORTEST, HeldOut, canonical, words
-from megatron_hpt.preparation.seen import Seen
 from megatron_hpt.preparation.summary import PERCENTILES, percentiles
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -72,7 +73,12 @@ def _is_below(path: str, columns: Sequence[str]) -> bool:
 
 
 def _open_parquet(location: Location) -> pq.ParquetFile:
-    return pq.ParquetFile(location.open(), pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True)
+    return open_parquet(location.open())
+
+
+def open_parquet(source: Path | BinaryIO) -> pq.ParquetFile:
+    """Open a parquet file that is read piece by piece: a MiB of a column ahead, the pages' checksums compared."""
+    return pq.ParquetFile(source, pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True)
 
 
 FORMATS: dict[str, Callable[[], FileFormat]] = {"parquet": Parquet, "JSONL": Lines}

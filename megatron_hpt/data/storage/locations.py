@@ -14,7 +14,7 @@ from megatron_hpt.data.storage.splits import check_one_split
 from megatron_hpt.errors import DataError
 
 SUFFIXES = (".parquet", ".jsonl")
-"""What is taken from a folder; other files there, and those whose names begin with . or _, are left alone."""
+"""Endings of the files that are taken from a folder. Other files there, and hidden ones, are left alone."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,11 @@ def _inside(path: str, folder: str) -> str:
 
 
 def _is_data(path: str) -> bool:
-    return path.endswith(SUFFIXES) and not _has_part(path, (".", "_"))
+    return path.endswith(SUFFIXES) and not is_hidden(path)
 
 
-def _has_part(path: str, beginnings: tuple[str, ...]) -> bool:
+def is_hidden(path: str, beginnings: tuple[str, ...] = (".", "_")) -> bool:
+    """Whether a name in a path, from the folder that was given on, marks somebody's notes: it begins with . or _."""
     return any(part.startswith(beginnings) for part in path.split("/"))
 
 
@@ -107,4 +108,4 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     """``**/`` any folders, ``*`` any part of a name, nothing that is hidden; no other character is special."""
     meaning = {"**/": r"(?:.*/)?", "*": r"[^/]*"}
     compiled = re.compile("".join(meaning.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*)", pattern)))
-    return lambda path: compiled.fullmatch(path) is not None and not _has_part(path, (".",))
+    return lambda path: compiled.fullmatch(path) is not None and not is_hidden(path, (".",))

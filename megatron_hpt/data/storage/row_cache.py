@@ -29,7 +29,7 @@ class _Pieces:
     rows: int = 0
 
 
-class Spool:
+class RowCache:
     """Arrow record batches of about `PIECE_BYTES` in one file, which is gone when the process is, however it ends.
 
     Rows are read by `pread` and not mapped: pages of a mapped file count as the process's memory, and a shuffled epoch
@@ -40,7 +40,7 @@ class Spool:
         """Args:
         folder: on a disk with room for the rows uncompressed; None: the system's folder for temporary files.
         """
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (open as long as the spool)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (open as long as the cache)
         self._folder = folder or Path(tempfile.gettempdir())
         self._end = 0
         self._blocks: dict[Hashable, _Pieces] = {}
@@ -83,7 +83,3 @@ class Spool:
         at = bisect_right(pieces.first, row) - 1
         data = os.pread(self._file.fileno(), pieces.length[at], pieces.offset[at])
         return pa.ipc.read_record_batch(pa.py_buffer(data), pieces.schema).slice(row - pieces.first[at], 1).to_pylist()[0]
-
-    def close(self) -> None:
-        """Give the disk space back."""
-        self._file.close()
