@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from reference_vectors.check import Outcome, check_file
+from reference_vectors.check import CaseOutcome, check_file
 from reference_vectors.graders import check_graders
 
 from megatron_hpt import command
@@ -30,7 +30,7 @@ def main(
     raise typer.Exit(1 if missed else 0)
 
 
-def report(outcome: Outcome) -> None:
+def report(outcome: CaseOutcome) -> None:
     verdict = f"MISSED {len(outcome.misses)}" if outcome.misses else "ok"
     print(f"{outcome.function:<50} {outcome.cases:3d} cases  {outcome.quantities:4d} quantities  {verdict}")
     for miss in outcome.misses:
