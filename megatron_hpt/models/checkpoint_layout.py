@@ -27,7 +27,7 @@ class Stored:
     parameter: Parameter
     part: Rule
     index: int
-    """Among the parameter's parts."""
+    """Place among the parameter's parts."""
 
     @cached_property
     def key(self) -> str:
@@ -36,16 +36,20 @@ class Stored:
         return joined.replace(".experts.local_experts.{}.", ".experts.experts.")
 
     def sizes(self, shape: ModelShape, ranks: int = 1) -> Sizes:
-        """Shape of the checkpoint's tensor.
+        """Return the shape of the checkpoint's tensor.
 
         Args:
-            ranks: tensor parallel ranks that have written it (they pad the vocabulary).
+            ranks: number of tensor parallel ranks that have written it, which pad the vocabulary.
         """
         leading = (shape.layers, shape.experts)[: len(self.parameter.indices)]
         return (*leading, *self.parameter.rule.sizes(shape, ranks))
 
     def box(self, shape: ModelShape, place: Place | None = None) -> tuple[Sizes, Sizes]:
-        """Offset and extent of this part in the checkpoint's tensor: of one rank's shard, or (None) of all that is real."""
+        """Return offset and extent of this part in the checkpoint's tensor.
+
+        Args:
+            place: the rank whose shard is meant; None: all of the part without padding.
+        """
         leading = self.parameter.indices
         if place is None:
             first, extent = 0, self.part.sizes(shape)
@@ -58,7 +62,7 @@ class Stored:
 
 
 def stored(shape: ModelShape) -> Iterator[Stored]:
-    """Everything that a checkpoint of the model holds, in the model's order."""
+    """Yield everything that a checkpoint of the model holds, in the model's order."""
     for parameter in parameters(shape):
         for index, part in enumerate(parameter.rule.parts):
             yield Stored(parameter, part, index)
@@ -76,12 +80,12 @@ class Chunk:
 
     @property
     def volume(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.extent)
 
 
 def chunks_by_rank(shape: ModelShape, layout: ParallelConfig) -> list[list[Chunk]]:
-    """The chunks of every rank that writes, in the model's order; replicas write nothing.
+    """Return the chunks of every rank that writes, in the model's order; replicas write nothing.
 
     Raises:
         ModelError: the ranks do not divide a tensor.
@@ -109,7 +113,7 @@ def _stage(item: Stored, layout: ParallelConfig, layers_a_piece: int) -> int:
 
 
 def files(ranks: Iterable[list[Chunk]], itemsize: int) -> list[list[Chunk]]:
-    """The chunks of each file: those of one rank, cut so that interrupted work loses little and two workers have some.
+    """Share chunks out to files, each of one rank and small, so that interrupted work loses little and two workers have some.
 
     Args:
         itemsize: bytes of an element.
@@ -117,13 +121,13 @@ def files(ranks: Iterable[list[Chunk]], itemsize: int) -> list[list[Chunk]]:
     ranks = list(ranks)
     total = itemsize * sum(chunk.volume for chunks in ranks for chunk in chunks)
     limit = max(_SMALLEST_FILE, min(_LARGEST_FILE, total // _FILES))
-    found: list[list[Chunk]] = []
+    groups: list[list[Chunk]] = []
     for chunks in ranks:
         size = limit
         for chunk in chunks:
             if size >= limit:
-                found.append([])
+                groups.append([])
                 size = 0
-            found[-1].append(chunk)
+            groups[-1].append(chunk)
             size += chunk.volume * itemsize
-    return found
+    return groups

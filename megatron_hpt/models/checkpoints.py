@@ -1,4 +1,4 @@
-"""Checkpoint folders as files: what is in them, whether they are whole, which of them stay."""
+"""Checkpoint folders as files: what is in them, whether they are whole, and which of them stay."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ _VERSIONS = ("megatron_hpt", "megatron-core", "torch")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what writes a checkpoint."""
+    """Return the versions of the packages that write a checkpoint."""
     return {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
 def hf_side(model: str | Path) -> Path:
-    """Where a model's configuration and tokenizer lie: in the folder itself or, of a checkpoint, in its `SIDE_FILES`."""
+    """Return where a model's configuration and tokenizer lie: in its folder or, for a checkpoint, in its `SIDE_FILES`."""
     model = Path(model)
     return model / SIDE_FILES if is_checkpoint(model) else model
 
 
 def is_checkpoint(model: str | Path) -> bool:
-    """A model's folder is a checkpoint in Megatron's format, not a Hugging Face folder."""
+    """Whether a model's folder is a checkpoint in Megatron's format, not a Hugging Face folder."""
     return (Path(model) / META).is_file()
 
 
 def record(folder: Path, meta: dict[str, Any]) -> None:
-    """Write what a complete folder holds beside its files, with the size and the checksums of each (`sums`).
+    """Write down what a complete folder holds, with the size and the checksums of each file (`checkpoint_sums`).
 
     Args:
-        meta: ``step`` (optimizer steps in it), ``optimizer`` (is its state there), and what else is to be found again.
+        meta: ``step`` (optimizer steps in it), ``optimizer`` (whether its state is there), and what else a resume needs.
     """
     checksums = checkpoint_sums.collect(folder)
     sizes = {name: (folder / name).stat().st_size for name in checksums}
@@ -53,10 +53,10 @@ def record(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What `record` wrote.
+    """Read what `record` wrote.
 
     Raises:
-        CheckpointError: not a checkpoint of this project, or in another version's format.
+        CheckpointError: the folder is not a checkpoint of this project, or has another version's format.
     """
     try:
         meta = dict(json.loads((folder / META).read_text(encoding="utf-8")))
@@ -71,7 +71,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def checksums(folder: Path) -> dict[str, list[str]] | None:
-    """File → checksums of its blocks (`sums`); None: an older version wrote the checkpoint, without any.
+    """Return the checksums of each file's blocks, or None where an older version wrote the checkpoint without any.
 
     Raises:
         CheckpointError: as `read_meta`.
@@ -80,26 +80,26 @@ def checksums(folder: Path) -> dict[str, list[str]] | None:
 
 
 def mark_damaged(folder: Path, reason: str) -> None:
-    """Have a checkpoint passed over from now on, without taking anything from it."""
+    """Have a checkpoint passed over from now on, and leave its files as they are."""
     write_whole(folder / _DAMAGED, reason)
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, as far as can be told at once; None: nothing.
+    """Return what is wrong with a checkpoint's files, as far as can be told at once, or None where nothing is.
 
-    Every file is there with the size it was written with, small ones with their bytes, and nobody who read the others has found
-    them changed (`mark_damaged`).
+    Every file must have the size that it was written with, and files of one block their bytes. Larger ones are checked when
+    they are read; whoever finds one changed leaves a mark (`mark_damaged`).
     """
     if (reason := incompleteness(folder)) is not None:
         return reason
     if (folder / _DAMAGED).is_file():
         return (folder / _DAMAGED).read_text(encoding="utf-8")
-    found = json.loads((folder / META).read_text(encoding="utf-8")).get(_SUMS, {})
-    return checkpoint_sums.differing(folder, {name: own for name, own in found.items() if len(own) <= 1})
+    sums = json.loads((folder / META).read_text(encoding="utf-8")).get(_SUMS, {})
+    return checkpoint_sums.differing(folder, {name: blocks for name, blocks in sums.items() if len(blocks) <= 1})
 
 
 def incompleteness(folder: Path) -> str | None:
-    """What of a checkpoint's files is missing or has another size than it was written with; None: nothing."""
+    """Return which file is missing or has another size than it was written with, or None where all are whole."""
     try:
         files = dict(json.loads((folder / META).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -114,7 +114,7 @@ def incompleteness(folder: Path) -> str | None:
 
 
 def superseded(steps: Sequence[int], newest: int, every: int, best: Best | None = None) -> list[int]:
-    """Steps whose checkpoints go: all but the `newest` last, the best and, if `every` is not 0, those that it divides."""
+    """Return steps whose checkpoints go: all but the last `newest`, the best and, if `every` is not 0, its multiples."""
     kept = {best.step} if best else set()
     return [step for step in sorted(steps)[:-newest] if step not in kept and (not every or step % every)]
 
@@ -137,10 +137,10 @@ def write_best(run: Path, best: Best) -> None:
 
 
 def read_best(run: Path) -> Best | None:
-    """What `write_best` wrote; None: no checkpoint has been chosen.
+    """Read what `write_best` wrote; None where no checkpoint has been chosen.
 
     Raises:
-        CheckpointError: the file is not one of them.
+        CheckpointError: the file does not name a checkpoint.
     """
     try:
         tree = json.loads((run / BEST).read_text(encoding="utf-8"))
@@ -152,6 +152,6 @@ def read_best(run: Path) -> Best | None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint so that an interrupted removal leaves none that looks whole."""
+    """Remove a checkpoint, its `META` first, so that an interrupted removal leaves none that looks whole."""
     (folder / META).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

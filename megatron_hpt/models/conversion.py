@@ -1,7 +1,7 @@
-"""Checkpoints from Hugging Face folders to Megatron's format and back, as a stream: no model, no more than a few tensors.
+"""Conversion from Hugging Face folders to Megatron's format and back as a stream, which holds no more than a few tensors.
 
-Two threads share the work, each with one source file mapped. An interrupted conversion goes on where it was; the target
-appears whole.
+Two threads share the work, each with one source file mapped. An interrupted conversion continues where it was, and the target
+appears when it is whole.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from megatron_hpt.models.megatron_files import ChunkReader, ChunkWriter
 
 logger = logging.getLogger(__name__)
 WORKERS = 2
-"""Threads: one reads while the other writes; more would only hold more memory."""
+"""Threads: one reads while the other writes, and more would only hold more memory."""
 _COPIES = 4
-"""Of a tensor at the same time, at most: as read, as it is put together, as it is written, and what is not yet given back."""
+"""Most copies of a tensor at a time: as read, as put together, as written, and one whose memory is not yet given back."""
 Finish = Callable[[], None]
-"""Waits until the disk has a file, and makes it count."""
+"""Waits until the disk has a file, and has it count as written."""
 Advance = Callable[[int], None]
-"""Told the bytes that have been written since the last call."""
+"""Is called with the number of bytes that have been written since the last call."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Size:
 
     files: int
     nbytes: int
-    """Of all weights."""
+    """Bytes of all weights."""
     memory: int
-    """Bytes that the conversion holds at a time beside the program itself, about."""
+    """About how many bytes the conversion holds at a time beside the program itself."""
 
 
 class ToMegatron:
@@ -71,11 +71,11 @@ class ToMegatron:
         """Check the source and plan the files.
 
         Args:
-            layout: whose chunks and files are written; any layout can load them.
-            dtype: of the weights in the checkpoint; None: as in the folder.
+            layout: the layout whose chunks and files are written; any layout can load them.
+            dtype: dtype of the weights in the checkpoint; None: as in the folder.
 
         Raises:
-            ModelError: an unsupported or damaged model, or weights of several types without `dtype`.
+            ModelError: the model is unsupported or damaged, or its weights are of several types and `dtype` is not given.
         """
         if is_checkpoint(source):
             raise ModelError(f"{source} is a checkpoint in Megatron's format already")
@@ -120,7 +120,7 @@ class ToMegatron:
         return writer.write(number, tensor_of)
 
     def _read(self, chunk: Chunk) -> Tensor:
-        """The shard of a rank, put together from boxes of the folder's tensors."""
+        """Put the shard of a rank together from boxes of the folder's tensors."""
         item, dtype = chunk.stored, self._dtypes[chunk.stored.key]
         sizes = item.part.shard_sizes(self.shape, chunk.place.size)
         views = self._views(chunk, torch.empty(sizes, device="meta"))
@@ -133,7 +133,7 @@ class ToMegatron:
         return shard
 
     def _cast(self, name: str, box: Tensor, dtype: torch.dtype) -> Tensor:
-        """The box in the checkpoint's type.
+        """Convert a box to the checkpoint's type.
 
         Raises:
             ModelError: a number does not fit into it.
@@ -152,17 +152,21 @@ class ToMegatron:
         return chunk.volume * self._dtypes[chunk.stored.key].itemsize
 
     def _stored_dtypes(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-        """Of every tensor of the checkpoint; one of them is made of many in the folder."""
-        found: dict[str, str] = {}
+        """Return the dtype of every tensor of the checkpoint, each of which is made of many in the folder.
+
+        Raises:
+            ModelError: those are of several types, and `dtype` is None.
+        """
+        kinds: dict[str, str] = {}
         for item in stored(self.shape):
             for name in item.parameter.tensors(self.shape):
                 kind = self._tensors.entries[name].dtype
-                if dtype is None and found.setdefault(item.key, kind) != kind:
+                if dtype is None and kinds.setdefault(item.key, kind) != kind:
                     raise ModelError(
-                        f"{self._source}: {name} is of type {kind}, other tensors of {item.key} are {found[item.key]}; a "
+                        f"{self._source}: {name} is of type {kind}, other tensors of {item.key} are {kinds[item.key]}; a "
                         "checkpoint has one type for all layers: give --dtype"
                     )
-        return {item.key: dtype or getattr(torch, DTYPES[found[item.key]]) for item in stored(self.shape)}
+        return {item.key: dtype or getattr(torch, DTYPES[kinds[item.key]]) for item in stored(self.shape)}
 
 
 class ToHf:
@@ -172,13 +176,13 @@ class ToHf:
         """Check the source and plan the files.
 
         Args:
-            shard_size: of one safetensors file at most, in bytes or as "5GB"; a single larger tensor has its own.
-            like: folder of configuration and tokenizer, for a checkpoint that does not have them with it.
+            shard_size: most bytes of one safetensors file, as a number or as "5GB"; a larger tensor has a file of its own.
+            like: folder of configuration and tokenizer, for a checkpoint without them.
 
         Raises:
-            CheckpointError: not a checkpoint, a damaged one, or one without configuration.
-            ConfigError: a shard size that is none.
-            ModelError: an unsupported model.
+            CheckpointError: the folder is not a checkpoint, is damaged, or has no configuration.
+            ConfigError: the shard size is not one.
+            ModelError: the model is unsupported.
         """
         self._side = side_files(checkpoint, like)
         self.shape = model_shape(self._side)
@@ -220,7 +224,7 @@ class ToHf:
             _record_dtype(folder, self._reader.dtypes)
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Some of the model's tensors by their Hugging Face names, each read when it is its turn."""
+        """Yield tensors of the model by their Hugging Face names, each read when it is its turn."""
         wanted = dict.fromkeys(names)
         for item in dict.fromkeys(self._origin[name] for name in wanted):
             whole = self._reader.read(item)
@@ -256,7 +260,7 @@ class ToHf:
 
 
 def _split(nbytes: dict[str, int], shard_size: int | str) -> StateDictSplit:
-    """Which file has which tensor, as transformers would have them."""
+    """Share tensors out to files as transformers would."""
     try:
         return split_state_dict_into_shards_factory(
             nbytes,
@@ -269,10 +273,10 @@ def _split(nbytes: dict[str, int], shard_size: int | str) -> StateDictSplit:
 
 
 def side_files(checkpoint: Path, like: Path | None = None) -> Path:
-    """The folder of a checkpoint's configuration and tokenizer.
+    """Return the folder of a checkpoint's configuration and tokenizer, once its files have been found whole.
 
     Args:
-        like: a folder of the same model, for checkpoints of other programs.
+        like: a folder of the same model, for checkpoints that other programs wrote.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or has none and `like` is not given, or has its own and `like` is.
@@ -297,18 +301,18 @@ def side_files(checkpoint: Path, like: Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Compared:
-    """One tensor in two places."""
+    """One tensor of a folder and of a checkpoint, compared."""
 
     name: str
     sizes: tuple[int, ...]
     dtype: str
-    """Of the checkpoint."""
+    """In the checkpoint."""
     was: str
-    """Of the folder."""
+    """In the folder."""
     hf: int
-    """Checksum of the folder's tensor, in the checkpoint's type."""
+    """Checksum of the folder's tensor, converted to the checkpoint's type."""
     megatron: int
-    """Checksum of the checkpoint's."""
+    """Checksum of the checkpoint's tensor."""
     nbytes: int
 
 
@@ -316,7 +320,7 @@ def compare(hf: Path, checkpoint: Path) -> tuple[Size, Iterator[Compared]]:
     """Compare a folder with a checkpoint, tensor by tensor.
 
     Returns:
-        What is going to be compared, and the comparison.
+        The size of what will be compared, and the comparisons, each made when it is asked for.
 
     Raises:
         ModelError, CheckpointError: one of them is damaged, or they are not of one model.
@@ -350,14 +354,14 @@ def _check_target(target: Path, source: Path, nbytes: int) -> None:
 
 
 def _identity(paths: Iterable[Path]) -> list[list[Any]]:
-    """What changes when a file does."""
+    """Return what changes when one of the files does."""
     return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.is_file()]
 
 
 def _record_dtype(folder: Path, dtypes: dict[str, torch.dtype]) -> None:
-    """config.json says what the weights are, where they are of one type."""
-    if len(found := set(dtypes.values())) == 1:
-        write_config(folder, dtype_change(folder, str(found.pop()).removeprefix("torch.")))
+    """Write the weights' dtype into config.json, where they have a single one."""
+    if len(different := set(dtypes.values())) == 1:
+        write_config(folder, dtype_change(folder, str(different.pop()).removeprefix("torch.")))
 
 
 def _work(task: Callable[[Any], Finish], items: Iterable[Any]) -> None:
@@ -368,7 +372,7 @@ def _work(task: Callable[[Any], Finish], items: Iterable[Any]) -> None:
             finishing: list[Future[None]] = []
             for future in as_completed(running):
                 finishing.append(disk.submit(future.result()))
-                for finished in (one for one in finishing if one.done()):
+                for finished in (wait for wait in finishing if wait.done()):
                     finished.result()
             for finished in finishing:
                 finished.result()
@@ -378,7 +382,7 @@ def _work(task: Callable[[Any], Finish], items: Iterable[Any]) -> None:
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same, each made by another thread while the one before it is in use."""
+    """Yield the same items, each made by another thread while the one before it is in use."""
     end = object()
     with ThreadPoolExecutor(1) as maker:
         following = maker.submit(next, items, end)
@@ -388,4 +392,4 @@ def _ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _nothing() -> None:
-    """What is left to do for a file that was there."""
+    """Do nothing: the `Finish` of a file that was there."""

@@ -1,4 +1,4 @@
-"""A tokenizer that does what its tokenizer.json says, and loses nothing of what it is given."""
+"""Checks that a tokenizer does what its tokenizer.json says, and loses nothing of what it is given."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PROBES = (
     "So $\\frac{1}{2} \\le x$; thus \\boxed{x \\in [0, 1)} .\n",
     "naïve Σ 数学 √2 🙂",
 )
-"""Texts in which tokenizers differ that differ at all: spaces, line ends, digits, LaTeX, more than ASCII."""
+"""Texts that show how tokenizers differ: spaces, line ends, digits, LaTeX, more than ASCII."""
 
 
 def as_its_file(tokenizer: Any, folder: str) -> Any:
-    """The tokenizer, read again by its tokenizer.json alone where transformers made another one of it.
+    """Return the tokenizer, read again from its tokenizer.json alone where transformers made another one of it.
 
     For some classes (LlamaTokenizerFast) transformers takes no more than the vocabulary from tokenizer.json and builds the rest
     as that class's first model had it; a byte-level vocabulary (DeepSeek's distillations) then has no token for a space.
@@ -44,32 +44,36 @@ def as_its_file(tokenizer: Any, folder: str) -> Any:
 
 
 def first_difference(tokenizer: Any, folder: str, texts: Iterable[str]) -> str | None:
-    """Where a tokenizer gives other tokens than the tokenizers library by tokenizer.json; None: nowhere, or no such file."""
+    """Return in words where a tokenizer gives other tokens than its tokenizer.json; None: nowhere, or there is no such file."""
     from tokenizers import Tokenizer
 
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
         return None
-    own = Tokenizer.from_file(str(file))
-    own.no_truncation()
-    own.no_padding()
-    added = [token for token in tokenizer.get_added_vocab() if own.token_to_id(token) is None]  # by tokenizer_config.json
+    exact = Tokenizer.from_file(str(file))
+    exact.no_truncation()
+    exact.no_padding()
+    added = [token for token in tokenizer.get_added_vocab() if exact.token_to_id(token) is None]  # by tokenizer_config.json
     for text in (text for text in texts if not any(token in text for token in added)):
-        expected, found = own.encode(text, add_special_tokens=False).ids, list(tokenizer.encode(text, add_special_tokens=False))
+        expected = exact.encode(text, add_special_tokens=False).ids
+        found = list(tokenizer.encode(text, add_special_tokens=False))
         if found != expected:
             place = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), len(expected))
             return (
                 f"transformers reads the tokenizer in {folder} otherwise than its tokenizer.json: {shown(text)} becomes "
-                f"{shown(own.decode(found, skip_special_tokens=False))} ({len(found)} tokens, another one from number {place} "
-                f'on), by the file {len(expected)} tokens; "tokenizer_class": "PreTrainedTokenizerFast" in '
+                f"{shown(exact.decode(found, skip_special_tokens=False))} ({len(found)} tokens, another one from number "
+                f'{place} on), by the file {len(expected)} tokens; "tokenizer_class": "PreTrainedTokenizerFast" in '
                 "tokenizer_config.json has the file read as it is"
             )
     return None
 
 
 def loss(tokenizer: Any, text: str) -> str | None:
-    """What becomes of a text that tokens cannot carry; None: it comes back, but for white space around it and around special
-    tokens, where some tokenizers put some, and the spelling of characters (Unicode's normal forms)."""
+    """Return in words what becomes of a text that tokens cannot carry, or None where it comes back from them.
+
+    White space around it and around special tokens, where some tokenizers put some, and the spelling of characters (Unicode's
+    normal forms) may differ.
+    """
     tokens = tokenizer.encode(text, add_special_tokens=False)
     back = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     marks = _marks(tokenizer)
@@ -81,7 +85,7 @@ def loss(tokenizer: Any, text: str) -> str | None:
 
 
 def _marks(tokenizer: Any) -> re.Pattern[str]:
-    """Special and added tokens with the white space around them; where there are none, a pattern that is nowhere."""
+    """Match special and added tokens with the white space around them; nothing where there are no such tokens."""
     tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
     return re.compile(rf"\s*({'|'.join(map(re.escape, tokens))})\s*" if tokens else r"(?!)()")
 

@@ -35,13 +35,13 @@ class Llama3Scaling:
     low_freq_factor: float
     """Waves longer than the original positions divided by it are stretched by `factor`."""
     high_freq_factor: float
-    """Waves shorter than the original positions divided by it stay; between the two it fades."""
+    """Waves shorter than the original positions divided by it stay; between the two the stretching fades."""
     original_max_position_embeddings: int
 
 
 RopeScaling = LinearScaling | Llama3Scaling
 _SCALINGS: dict[str, type[RopeScaling] | None] = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}
-"""rope_type → what it is; None: as trained."""
+"""rope_type → class of its scaling; None: no scaling."""
 _ROTARY = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | {
     part.name for scaling in _SCALINGS.values() if scaling for part in fields(scaling)
 }
@@ -50,21 +50,21 @@ _ROTARY = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | {
 
 @dataclass(frozen=True)
 class _Family:
-    """What a model_type is, and where its config.json differs from Llama's."""
+    """A model_type, and how its config.json differs from Llama's."""
 
     architecture: str
     qkv_bias: bool = False
     qk_norm: bool = False
     ffn: str = "intermediate_size"
-    """Key of the inner size of a feed-forward network, of one expert's where there are experts."""
+    """Key of the inner size of the feed-forward network, or of one expert's."""
     experts: tuple[str, ...] = ()
-    """Keys that may hold the number of experts; none: a dense model."""
+    """Keys that may hold the number of experts; empty for a dense model."""
     has_norm_topk_prob: bool = False
-    """config.json says norm_topk_prob; elsewhere it is true of every mixture of experts."""
+    """Whether config.json says norm_topk_prob; in other mixtures of experts it is always true."""
     required: tuple[str, ...] = ()
     """Keys whose default in transformers is a number of its own, not one that follows from the other sizes."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """What transformers takes for an absent key, where that is not Llama's."""
+    """Values that transformers takes for absent keys, where they are not Llama's."""
     window_switch: str | None = None
     """Key without which sliding_window says nothing; None: there is no such key."""
     accepted: dict[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -141,7 +141,7 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "target_hidden_size": (),
     "target_layer_count": (),
 }
-"""As `_Family.accepted`, of every family: also keys of other families, which other readers of the file heed."""
+"""As `_Family.accepted`, for every family; also keys of other families, which other readers of the file heed."""
 SUPPORTED = tuple(_FAMILIES)
 
 
@@ -156,26 +156,26 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     ffn: int
-    """Inner size of a layer's feed-forward network; of one expert's in a mixture of experts."""
+    """Inner size of a layer's feed-forward network, or of one expert's in a mixture of experts."""
     vocab: int
     tied_embeddings: bool
     rope_theta: float
     norm_eps: float
     max_positions: int
     experts: int = 0
-    """Experts of a layer; 0: a dense model."""
+    """Number of experts of a layer; 0 for a dense model."""
     experts_per_token: int = 0
     norm_topk_prob: bool = True
-    """The probabilities of a token's experts are divided by their sum."""
+    """Whether the probabilities of a token's experts are divided by their sum."""
     qk_norm: bool = False
-    """Queries and keys of every head are normalised (RMS) before the rotation, by weights that the heads share."""
+    """Whether queries and keys of every head are normalised (RMS) before the rotation, by weights that the heads share."""
     qkv_bias: bool = False
-    """The projections to queries, keys and values have a bias; no other layer has."""
+    """Whether the projections to queries, keys and values have a bias; no other layer has one."""
     rope_scaling: RopeScaling | None = None
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads that share one key/value head."""
+        """Number of query heads that share one key/value head."""
         return self.heads // self.kv_heads
 
 
@@ -183,7 +183,7 @@ def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     """Read config.json of a model folder, with other values for some keys (`model.overrides`).
 
     Raises:
-        ModelError: not a folder, no config.json, not JSON, not a model's configuration.
+        ModelError: there is no such folder, it has no config.json, or that is not JSON or not a model's configuration.
         ConfigError: a key that cannot be overridden.
     """
     folder = hf_side(folder)
@@ -205,21 +205,21 @@ def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
 
 
 def run_shape(config: Config, folder: str | None = None) -> ModelShape:
-    """The shape of a run's actor, or of the model that its KL refers to: `model.overrides` are of the actor's folder alone.
+    """Return the shape of a run's actor, or of the model that its KL refers to; `model.overrides` are for the actor's alone.
 
     Raises:
         ModelError, ConfigError: as `model_shape`.
     """
-    own, model = Path(config.model.path), Path(folder or config.model.path)
-    return model_shape(model, config.model.overrides if model.resolve() == own.resolve() else None)
+    actor, model = Path(config.model.path), Path(folder or config.model.path)
+    return model_shape(model, config.model.overrides if model.resolve() == actor.resolve() else None)
 
 
 def model_shape(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelShape:
-    """The shape of the model in `folder`.
+    """Return the shape of the model in `folder`.
 
     Raises:
-        ModelError: not a model folder, an unsupported family, or a key that is not understood.
-        ConfigError: a key that cannot be overridden.
+        ModelError: it is not a model folder, its family is unsupported, or a key is not understood.
+        ConfigError: a key cannot be overridden.
     """
     config = read_config(folder, overrides)
     file = hf_side(folder) / "config.json"
@@ -233,7 +233,7 @@ def model_shape(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
 
 
 def shape_of_any(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelShape:
-    """The shape of a model that need not be trainable here: its tensors and how they are cut are known all the same.
+    """Return the shape of a model that need not be trainable here, as long as its tensors and their cuts are known.
 
     Raises:
         ModelError: not a model folder, an unsupported family or rotary embedding, a missing size, or sizes that contradict
@@ -247,7 +247,7 @@ def shape_of_any(folder: str | Path, overrides: Mapping[str, Any] | None = None)
 
 @contextmanager
 def _kinds_of_values(file: Path) -> Iterator[None]:
-    """Where a value is of another kind than its key has, such as a text in place of a mapping, the file is at fault."""
+    """Blame the file for a value of another kind than its key has, such as a text in place of a mapping."""
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:
@@ -283,7 +283,7 @@ def _shape(config: dict[str, Any], file: Path) -> ModelShape:
 
 
 def _check_heads(shape: ModelShape, config: dict[str, Any], file: Path) -> None:
-    """Heads share the hidden size where nothing else is said, groups share the heads, a rotation turns pairs."""
+    """Check that heads divide the hidden size where head_dim is not given, groups divide the heads, and head_dim is even."""
     rules = {
         f"num_attention_heads = {shape.heads} does not divide hidden_size = {shape.hidden}, and there is no head_dim": (
             bool(config.get("head_dim")) or shape.hidden % shape.heads == 0
@@ -311,7 +311,7 @@ def _family(config: dict[str, Any], file: Path) -> _Family:
 
 
 def _value(config: dict[str, Any], key: str, family: _Family, default: Any) -> Any:
-    """Of a key, or what transformers takes where it is absent."""
+    """Return the value of a key, or what transformers takes where it is absent."""
     value = config.get(key)
     return family.defaults.get(key, default) if value is None else value
 
@@ -334,7 +334,7 @@ def _experts(config: dict[str, Any], family: _Family, file: Path) -> dict[str, A
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters: transformers 5 writes rope_parameters, and takes rope_scaling of older files where both are."""
+    """Return the rotary parameters: transformers 5 writes rope_parameters, but takes rope_scaling where a file has both."""
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
@@ -376,7 +376,7 @@ def _refuse_unsupported(config: dict[str, Any], family: _Family, file: Path) -> 
 
 
 def _refuse_rotary(config: dict[str, Any], file: Path) -> None:
-    """Rotary parameters that are not understood, and those that readers of the file would understand differently."""
+    """Refuse rotary parameters that are not understood, or that readers of the file would understand differently."""
     rope = _rope(config)
     if None not in (kinds := (rope.get("rope_type"), rope.get("type"))) and kinds[0] != kinds[1]:
         raise ModelError(f"{file}: rope_type = {kinds[0]!r} and type = {kinds[1]!r} contradict each other")
@@ -397,13 +397,13 @@ def _refuse_rotary(config: dict[str, Any], file: Path) -> None:
 
 
 def _spelled_out(rope: dict[str, Any], theta: Any) -> dict[str, Any]:
-    """Rotary parameters in one spelling."""
+    """Return rotary parameters in one spelling."""
     said = {key: value for key, value in rope.items() if key != "type" and value is not None}
     return {"rope_theta": theta, **said, "rope_type": _rope_type(rope)}
 
 
 def _refuse_window(config: dict[str, Any], family: _Family, positions: int, file: Path) -> None:
-    """A sliding window of attention, unless no sequence is longer than it."""
+    """Refuse a sliding window of attention, unless no sequence can be longer than it."""
     switched_off = family.window_switch is not None and not config.get(family.window_switch)
     # An explicit null is no window; an absent key is what transformers makes of it.
     window = config["sliding_window"] if "sliding_window" in config else family.defaults.get("sliding_window")
@@ -421,7 +421,7 @@ def _refuse_window(config: dict[str, Any], family: _Family, positions: int, file
 
 
 _MOST, _MOST_LAYERS = 2**31, 10_000
-"""Of a size in config.json, and of layers, whose tensors are named one by one."""
+"""Largest size in config.json, and largest number of layers, whose tensors are named one by one."""
 
 
 def _need(config: dict[str, Any], key: str, file: Path) -> int:

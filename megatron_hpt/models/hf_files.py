@@ -26,19 +26,19 @@ from megatron_hpt.models.mapping import Sizes, hf_tensor_shapes
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Of weights that can be converted: safetensors' name → torch's."""
+"""Types of weights that can be converted: safetensors' name → torch's."""
 _NAMES = {torch_name: name for name, torch_name in DTYPES.items()} | {"float8_e4m3fn": "F8_E4M3", "uint8": "U8"}
 _WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "consolidated*.pth"),
     *("*.gguf", "tf_model*.h5", "flax_model*.msgpack"),
 )
-"""Names that weights have in the formats of the field."""
+"""Names of files of weights in the formats of the field."""
 _NOT_THE_MODEL = (".git", ".cache", "checkpoint-*")
-"""Folders that downloads and transformers' trainer leave in a model's."""
+"""Folders that downloads and transformers' trainer leave in a model's folder."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder that transformers would read.
+    """Return the safetensors files of a folder that transformers would read.
 
     Raises:
         ModelError: there are none, or one that the index names is missing.
@@ -62,12 +62,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def safetensors_header(tensors: Iterable[tuple[str, Sizes, torch.dtype]], metadata: dict[str, str] | None = None) -> bytes:
-    """Beginning of a safetensors file whose tensors follow in this order, without gaps.
+    """Return the beginning of a safetensors file whose tensors follow in this order, without gaps.
 
-    Length, then JSON, padded so that the data is aligned (https://github.com/huggingface/safetensors, "Format").
+    It is a length, then JSON, padded so that the data is aligned (https://github.com/huggingface/safetensors, "Format").
 
     Args:
-        tensors: name, shape and dtype of each.
+        tensors: name, shape and dtype of each tensor.
     """
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -83,13 +83,13 @@ def safetensors_header(tensors: Iterable[tuple[str, Sizes, torch.dtype]], metada
 def write_safetensors(
     path: Path, described: dict[str, tuple[Sizes, torch.dtype]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Write a file as its tensors come, so that it is never in memory.
+    """Write a file as its tensors come, so that it is never in memory as a whole.
 
     Args:
-        described: name → shape and dtype of what comes, in this order.
+        described: name → shape and dtype of the tensors, in the order in which they come.
 
     Raises:
-        ValueError: something else came; the file is not whole.
+        ValueError: another tensor came; the file is not whole.
     """
     with path.open("wb") as file:
         entries = ((name, sizes, dtype) for name, (sizes, dtype) in described.items())
@@ -101,7 +101,7 @@ def write_safetensors(
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy everything but weights into the folder `target`: configurations, tokenizer, chat template, what else there is.
+    """Copy everything but weights into the folder `target`: configurations, tokenizer, chat template, and anything else.
 
     Contents alone are copied: a read-only folder or a cache of links gives plain files that may be changed.
     """
@@ -128,19 +128,19 @@ def write_config(folder: Path, changes: dict[str, Any]) -> None:
 
 
 def dtype_change(folder: Path, dtype: str) -> dict[str, str]:
-    """What must change in a config.json that speaks of the weights' precision (transformers 5 renamed the key)."""
+    """Return what must change in a config.json that names the weights' dtype (transformers 5 renamed the key)."""
     there = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {key: dtype for key in ("dtype", "torch_dtype") if there.get(key) not in (None, dtype)}
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What a file's header says of a tensor."""
+    """What a file's header says about a tensor."""
 
     file: Path
     sizes: Sizes
     dtype: str
-    """safetensors' name."""
+    """By safetensors' name."""
 
 
 class HfTensors:
@@ -150,7 +150,7 @@ class HfTensors:
         """Read the headers of the folder's files.
 
         Raises:
-            ModelError: no safetensors files, a damaged one, or a tensor that two of them have.
+            ModelError: there are no safetensors files, one is damaged, or two of them have the same tensor.
         """
         self._folder = Path(folder)
         self._open = threading.local()
@@ -168,11 +168,11 @@ class HfTensors:
         return sum(path.stat().st_size for path in self.files)
 
     def get(self, name: str) -> Tensor:
-        """One tensor of a folder that has passed `check`."""
+        """Read one tensor; the folder has passed `check`."""
         return self._file(self.entries[name].file).get_tensor(name)
 
     def box(self, name: str, offset: Sizes, extent: Sizes) -> Tensor:
-        """A part of one tensor, reading no more than its rows."""
+        """Read a part of one tensor, and no more than its rows."""
         entry = self.entries[name]
         if extent == entry.sizes:
             return self.get(name)
@@ -180,7 +180,7 @@ class HfTensors:
         return part[tuple(slice(o, o + e) for o, e in zip(offset, extent, strict=True))]
 
     def check(self, shape: ModelShape) -> None:
-        """Every tensor of the model is there with its shape, and no other.
+        """Check that every tensor of the model is there with its shape, and no other.
 
         Raises:
             ModelError: names the tensors.
@@ -203,7 +203,7 @@ class HfTensors:
                 )
 
     def _drop_copy(self) -> None:
-        """Some tied models are published with a copy of the embedding as output layer, which transformers ignores."""
+        """Ignore the copy of the embedding that some tied models are published with as output layer, as transformers does."""
         if self.entries.get(_EMBEDDING) is None or not torch.equal(*(_bits(self.get(name)) for name in (_OUTPUT, _EMBEDDING))):
             raise ModelError(
                 f"model.path: {self._folder}: {_OUTPUT} is not the embedding, although config.json says tie_word_embeddings"
@@ -218,7 +218,7 @@ class HfTensors:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """To compare by: NaN equals itself."""
+    """View a tensor as bytes to compare it by, so that NaN equals itself."""
     return as_bytes(tensor.contiguous())
 
 

@@ -34,7 +34,7 @@ Indices = tuple[int, ...]
 
 
 def dimensions(shape: ModelShape) -> dict[str, int]:
-    """Sizes of the dimensions that the tables speak of."""
+    """Return the sizes of the dimensions that the tables name."""
     return {
         "vocab": shape.vocab,
         "hidden": shape.hidden,
@@ -66,10 +66,10 @@ class ShardView:
     view: Tensor
     """View of the local parameter; `extent` after a reshape."""
     copied: bool = False
-    """Every tensor parallel rank has this box."""
+    """Whether every tensor parallel rank has this box."""
 
     def read(self) -> Tensor:
-        """The box as a tensor of shape `extent` (a copy only where the layouts differ)."""
+        """Return the box as a tensor of shape `extent`; it is a copy only where the layouts differ."""
         return self.view.reshape(self.extent)
 
     def write(self, whole: Tensor) -> None:
@@ -86,12 +86,12 @@ class ShardView:
 
 @dataclass(frozen=True)
 class Place:
-    """Which shard of a parameter a rank holds."""
+    """The shard of a parameter that a rank holds."""
 
     rank: int = 0
     """Tensor parallel rank."""
     size: int = 1
-    """Tensor parallel ranks."""
+    """Number of tensor parallel ranks."""
 
 
 class Rule(ABC):
@@ -100,32 +100,32 @@ class Rule(ABC):
     cut: int | None
     """The dimension that tensor parallel ranks share; None: every rank has all of it."""
     how: str
-    """In words, for people."""
+    """How the parameter is made of Hugging Face tensors, in words."""
 
     @property
     def parts(self) -> tuple[Rule, ...]:
-        """Rules of what lies one over the other in a shard, and in the same order in the whole parameter."""
+        """Rules of the tensors that are stacked in a shard, in the same order as in the whole parameter."""
         return (self,)
 
     @abstractmethod
     def tensors(self, shape: ModelShape) -> dict[str, Sizes]:
-        """Hugging Face name pattern → shape."""
+        """Return the shape of each Hugging Face tensor by its name pattern."""
 
     @abstractmethod
     def sizes(self, shape: ModelShape, ranks: int = 1) -> Sizes:
-        """Shape of the parameter over all tensor parallel ranks, as Megatron has it."""
+        """Return the shape of the parameter over all tensor parallel ranks, as Megatron has it."""
 
     @abstractmethod
     def views(self, local: Tensor, shape: ModelShape, place: Place, indices: Indices) -> Iterator[ShardView]:
-        """Views of a rank's shard.
+        """Yield views of a rank's shard, one for each box of a Hugging Face tensor.
 
         Args:
-            local: the shard (any device, also meta).
-            indices: fill the name patterns.
+            local: the shard, on any device, also meta.
+            indices: numbers that fill the name patterns.
         """
 
     def shard_sizes(self, shape: ModelShape, ranks: int) -> Sizes:
-        """Shape of one rank's shard.
+        """Return the shape of one rank's shard.
 
         Raises:
             ModelError: the ranks do not divide the parameter.
@@ -146,7 +146,7 @@ class Same(Rule):
     dims: Dims
     cut: int | None = None
     padded: bool = False
-    """Megatron pads the cut dimension to divide by the ranks; Hugging Face has only what is real."""
+    """Whether Megatron pads the cut dimension to a multiple of the ranks; Hugging Face has no padding."""
 
     @property
     def how(self) -> str:
@@ -235,7 +235,7 @@ Cut = tuple[int, int, "Tensor"]
 
 
 def _whole_groups(name: str, rule: GroupedQkv, local: Tensor, shape: ModelShape, first: int) -> Iterator[Cut]:
-    """One strided view over all groups of the shard."""
+    """Yield one strided view over all groups of a shard that holds whole ones."""
     queries = shape.heads_per_group
     groups = local.view(-1, queries + 2, shape.head_dim, *local.shape[1:])
     start, heads = {rule.q: (0, queries), rule.k: (queries, 1), rule.v: (queries + 1, 1)}[name]
@@ -250,7 +250,7 @@ def _rows_of_groups(name: str, rule: GroupedQkv, local: Tensor, shape: ModelShap
 
 
 def qkv_rows(shape: ModelShape, which: int, first: int, rows: int) -> Iterator[tuple[int, int, int]]:
-    """Where rows of the query (which = 0), key (1) or value (2) lie in a range of the interleaved rows.
+    """Yield where rows of the query (which = 0), key (1) or value (2) lie in a range of the interleaved rows.
 
     Yields:
         First row in the Hugging Face tensor, first row in the range, rows.
@@ -282,7 +282,7 @@ DENSE: Table = {
 
 
 def experts(block: str, gate: str, up: str, down: str) -> Table:
-    """A mixture of experts; families differ in the names of the block and of an expert's three matrices."""
+    """Return the lines of a mixture of experts; families name the block and an expert's three matrices differently."""
     gate, up, down = (f"{_LAYER}{block}.experts.{{}}.{x}.weight" for x in (gate, up, down))
     expert = "decoder.layers.{}.mlp.experts.local_experts.{}."
     return {
@@ -294,7 +294,7 @@ def experts(block: str, gate: str, up: str, down: str) -> Table:
 
 
 def decoder(*more: Table, feed_forward: Table = DENSE) -> Table:
-    """A Llama-like decoder.
+    """Return the table of a Llama-like decoder.
 
     Args:
         more: lines of the attention beyond Llama's.
@@ -332,7 +332,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def shard_views(name: str, local: Tensor, shape: ModelShape, place: Place, *, loading: bool = False) -> list[ShardView]:
-    """Views of one local parameter.
+    """Return the views of one local parameter.
 
     Args:
         name: Megatron name with the *global* numbers of layer and expert, e.g. ``decoder.layers.3.mlp.linear_fc1.weight``.
@@ -367,12 +367,12 @@ class Parameter:
         return self.pattern.format(*self.indices)
 
     def tensors(self, shape: ModelShape) -> dict[str, Sizes]:
-        """Hugging Face name → shape of what it is made of."""
+        """Return the shape of each Hugging Face tensor that it is made of, by name."""
         return {name.format(*self.indices): sizes for name, sizes in self.rule.tensors(shape).items()}
 
 
 def parameters(shape: ModelShape) -> Iterator[Parameter]:
-    """Every parameter of a model that has values of its own, in the model's order."""
+    """Yield every parameter of a model that has values of its own, in the model's order."""
     lines = [x for x in FAMILIES[shape.family].items() if not (x[0] == "output_layer.weight" and shape.tied_embeddings)]
     for layered, group in itertools.groupby(lines, lambda line: "{}" in line[0]):
         group = list(group)
@@ -389,5 +389,5 @@ def _indices(count: int, layer: int | None, experts: int) -> list[Indices]:
 
 
 def hf_tensor_shapes(shape: ModelShape) -> dict[str, Sizes]:
-    """Name and shape of every tensor in the HF model: what a complete transfer or folder must hold."""
+    """Return name and shape of every tensor of the HF model, all of which a complete transfer or folder must hold."""
     return {name: sizes for parameter in parameters(shape) for name, sizes in parameter.tensors(shape).items()}

@@ -46,7 +46,7 @@ _BACKENDS = {
 
 
 class ChunkWriter:
-    """Writes the files of one checkpoint into a folder; files may be written by several threads, and in another life."""
+    """Writes the files of one checkpoint into a folder, by several threads and, after an interruption, several processes."""
 
     def __init__(self, folder: Path, files: Sequence[Sequence[Chunk]], dtypes: dict[str, torch.dtype]) -> None:
         """Plan the files.
@@ -62,17 +62,17 @@ class ChunkWriter:
         (folder / _PROGRESS).mkdir(exist_ok=True)
 
     def is_written(self, number: int) -> bool:
-        """A file is there, whole."""
+        """Whether a file is there and whole."""
         return self._note(number).is_file()
 
     def write(self, number: int, tensor_of: Callable[[Chunk], Tensor]) -> Callable[[], None]:
         """Write one file.
 
         Args:
-            tensor_of: gives a chunk's tensor, of the chunk's extent without the leading ones, when it is its turn.
+            tensor_of: makes a chunk's tensor when it is its turn, of the chunk's extent without the leading ones.
 
         Returns:
-            What waits until the disk has it, and notes that it is written.
+            A function that waits until the disk has the file, and notes that it is written.
         """
         chunks = {_index(chunk): chunk for chunk in self._files[number]}
         written = self._storage.write_data(self._plans[number], _SaveStream(chunks, tensor_of)).value()
@@ -87,7 +87,7 @@ class ChunkWriter:
         return finish
 
     def finish(self) -> None:
-        """Write what makes the files a checkpoint."""
+        """Write what makes the files a checkpoint, once all of them have been written."""
         results: list[list[WriteResult]] = [pickle.loads(self._note(i).read_bytes()) for i in range(len(self._files))]
         self._storage.finish(self._metadata, results)
         shutil.rmtree(self._folder / _PROGRESS)
@@ -109,7 +109,7 @@ def _write_item(chunk: Chunk, dtype: torch.dtype) -> WriteItem:
 
 
 class _SaveStream(DefaultSavePlanner):
-    """Makes a tensor when it is written."""
+    """Makes each tensor when it is written."""
 
     def __init__(self, chunks: dict[MetadataIndex, Chunk], tensor_of: Callable[[Chunk], Tensor]) -> None:
         super().__init__()
@@ -127,12 +127,12 @@ class ChunkReader:
         """Read what the checkpoint holds.
 
         Raises:
-            CheckpointError: not a checkpoint, a truncated file, or not one of this model; names the tensors.
+            CheckpointError: the folder is not a checkpoint, a file is truncated, or it is of another model; names the tensors.
         """
         self._folder, self._shape = folder, shape
         self._sums = checksums(folder) if is_checkpoint(folder) else None
         self._right: set[tuple[str, int]] = set()
-        """Blocks of files whose bytes have been found to be those that were written."""
+        """(file, number) of blocks whose bytes have been found right."""
         reader = FileSystemReader(folder)
         try:
             self._metadata = reader.read_metadata()
@@ -147,7 +147,7 @@ class ChunkReader:
                 self._chunks.setdefault((key, tuple(chunk.offsets[: _leading(key)])), []).append(chunk)
 
     def read(self, item: Stored) -> Tensor:
-        """One part of a parameter as a single tensor parallel rank would hold it, without padding.
+        """Read one part of a parameter, as a single tensor parallel rank would hold it, without padding.
 
         Raises:
             CheckpointError: its chunks do not hold all of it, cannot be read, or are not what was written.
@@ -172,7 +172,11 @@ class ChunkReader:
         return target.view(extent[len(item.parameter.indices) :])
 
     def _check_bytes(self, items: Sequence[ReadItem]) -> None:
-        """Just before they are read, so that the disk is asked once; a block is looked at once."""
+        """Check blocks just before they are read, so that the disk is asked once, and each of them once.
+
+        Raises:
+            CheckpointError: names the first block whose bytes are not those that were written.
+        """
         wanted: dict[str, list[int]] = {}
         for item in items:
             stored = self._metadata.storage_data[item.storage_index]
@@ -214,7 +218,7 @@ class ChunkReader:
 
 
 def check_weights(model: str | Path, shape: ModelShape) -> None:
-    """Every tensor of the model is there with its shape, and no other; in a Hugging Face folder or in a checkpoint.
+    """Check that a Hugging Face folder or a checkpoint has every tensor of the model with its shape, and no other.
 
     Raises:
         ModelError, CheckpointError: names the tensors.
@@ -228,11 +232,11 @@ def check_weights(model: str | Path, shape: ModelShape) -> None:
 
 
 _MODEL = ("embedding.", "decoder.", "output_layer.")
-"""What a checkpoint's other tensors (optimizer state) do not begin with."""
+"""Beginnings of the model's keys; a checkpoint's other tensors are optimizer state."""
 
 
 def _leading(key: str) -> int:
-    """Dimensions of layers and experts before a parameter's own."""
+    """Return the number of dimensions, of layers and experts, before a parameter's own."""
     return 2 if ".experts.experts." in key else int(".layers." in key)
 
 

@@ -36,7 +36,7 @@ _ROTARY = ("rope_theta", "rope_parameters", "rope_scaling")
 
 
 def overridden(config: Mapping[str, Any], overrides: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """The contents of a config.json with other values for some keys.
+    """Return the contents of a config.json with other values for some keys.
 
     Where one of them is rotary, all three keys say the same afterwards: transformers 5 writes ``rope_parameters`` with the
     base in it, files and readers before it have ``rope_theta`` and, unless it is plain, ``rope_scaling``.
@@ -45,7 +45,7 @@ def overridden(config: Mapping[str, Any], overrides: Mapping[str, Any], file: Pa
         file: the config.json, for messages.
 
     Raises:
-        ConfigError: a key that the file does not know or that cannot be another, or a value of another kind.
+        ConfigError: the file does not have a key, a key cannot be overridden, or a value is of another kind.
     """
     for key, value in overrides.items():
         _check(key, value, config, file)
@@ -60,13 +60,13 @@ def _check(key: str, value: Any, config: Mapping[str, Any], file: Path) -> None:
     if key not in known:
         hint = did_you_mean(key, sorted(known.keys() - _FIXED.keys()), lambda name: f"model.overrides.{name}")
         raise ConfigError(f"model.overrides.{key}: {file} has no such key{hint}")
-    wanted, given = (_KINDS.get(type(one)) for one in (known[key], value))
-    if wanted and given and wanted != given:
+    wanted, kind = (_KINDS.get(type(v)) for v in (known[key], value))
+    if wanted and kind and wanted != kind:
         raise ConfigError(f"model.overrides.{key}: given {value!r}; it is {wanted} in {file}")
 
 
 def _rotary(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """All keys of the rotary embedding, from what is overridden and what the file says of the rest."""
+    """Return all keys of the rotary embedding, from what is overridden and, for the rest, what the file says."""
     before = config.get("rope_parameters") or config.get("rope_scaling") or {}
     replaced = [overrides[key] or {} for key in ("rope_parameters", "rope_scaling") if key in overrides]
     if len(replaced) > 1:
@@ -83,7 +83,7 @@ def _rotary(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
 
 
 def _base(given: tuple[Mapping[str, Any], ...], before: tuple[Mapping[str, Any], ...]) -> dict[str, float]:
-    """``rope_theta`` as given, or as it was; empty if nobody says it."""
+    """Return ``rope_theta`` as given, else as it was; nothing where neither says it."""
     said = [source["rope_theta"] for source in given if "rope_theta" in source]
     for value in said:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

@@ -11,14 +11,14 @@ from megatron_hpt.models.hf_config import ModelShape, model_shape, read_config
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "models"
 FP8_BYTES = 1.0
-"""Of a weight in an FP8 folder; its scales are one number for a block of 128 × 128."""
+"""Bytes of a weight in an FP8 folder; its scales are one number for a block of 128 × 128."""
 
 
 def folder_of(model: str) -> Path:
-    """Where a model's config.json is: in its own folder, else in that of docs/models/ with its name, in any case.
+    """Return where a model's config.json is: in its own folder, else in the one of docs/models/ with its name, in any case.
 
     Raises:
-        ModelError: in neither; names the published ones.
+        ModelError: it is in neither; names the published ones.
     """
     if (hf_side(model) / "config.json").is_file():
         return hf_side(model)
@@ -33,7 +33,7 @@ def folder_of(model: str) -> Path:
 
 
 def planned_shape(config: Config) -> tuple[ModelShape, Path]:
-    """The actor's shape, and the folder that it was read from.
+    """Return the actor's shape, and the folder that it was read from.
 
     Raises:
         ModelError, ConfigError: as `model_shape`.
@@ -43,10 +43,10 @@ def planned_shape(config: Config) -> tuple[ModelShape, Path]:
 
 
 def engine_item_bytes(config: Config, trained: float) -> float:
-    """Bytes of a weight of a layer in the engine.
+    """Return the bytes of a layer's weight in the engine.
 
     Args:
-        trained: of one in the trainer, which engines without a folder of their own have too.
+        trained: bytes of a weight in the trainer; engines without a folder of their own have as many.
 
     Raises:
         ModelError: rollout.model is neither here nor published.

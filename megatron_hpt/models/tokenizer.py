@@ -14,10 +14,10 @@ _QUESTION = "How many primes are below 100?"
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer of `model.path`, with `data.chat_template` in place of its own template.
+    """Load the tokenizer of `model.path`, with `data.chat_template` in place of its own template.
 
     Raises:
-        ModelError: none there, without an end-of-sequence token or any template, or one that is not what its file says.
+        ModelError: there is none, it has no end-of-sequence token or no template, or it is not what its file says.
         ConfigError: the recipe's template is not one.
     """
     folder = hf_side(config.model.path)
@@ -38,7 +38,7 @@ def load_tokenizer(config: Config) -> Any:
 
 
 def read_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model folder as its files say, whatever its class is called.
+    """Read the tokenizer of a model folder as its files say, whatever its class is called.
 
     Raises:
         ModelError: transformers cannot read it, or reads it otherwise than its tokenizer.json.
@@ -56,7 +56,11 @@ def read_tokenizer(folder: str | Path) -> Any:
 
 
 def _check_template(tokenizer: Any) -> None:
-    """It renders, and what it renders holds the question: a prompt without it would train and sample without an error."""
+    """Check that the template renders, and keeps the question: without it a run would train and sample without an error.
+
+    Raises:
+        ConfigError: it does not.
+    """
     chat = [{"role": "user", "content": _QUESTION}]
     try:
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)

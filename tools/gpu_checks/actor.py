@@ -35,7 +35,7 @@ class Variant:
     fp8: str = "none"
 
     def missing(self) -> str:
-        """Why it cannot run here; empty: it can."""
+        """Why the variant cannot run here; empty where it can."""
         is_engine = this_machine().engine is not None and torch.cuda.is_available()
         return "" if self.layers == "ours" or is_engine else "Transformer Engine is not installed here"
 
@@ -50,7 +50,7 @@ FLOAT32 = Variant("our layers, float32", "ours", dtype="float32")
 
 
 def parity(sizes: Sizes) -> Iterator[Measurement]:
-    """Loss and gradient of one ragged batch against the host's in float32."""
+    """Compare loss and gradient of one ragged batch with the host's in float32."""
     host = _child("gradient", FLOAT32, sizes, {"CUDA_VISIBLE_DEVICES": ""})
     for variant, limit in ((FLOAT32, 1e-4), (OURS, 3e-2), (ENGINE, 3e-2)):
         if reason := variant.missing():
@@ -65,7 +65,7 @@ def parity(sizes: Sizes) -> Iterator[Measurement]:
 
 
 def steps(sizes: Sizes, ceiling: float | None) -> Iterator[Measurement]:
-    """Training steps of the timed model.
+    """Time training steps of the timed model in every variant.
 
     Args:
         ceiling: measured TFLOP/s of a bfloat16 matrix product.
@@ -99,7 +99,7 @@ def steps(sizes: Sizes, ceiling: float | None) -> Iterator[Measurement]:
 
 
 def memory(sizes: Sizes) -> Iterator[Measurement]:
-    """What a sleeping actor gives back, how fast it wakes, and how long a save keeps training."""
+    """Measure what a sleeping actor gives back, how fast it wakes, and how long a save holds training up."""
     variant = ENGINE if not ENGINE.missing() else OURS
     found = _child("memory", variant, sizes)
     yield Measurement("memory", "held before sleep", found["before_gib"], "GiB")
@@ -110,7 +110,7 @@ def memory(sizes: Sizes) -> Iterator[Measurement]:
 
 
 def _child(kind: str, variant: Variant, sizes: Sizes, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run in a process of its own: Megatron's state is global, and memory is measured from zero."""
+    """Run a variant in a process of its own: Megatron's state is global, and memory is measured from zero."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
         rehearse = [] if sizes.has_expectations else ["rehearse"]
         arguments = [kind, json.dumps(vars(variant)), folder, *rehearse]
@@ -128,7 +128,7 @@ def _child(kind: str, variant: Variant, sizes: Sizes, environment: dict[str, str
 
 
 def _actor(variant: Variant, model: Path, sizes: Sizes, **actor: Any):
-    """The product's own actor on one rank."""
+    """Set up the product's own actor on one rank."""
     from megatron_hpt.actor.platform import Platform
     from megatron_hpt.actor.state import build_actor
     from megatron_hpt.config import (
@@ -165,7 +165,7 @@ def _actor(variant: Variant, model: Path, sizes: Sizes, **actor: Any):
 
 
 def _rows(number: int, longest: int, vocab: int, ragged: bool):
-    """Rollouts and demonstrations of random tokens, a quarter of each row its prompt's."""
+    """Make rollouts and demonstrations of random tokens; a quarter of each row is its prompt."""
     from megatron_hpt.batch.rows import Row, Source
 
     rng, rows = random.Random(0), []
@@ -266,7 +266,7 @@ _KINDS = {"gradient": _gradient, "steps": _steps, "memory": _memory}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The process of one variant: KIND VARIANT FOLDER [rehearse]."""
+    """Be the process of one variant; the arguments are KIND VARIANT FOLDER [rehearse]."""
     kind, variant, folder, *rehearse = arguments
     sizes = on_host() if rehearse else on_gpu()
     name = "parity" if kind == "gradient" else "model"

@@ -19,7 +19,7 @@ BF16_CEILING = "bfloat16 matrix product"
 
 
 def ceilings(sizes: Sizes) -> Iterator[Measurement]:
-    """Memory rate and matrix products; expected: 95 % and 80 % of an H100 SXM's 3.35 TB/s and 989 TFLOP/s."""
+    """Measure memory rate and matrix products; expected are 95 % and 80 % of an H100 SXM's 3.35 TB/s and 989 TFLOP/s."""
     device = sizes.device
     source = torch.zeros(sizes.copy_elements, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
@@ -37,7 +37,7 @@ def ceilings(sizes: Sizes) -> Iterator[Measurement]:
 
 
 def transformer_engine(sizes: Sizes) -> Iterator[Measurement]:
-    """One linear layer forward and backward by every recipe, against float64."""
+    """Compare one linear layer, forward and backward by every recipe, with float64."""
     if importlib.util.find_spec("transformer_engine") is None or not torch.cuda.is_available():
         yield Measurement("Transformer Engine", "linear layer", note="Transformer Engine is not installed here")
         return
@@ -80,7 +80,7 @@ def _linear_errors(sizes: Sizes, recipe: str) -> tuple[float, float, float]:
 
 
 def shared_memory(sizes: Sizes) -> Iterator[Measurement]:
-    """Tensors of one process read by another on the same device, as weights are by a colocated engine."""
+    """Read tensors of another process on the same device, as a colocated engine reads weights."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     receiver = context.Process(target=_receive, args=(theirs, sizes.device.type))

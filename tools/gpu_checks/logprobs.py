@@ -17,7 +17,7 @@ CHUNKS_MIB = (64, 256, 1024)
 
 
 def log_probabilities(sizes: Sizes) -> Iterator[Measurement]:
-    """Of chosen tokens and entropy, forward and backward, in bfloat16."""
+    """Measure log-probabilities of chosen tokens and entropies, forward and backward, in bfloat16."""
     device = sizes.device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     tokens, hidden, vocab = sizes.logprob
@@ -59,7 +59,7 @@ def log_probabilities(sizes: Sizes) -> Iterator[Measurement]:
 
 
 def _measure(work: Callable[[], tuple[Tensor, ...]], device: torch.device) -> tuple[tuple[Tensor, ...], float, float]:
-    """What it gives, milliseconds, and GiB at the peak (1 on the host, where nobody counts)."""
+    """Return what `work` returns, its milliseconds, and GiB at the peak (1 on the host, where memory is not counted)."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -21,7 +21,7 @@ class Measurement:
     check: str
     what: str
     value: float | None = None
-    """None: left out."""
+    """None where it was left out."""
     unit: str = ""
     low: float | None = None
     """Least that was expected."""
@@ -32,7 +32,7 @@ class Measurement:
 
     @property
     def verdict(self) -> str:
-        """Whether it is what was expected."""
+        """Whether the value is what was expected, in a word."""
         if self.value is None:
             return "left out"
         if self.low is None and self.high is None:
@@ -58,17 +58,17 @@ class Measurement:
 
 
 def write(measurements: Iterable[Measurement], path: Path) -> None:
-    """One JSON object a line."""
+    """Write one JSON object a line."""
     path.write_text("".join(json.dumps(asdict(m)) + "\n" for m in measurements), encoding="utf-8")
 
 
 def read(path: Path) -> list[Measurement]:
-    """What `write` wrote; none where there is no file."""
+    """Read what `write` wrote; nothing where there is no file."""
     return [Measurement(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def markdown(measurements: Iterable[Measurement]) -> str:
-    """The table, readable as text and as Markdown."""
+    """Return the table, readable as text and as Markdown."""
     lines = [HEADER, *(m.cells for m in measurements)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     rows = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines]
@@ -76,7 +76,7 @@ def markdown(measurements: Iterable[Measurement]) -> str:
 
 
 def milliseconds(work: Callable[[], object], device: torch.device, warm: int = 3, repeats: int = 10) -> float:
-    """Median time of one call, by the device's own clock."""
+    """Return the median time of one call, by the device's own clock."""
     for _ in range(warm):
         work()
     if device.type != "cuda":
@@ -93,7 +93,7 @@ def milliseconds(work: Callable[[], object], device: torch.device, warm: int = 3
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖, in float64."""
+    """Return ‖found − expected‖ / ‖expected‖, computed in float64."""
     expected = expected.double()
     return float((found.double() - expected).norm() / expected.norm())
 

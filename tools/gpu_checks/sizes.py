@@ -34,7 +34,7 @@ class Sizes:
     micro_batch_tokens: int
     parity_tokens: int
     steps: int
-    """Timed steps, after as many."""
+    """Number of timed steps; as many go before them untimed."""
     has_expectations: bool
 
 
@@ -59,7 +59,7 @@ def _llama(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab:
 
 
 def on_gpu() -> Sizes:
-    """A model of Llama-3.2-1B's shape on rows of 4096 tokens, 64k tokens a step."""
+    """Return sizes for a GPU: a model of Llama-3.2-1B's shape on rows of 4096 tokens, 64k tokens a step."""
     return Sizes(
         device=torch.device("cuda"),
         copy_elements=2**30,
@@ -78,7 +78,7 @@ def on_gpu() -> Sizes:
 
 
 def on_host() -> Sizes:
-    """The same code paths in seconds; the numbers say nothing."""
+    """Return sizes at which the same code runs in seconds on the host; the numbers say nothing."""
     return Sizes(
         device=torch.device("cpu"),
         copy_elements=2**12,
@@ -97,7 +97,7 @@ def on_host() -> Sizes:
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> Path:
-    """A Hugging Face folder of this configuration with random weights; made once."""
+    """Make a Hugging Face folder of this configuration with random weights, unless it is there, and return it."""
     if not folder.exists():
         from safetensors.torch import save_file
 

@@ -23,7 +23,7 @@ VERSIONS = 4
 
 
 def weights(sizes: Sizes) -> Iterator[Measurement]:
-    """Versions of some tensors through ``cuda_ipc`` (rehearsed: shared memory), as a colocated engine receives them."""
+    """Send versions of some tensors through ``cuda_ipc`` as a colocated engine receives them; rehearsals use shared memory."""
     transport = "cuda_ipc" if sizes.device.type == "cuda" else "shared_memory"
     count = sizes.copy_elements // TENSORS
     tensors = {f"tensor.{i}": torch.randn(count, device=sizes.device).to(torch.bfloat16) for i in range(TENSORS)}

@@ -20,7 +20,7 @@ from megatron_hpt.files import check_input
 
 RELATIVE = 1e-10
 ABSOLUTE = 1e-13
-"""For numbers that are zero but for rounding."""
+"""Tolerance for numbers that are zero but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Comparison:
 
     @property
     def misses(self) -> str | None:
-        """What is wrong; None if nothing is."""
+        """What is wrong with the quantity, or None where nothing is."""
         if self.treated:
             return None if _finite(self.ours) else f"{self.quantity}: ours is {self.ours}, which is no number"
         return _difference(self.quantity, _plain(self.ours), _plain(self.theirs))
@@ -87,7 +87,7 @@ _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _numbers(value: Any) -> Any:
-    """Strings that stand for numbers become numbers."""
+    """Replace strings that stand for numbers by those numbers."""
     if isinstance(value, dict):
         return {key: _numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -107,7 +107,7 @@ def _finite(value: Any) -> bool:
 
 
 def _difference(where: str, ours: Any, theirs: Any) -> str | None:
-    """The first place where two values differ."""
+    """Return the first place where two values differ, or None where they agree."""
     if isinstance(theirs, list) and isinstance(ours, list | tuple):
         if len(ours) != len(theirs):
             return f"{where}: ours has {len(ours)} entries, theirs {len(theirs)}"

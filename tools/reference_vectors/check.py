@@ -46,7 +46,7 @@ _STAND_FOR_OTHERS = {
 
 @dataclass
 class CaseOutcome:
-    """All cases of one function."""
+    """What checking all cases of one function gave."""
 
     function: str
     cases: int = 0

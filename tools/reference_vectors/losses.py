@@ -75,7 +75,7 @@ class Arrays:
         return self.prefix.any(-1, keepdim=True).expand_as(self.prefix)
 
     def tokens(self, roles: Tensor, advantages: Tensor | None = None, teacher: bool = True) -> Tokens:
-        """As the estimator's tokens.
+        """Return the inputs as the estimator's tokens.
 
         Args:
             roles: [rows, width].
@@ -127,7 +127,7 @@ def _array(values: Any, shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Piece:
-    """Terms and the rows as they see them; the reference splits rows for some terms and tokens for others."""
+    """Terms with the tokens that they see; the reference splits rows for some terms, and tokens for others."""
 
     terms: tuple[Term, ...]
     tokens: Tokens
@@ -148,14 +148,14 @@ def total(pieces: Sequence[Piece], ranks: int = 1, entropy: EntropyBonus | None 
 
 
 def aggregation(config: dict[str, Any], width: int) -> Aggregation:
-    """What loss_remove_token_mean chooses."""
+    """Return the aggregation that loss_remove_token_mean chooses."""
     if config["loss_remove_token_mean"]:
         return ReferenceConstantWidth(width)
     return ReferenceTokenMean(config.get("all_max_clip") or 1.0)
 
 
 def clip(config: dict[str, Any]) -> Stability:
-    """What loss_remove_clip chooses."""
+    """Return the mask that loss_remove_clip chooses."""
     low = config.get("cliprange", config.get("clip_ratio"))
     if config["loss_remove_clip"]:
         return NoMask()
@@ -163,7 +163,7 @@ def clip(config: dict[str, Any]) -> Stability:
 
 
 def on_shaping(config: dict[str, Any]) -> tuple[Reference, Shaping]:
-    """on_policy_reshape."""
+    """Return what on_policy_reshape chooses."""
     name, weight = config.get("on_policy_reshape", "no_reshape"), config.get("on_policy_reshape_weight", 1.0)
     if name.startswith("p_div_p_"):
         return OldShaped(), Saturating(float(name.removeprefix("p_div_p_")))
@@ -178,7 +178,7 @@ def on_shaping(config: dict[str, Any]) -> tuple[Reference, Shaping]:
 
 
 def off_shaping(config: dict[str, Any], inputs: dict[str, Any]) -> tuple[Reference, Shaping]:
-    """off_policy_reshape; known teacher probabilities take its place."""
+    """Return what off_policy_reshape chooses; known teacher probabilities take its place."""
     if inputs.get("target_probs") is not None:
         return Teacher(1e-6), Identity()
     name, weight = config["off_policy_reshape"], config.get("off_policy_reshape_weight", 1.0)
@@ -247,7 +247,7 @@ def _compare_loss(case: Case, key: str, loss: Tensor, arrays: Arrays, empty: boo
     """Value, then gradients.
 
     Args:
-        empty: a mean of the loss is over no token, so that NaN is what the reference must give.
+        empty: whether a mean of the loss is over no token, so that NaN is what the reference must give.
     """
     theirs = case.expected[key]
     treated = EMPTY_MEAN if math.isnan(theirs) and empty else ""

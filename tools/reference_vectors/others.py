@@ -72,7 +72,7 @@ def check_advantage(case: Case) -> Iterator[Comparison]:
 
 
 def check_reinforce_pp(case: Case) -> Iterator[Comparison]:
-    """Discounted returns, whitened."""
+    """Compare REINFORCE++'s discounted returns, whitened."""
     masks, outcomes = case.inputs["eos_mask"], _outcomes(case)
     returns = [a.returns(outcome.rewards(), case.config["gamma"]) for outcome in outcomes]
     ours = a.whitened(returns, bessel=reference_bessel)
