@@ -26,9 +26,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_hpt.actor import checkpoint
-from megatron_hpt.actor.state import Actor
+from megatron_hpt.actor.state import Actor, build_actor
 from megatron_hpt.actor.train_step import accumulate, selected_rows
-from megatron_hpt.actor.trainer import build_actor
 from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.batch.packing import places, plan_micro_batches
 from megatron_hpt.batch.rows import Row
@@ -104,20 +103,19 @@ def save_seconds(actor: Actor) -> tuple[float, float]:
     """Seconds that training waits for a save: in the background, and plain (Megatron's own, synchronous)."""
     model = actor.config.model.path
     saver, folder = checkpoint.Saver(actor.platform, model), Path(tempfile.mkdtemp(dir="."))
-    try:
-        saver.save(folder / "step_000000", 0, actor.chunks, actor.optimizer)  # starts the helper process
-        saver.finish()
-        waited, plain = [], []
-        for index in range(1, 1 + ROUNDS):
-            waited.append(_seconds(lambda i=index: saver.save(folder / f"step_00000{i}", i, actor.chunks, actor.optimizer)))
+
+    def save(step: int, wait: bool) -> None:
+        saver.save(folder / f"step_{step:06d}", step, actor.chunks, actor.optimizer)
+        if wait:
             saver.finish()
-            plain.append(
-                _seconds(
-                    lambda i=index: checkpoint.save_now(
-                        folder / f"step_10000{i}", i, actor.chunks, actor.optimizer, actor.platform, model
-                    )
-                )
-            )
+
+    try:
+        save(0, wait=True)  # starts the helper process
+        waited, plain = [], []
+        for step in range(1, 1 + ROUNDS):
+            waited.append(_seconds(lambda i=step: save(i, wait=False)))
+            saver.finish()
+            plain.append(_seconds(lambda i=step: save(100_000 + i, wait=True)))
         return statistics.median(waited), statistics.median(plain)
     finally:
         shutil.rmtree(folder)

@@ -158,7 +158,7 @@ def pack_all(
 
 
 def _fed_lengths(rows: Sequence[Row]) -> list[int]:
-    """Tokens of each row that the model is fed: all but the last, which is only predicted."""
+    """Count the tokens of each row that the model is fed: all but the last, which is only predicted."""
     return [len(row.tokens) - 1 for row in rows]
 
 
@@ -238,7 +238,7 @@ def _routes(
 
 
 def response_slices(rows: Sequence[Row], layout: MicroBatchLayout) -> list[slice]:
-    """Where in a micro-batch of these rows the predictions of each row's response tokens lie."""
+    """Return where in a micro-batch of these rows the predictions of each row's response tokens lie."""
     lengths = _fed_lengths(rows)
     slots = [length + -length % layout.row_multiple for length in lengths]
     ends = [end - slot + length for end, slot, length in zip(itertools.accumulate(slots), slots, lengths, strict=True)]

@@ -51,7 +51,7 @@ def model_logprobs(hidden: Tensor, batch: MicroBatch, model: PolicyModel, actor:
 
 
 class _Whole(torch.autograd.Function):
-    """Gather all ranks' parts one after the other. Every rank has the whole gradient, so that of a part is a slice, no sum."""
+    """Gathers all ranks' parts one after the other. Every rank has the whole gradient, so a part's is a slice of it, no sum."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -41,7 +41,7 @@ def reference_logprobs(chunks: Sequence[PolicyModel], actor: Actor, batches: Seq
 
 
 def _forward(actor: Actor, batch: MicroBatch, model: PolicyModel):
-    """Megatron's forward step: this chunk's output, and what the last stage collects of it in place of a loss."""
+    """Do Megatron's forward step: return this chunk's output, and what collects the last chunk's in place of a loss."""
     output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
 
     def collect(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -65,7 +65,7 @@ def penalised(rows: Sequence[Row], plan: Sequence[Sequence[int]], references: Se
         The rows with their new advantages, the same on every rank.
     """
     kl = actor.algorithm.kl
-    mine: dict[int, list[float]] = {}
+    penalties_here: dict[int, list[float]] = {}
     if actor.ranks.reports:
         for indices, logprobs in zip(plan, references, strict=True):
             for index, response in zip(indices, response_slices([rows[i] for i in indices], actor.layout), strict=True):
@@ -73,10 +73,10 @@ def penalised(rows: Sequence[Row], plan: Sequence[Sequence[int]], references: Se
                 if row.source is Source.ROLLOUT:
                     behaviour = torch.tensor(row.behaviour_logprobs, dtype=torch.float64)
                     log_ratio = behaviour - logprobs[response].double().cpu()
-                    mine[index] = (-kl.coefficient * kl.estimator(log_ratio)).tolist()
+                    penalties_here[index] = (-kl.coefficient * kl.estimator(log_ratio)).tolist()
     # A row lies on one data parallel rank, but every rank needs all of them: advantages are relative to a row's group.
-    everyone: list[dict[int, list[float]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    penalties = {index: penalty for part in everyone for index, penalty in part.items()}
+    of_ranks: list[dict[int, list[float]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, penalties_here)
+    penalties = {index: penalty for part in of_ranks for index, penalty in part.items()}
     estimated = [index for index, row in enumerate(rows) if row.is_estimated]
     return with_advantages(rows, estimated, actor.algorithm, penalties, overlong_penalties(rows, actor.config))

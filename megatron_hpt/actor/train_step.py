@@ -46,7 +46,7 @@ def _is_needed(row: Row, in_reward: bool) -> bool:
 
 
 def train_step(actor: Actor, rows: Sequence[Row], step: int) -> dict[str, float | str | None]:
-    """Train one batch; called by the trainer once a step, collective over all ranks, which all give the same rows.
+    """Train one batch; called once a step, collective over all ranks, which must all give the same rows.
 
     A step that must not be taken (see `guard`) leaves weights and optimizer as they are and says so in its metrics.
 
@@ -166,7 +166,7 @@ def _with_references(batches: Sequence[MicroBatch], references: Sequence[Tensor]
 
 
 def _forward(actor: Actor, denominators: Denominators, data: tuple[MicroBatch, Tensor | None], model: DistributedDataParallel):
-    """Megatron's forward step: this chunk's output, and the loss as a function of the last one's."""
+    """Do Megatron's forward step: return this chunk's output, and the loss as a function of the last chunk's."""
     batch, reference = data
     output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
 

@@ -12,7 +12,7 @@ Keys of the blackboard that all ranks wait for:
     ``notice`` (the supervisor's), and keys about engines that died: see `waiting`.
 Keys that rank 0 writes, besides those of `waiting`:
     ``ready/trainer``: the model is loaded; the supervisor waits for it.
-    ``published/<version>``: the engines have the weights of so many steps; seconds and bytes of the transfer.
+    ``published/<version>``: the engines that sample have the weights of so many steps; seconds and bytes of the transfer.
     ``trained/<step>``: the step's metrics, for the coordinator.
     ``stopped``: how many steps were done when a notice ended training, for the supervisor.
 """
