@@ -122,13 +122,13 @@ def first_error(log: str) -> str | None:
     """
     raw = [_COLOUR.sub("", line) for line in log.splitlines()]
     lines = [line[_PREFIX.match(line).end() :].rstrip() for line in raw]
-    found = [match["said"] for match in _OWN_WORDS.finditer(log)][-1:]
-    found += [line for line in lines if _ARGUMENT.fullmatch(line)]
-    found += _exceptions(lines, [bool(_WARNED.search(line)) for line in raw])
-    found += [line[:_MOST_CHARACTERS] for line, whole in zip(lines, raw, strict=True) if line and _LOGGED.search(whole)]
-    found += [line for line in lines if _FATAL.match(line)]
-    own = [error for error in found if not _OTHERS.search(error)]
-    return next(iter([*own, *found]), None)
+    errors = [match["said"] for match in _OWN_WORDS.finditer(log)][-1:]
+    errors += [line for line in lines if _ARGUMENT.fullmatch(line)]
+    errors += _exceptions(lines, [bool(_WARNED.search(line)) for line in raw])
+    errors += [line[:_MOST_CHARACTERS] for line, whole in zip(lines, raw, strict=True) if line and _LOGGED.search(whole)]
+    errors += [line for line in lines if _FATAL.match(line)]
+    own = [error for error in errors if not _OTHERS.search(error)]
+    return next(iter([*own, *errors]), None)
 
 
 def _exceptions(lines: list[str], warned: list[bool]) -> Iterator[str]:

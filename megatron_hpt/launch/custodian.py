@@ -68,13 +68,13 @@ class Custodian:
         alive = list(filter(None, map(process, processes())))
         here = set(alive)
         self._members = {pid: member for pid, member in self._members.items() if member in here}
-        self._strangers = Counter({one: seen for one, seen in self._strangers.items() if one in here})
-        for one in alive:
-            if self._members.get(one.pid) != one and self._strangers[one] < _LOOKS:
-                if self._belongs(one):
-                    self._members[one.pid] = one
+        self._strangers = Counter({stranger: scans for stranger, scans in self._strangers.items() if stranger in here})
+        for candidate in alive:
+            if self._members.get(candidate.pid) != candidate and self._strangers[candidate] < _LOOKS:
+                if self._belongs(candidate):
+                    self._members[candidate.pid] = candidate
                 else:
-                    self._strangers[one] += 1
+                    self._strangers[candidate] += 1
         before = set(self._users)
         for member in self._members.values():
             for path in shared_memory(member.pid):
@@ -101,13 +101,13 @@ class Custodian:
             self._write()
         return bool(self._users)
 
-    def _belongs(self, one: Process) -> bool:
+    def _belongs(self, candidate: Process) -> bool:
         """Return whether a process belongs to the folder, by its parent, its session or its environment. The last alone would
         not do: the titles that engines give themselves overwrite it."""
-        if one.parent in self._members or one.session in self._members:
+        if candidate.parent in self._members or candidate.session in self._members:
             return True
         with contextlib.suppress(OSError):
-            return f"TMPDIR={self._folder}".encode() in Path(f"/proc/{one.pid}/environ").read_bytes().split(b"\0")
+            return f"TMPDIR={self._folder}".encode() in Path(f"/proc/{candidate.pid}/environ").read_bytes().split(b"\0")
         return False
 
     def _write(self) -> None:

@@ -43,8 +43,8 @@ def start_engine(
 
 
 def provide_token() -> None:
-    """Put a token into this process's environment, which every process that it starts inherits, unless there is one: servers
-    of the user's own are reached with the one in the environment."""
+    """Make the run's token, which every process that this one starts inherits, unless the user has set one for servers of
+    their own."""
     os.environ[TOKEN_VARIABLE] = token() or secrets.token_urlsafe(24)
 
 
@@ -59,7 +59,7 @@ class Fleet(dict[str, Child]):
         """URLs of dead servers that wait for `start_again`, in the order in which they died."""
         self.returning: dict[str, float] = {}
         """URL of a server that was started again and does not answer yet → when it was started."""
-        self._deaf = StoppedListening()
+        self._stopped_listening = StoppedListening()
 
     def start(self, servers: int, start: Callable[[int], tuple[str, Child]]) -> None:
         """Start servers 0 to `servers` - 1; those before one that cannot be started are in the fleet, for whoever ends it."""
@@ -74,19 +74,19 @@ class Fleet(dict[str, Child]):
 
     @property
     def serving(self) -> list[str]:
-        """URLs of the servers that have neither died nor still to answer after a restart."""
+        """URLs of the servers that neither wait for a restart nor have yet to answer after one."""
         return [url for url in self if url not in self.returning and url not in self.waiting]
 
-    def silent(self) -> list[str]:
-        """URLs of serving servers that have stopped listening. Called in a loop; each is returned once."""
-        return self._deaf.among(self.serving)
+    def not_listening(self) -> list[str]:
+        """Return the URLs of serving servers that have stopped listening, each once. Called in a loop."""
+        return self._stopped_listening.among(self.serving)
 
     def end(self, url: str) -> None:
         """End a server that serves no more; it is then among the `dead`."""
         stop_all([self[url]], grace_s=GRACE_S)
 
     def dead(self) -> list[str]:
-        """URLs of servers whose processes have ended, and that nobody has put among the waiting."""
+        """Return the URLs of servers whose processes have ended, but for those in `waiting`."""
         return [url for url, child in self.items() if child.exit_code is not None and url not in self.waiting]
 
     def start_again(self, url: str) -> None:
@@ -95,7 +95,7 @@ class Fleet(dict[str, Child]):
         self.returning[url] = time.monotonic()
 
     def returned(self) -> dict[str, float]:
-        """Servers that answer for the first time since they were started again → seconds that it took. Called in a loop."""
+        """Return the servers that answer for the first time after a restart → seconds since then. Called in a loop."""
         answering = {url: time.monotonic() - since for url, since in self.returning.items() if is_healthy(url)}
         for url in answering:
             del self.returning[url]
@@ -103,5 +103,5 @@ class Fleet(dict[str, Child]):
 
     @property
     def history(self) -> str:
-        """What a message about dead servers ends with: how often some were started again."""
+        """The end of a message about dead servers: how often servers had been started again."""
         return f"\nengines had been started again {self.restarts} times" if self.restarts else ""

@@ -191,7 +191,7 @@ class Supervisor:
         """End engines that listen no more or that the coordinator has given up; `_check_children` then starts them again."""
         if not self._starting.announced:
             return
-        ended = [(url, "listens no more") for url in self._engines.silent()]
+        ended = [(url, "listens no more") for url in self._engines.not_listening()]
         if (silent := self._board.get(f"silent/{self._silences}")) is not None:
             self._silences += 1
             waited = f"{self._config.deadlines.silent_s:g} s (deadlines.silent_s)"

@@ -73,13 +73,13 @@ def prepare(model: str, benchmarks: Sequence[str], options: EvaluationOptions) -
     subject = resolve(model)
     servers = tuple(look(url) for url in subject.urls)
     config = _settings(subject, servers, options)
-    chosen = [replace(one, grader=checked_grader(one.grader, config.reward)) for one in chosen]
+    chosen = [replace(benchmark, grader=checked_grader(benchmark.grader, config.reward)) for benchmark in chosen]
     check_temperature("--temperature", options.temperature, engine_of(config))
     if not servers:
         check_started_engine(config, _head_dim(read_config(config.model.path)), bool(gpus_here()))
     tokenizer = load_tokenizer(config)
     system = system_prompt(options.system_prompt)
-    sets = {one.name: load_problems(one.file, tokenizer, system) for one in chosen}
+    sets = {benchmark.name: load_problems(benchmark.file, tokenizer, system) for benchmark in chosen}
     longest = _check_context(sets, options.max_tokens, _context(config, servers))
     lengths = {"max_prompt_length": longest, "max_response_length": options.max_tokens}
     config = config.model_copy(update={"data": config.data.model_copy(update=lengths)})
@@ -95,7 +95,7 @@ def prepare(model: str, benchmarks: Sequence[str], options: EvaluationOptions) -
         model=str(subject.path) if subject.path else model,
         weights=servers[0].label if servers else subject.weights(),
         protocol=protocol,
-        benchmarks={one.name: _set_record(one, len(sets[one.name])) for one in chosen},
+        benchmarks={benchmark.name: _set_record(benchmark, len(sets[benchmark.name])) for benchmark in chosen},
         step=subject.step,
         engine=config.rollout.engine,
         dtype="" if servers else config.model.dtype,
@@ -104,8 +104,8 @@ def prepare(model: str, benchmarks: Sequence[str], options: EvaluationOptions) -
     return EvaluationJob(config, subject, servers, tokenizer, sets, record, options.out or OUT / subject.name)
 
 
-def _set_record(one: Chosen, problems: int) -> SetRecord:
-    return SetRecord(str(one.file), sha256_of(str(one.file)), problems, one.samples, one.grader)
+def _set_record(benchmark: Chosen, problems: int) -> SetRecord:
+    return SetRecord(str(benchmark.file), sha256_of(str(benchmark.file)), problems, benchmark.samples, benchmark.grader)
 
 
 def _settings(subject: Subject, servers: Sequence[RunningServer], options: EvaluationOptions) -> Config:
@@ -147,9 +147,9 @@ def _placed(config: Config, chosen: bool) -> Config:
 
 
 def _model_of(servers: Sequence[RunningServer]) -> str:
-    found = {(server.kind, server.model, server.label) for server in servers}
-    if len(found) > 1:
-        raise ConfigError(f"servers of different models or weights: {', '.join(map(str, sorted(found)))}")
+    served = {(server.kind, server.model, server.label) for server in servers}
+    if len(served) > 1:
+        raise ConfigError(f"servers of different models or weights: {', '.join(map(str, sorted(served)))}")
     if not Path(servers[0].model).is_dir():
         raise ConfigError(
             f"{servers[0].url} serves {servers[0].model}, which is no folder of this machine: give --tokenizer FOLDER"

@@ -91,7 +91,7 @@ class Servers:
     def _look(self) -> None:
         fleet = self.fleet
         fleet.returned()
-        for url in {*fleet.silent(), *(self._given_up.pop() for _ in tuple(self._given_up))}:
+        for url in {*fleet.not_listening(), *(self._given_up.pop() for _ in tuple(self._given_up))}:
             fleet.end(url)
         for url in fleet.dead():
             if fleet.restarts == self._config.rollout.max_restarts:
