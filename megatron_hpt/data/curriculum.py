@@ -13,10 +13,10 @@ Streaks = Mapping[str, int]
 
 
 def advance(streaks: dict[str, int], decisions: Iterable[Mapping[str, Any]]) -> None:
-    """Bring the streaks up to date with a step's decisions, in their order; `batch.history` calls this for every step.
+    """Bring the streaks up to date with a step's decisions, in order; `batch.history` calls this for every step.
 
-    A visit without a graded rollout leaves the streak as it is. A visit that was cut short ends it, and counts neither as solved
-    nor as failed: which of its answers were graded in time depends on the clock.
+    A visit without a graded rollout leaves the streak as it is. A visit that was cut short ends it and counts neither as
+    solved nor as failed: which of its answers were graded in time depends on the clock.
     """
     for decision in decisions:
         prompt_id, solved, graded = decision["prompt_id"], decision["solved"], decision["graded"]

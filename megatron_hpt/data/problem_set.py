@@ -136,7 +136,7 @@ class ProblemSet:
         return RawRow(whole, block.place(row), self.default_id(number, row))
 
     def default_id(self, number: int, row: int) -> str:
-        """Return the id of a row that has none of its own: its place in the file, behind the file's number if there are more."""
+        """Return the id of a row that has none: its place in the file, behind the file's number if there are several files."""
         block = self.blocks[number]
         place = str(block.first + row)
         return self._prefix + (place if len(self.locations) == 1 else f"{self._files[block.location]}:{place}")

@@ -120,8 +120,8 @@ class Reader:
 
 
 def without_open_think(prompt: str, demonstration: str) -> str:
-    """Remove from a demonstration the opening ``<think>`` (or what a model calls it) if the prompt ends with it already, whatever
-    white space is around it."""
+    """Remove the opening ``<think>`` (or what a model calls it) from a demonstration if the prompt ends with it already,
+    whatever white space is around it."""
     opened = _OPENED.search(prompt)
     if opened is None or not demonstration.lstrip().startswith(opened["mark"]):
         return demonstration

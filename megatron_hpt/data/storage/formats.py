@@ -36,7 +36,7 @@ class FileFormat(Protocol):
 
 
 class Parquet:
-    """Parquet by row group; only the columns that are needed are read. A few files stay open: reading a footer takes its time."""
+    """Parquet by row group; only needed columns are read. A few files stay open: reading a footer takes its time."""
 
     def __init__(self) -> None:
         self._file = lru_cache(OPEN_FILES)(_open_parquet)

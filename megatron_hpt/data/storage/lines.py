@@ -42,7 +42,7 @@ class Lines:
         self._file = lru_cache(OPEN_FILES)(Location.open)
 
     def schema(self, location: Location) -> pa.Schema:
-        """Return `_SCHEMA`; or, where the first line lacks a needed column, the names that it has. Other columns may come later."""
+        """Return `_SCHEMA`, or the names in the first line if that lacks a needed column. Others may come later."""
         with location.open() as file:
             try:
                 check_beginning(file.read(1 << 10))
