@@ -1,1 +1,1 @@
-"""Models and runs beside one another."""
+"""Comparison of models and runs: what was sampled is read, measured, tested for differences, and shown."""

@@ -10,13 +10,13 @@ from megatron_hpt.errors import DataError
 
 SAMPLING = ("temperature", "top_p", "max_tokens")
 PROMPTING = ("system_prompt", "chat_template")
-"""Differs with good reason: a base model has no chat template."""
+"""These may differ with good reason: a base model has no chat template."""
 COMPUTING = ("engine", "dtype")
-"""Moves last bits, and the odd token."""
+"""These change last bits, and a token now and then."""
 
 
 def comparable(entries: Sequence[Entry], intersect: bool, across_protocols: bool) -> tuple[list[Entry], list[str]]:
-    """The entries as they can be compared, and what a reader has to know.
+    """Return the entries as they can be compared, and notes that a reader has to know.
 
     Args:
         intersect: keep the problems that all entries have, instead of refusing.
@@ -55,7 +55,7 @@ def comparable(entries: Sequence[Entry], intersect: bool, across_protocols: bool
 
 
 def _protocol_differences(entries: Sequence[Entry]) -> list[str]:
-    """Of sampling, and of the graders of benchmarks that several have."""
+    """List the differences of sampling, and of the graders of benchmarks that several entries have."""
     found = _differing(entries, SAMPLING)
     for column in dict.fromkeys(column for entry in entries for column in entry.outcomes):
         graders = {entry.label: entry.outcomes[column].record.grader for entry in entries if column in entry.outcomes}
@@ -65,7 +65,7 @@ def _protocol_differences(entries: Sequence[Entry]) -> list[str]:
 
 
 def _differing(entries: Sequence[Entry], names: Sequence[str]) -> list[str]:
-    """Fields of the records, or of their protocols, that are not the same for all."""
+    """List the fields of the records, or of their protocols, that are not the same for all."""
     records = {entry.label: entry.record for entry in entries if entry.record is not None}
     found = []
     for name in names:
@@ -94,7 +94,7 @@ def _sample_counts(column: str, having: dict[str, ModelOutcome]) -> list[str]:
 
 
 def _problem_differences(having: dict[str, ModelOutcome]) -> list[str]:
-    """How others differ from the first."""
+    """Say how the others' problems differ from those of the first."""
     (name, first), *others = having.items()
     known = {problem.id: problem for problem in first.problems}
     found = []
@@ -116,7 +116,7 @@ def _problem_differences(having: dict[str, ModelOutcome]) -> list[str]:
 
 
 def _common(column: str, having: dict[str, ModelOutcome]) -> list[str]:
-    """Ids that all have with one true answer, in the first one's order."""
+    """Return the ids that all have with the same true answer, in the order of the first."""
     first, *others = having.values()
     shared = set.intersection(*({(p.id, p.ground_truth) for p in outcome.problems} for outcome in (first, *others)))
     common = [problem.id for problem in first.problems if (problem.id, problem.ground_truth) in shared]

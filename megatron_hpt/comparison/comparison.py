@@ -65,7 +65,7 @@ def compare(arguments: Sequence[str], model: str | None, intersect: bool, across
 
     Args:
         arguments: see `read_entries`; the first one is compared with each of the others.
-        model: whose rows of the paper are shown beside them.
+        model: the paper's rows of this model are shown beside them; None: no rows of the paper.
 
     Raises:
         DataError: something cannot be read or compared, or the paper has no such model.
@@ -91,7 +91,7 @@ def compare(arguments: Sequence[str], model: str | None, intersect: bool, across
 
 
 def columns_of(entries: Sequence[Entry]) -> list[Column]:
-    """The paper's order: mathematics and its average, general knowledge and its average; then other benchmarks by name."""
+    """Return the columns in the paper's order: mathematics, average, general knowledge, average; then others by name."""
     there = {column for entry in entries for column in entry.columns}
     columns: list[Column] = []
     for group in (paper.MATHEMATICS, paper.GENERAL):
@@ -105,7 +105,7 @@ def columns_of(entries: Sequence[Entry]) -> list[Column]:
 
 
 def _scores(entry: Entry, columns: Sequence[Column], measures: Mapping[str, Mapping[str, Measures]]) -> dict[str, Score]:
-    """What a row shows; an average only where it has all of the benchmarks."""
+    """Return what a row shows. An average is shown only where the row has all of its benchmarks."""
     single: dict[str, Score] = {column: Score(value) for column, value in entry.reported.items()}
     for column in entry.outcomes:
         if (found := measures[column][entry.label].average) is not None:
@@ -121,7 +121,7 @@ def _scores(entry: Entry, columns: Sequence[Column], measures: Mapping[str, Mapp
 
 
 def _published(model: str, entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
-    """The paper's rows of a model, and what sets them apart."""
+    """Return the paper's rows of a model, and notes on what sets them apart."""
     if model not in paper.TABLES:
         known = ", ".join(paper.TABLES)
         raise DataError(f"--paper: given {model!r}; the paper reports {known}{did_you_mean(model, paper.TABLES)}")
@@ -140,7 +140,7 @@ def _published(model: str, entries: Sequence[Entry]) -> tuple[list[Entry], list[
 
 
 def _versus(first: Entry, other: Entry, columns: Sequence[Column]) -> list[Versus]:
-    """On every benchmark that both have samples of, and on averages of those."""
+    """Compare two entries on every benchmark that both have samples of, and on averages of those."""
     found = []
     for column in columns:
         if not all(name in entry.outcomes for name in column.benchmarks for entry in (first, other)):
@@ -157,7 +157,7 @@ def _versus(first: Entry, other: Entry, columns: Sequence[Column]) -> list[Versu
 
 
 def _paired(first: Sequence[SampledProblem], other: Sequence[SampledProblem]) -> tuple[Scores, Scores, list[str | None]]:
-    """Scores of the same problems in the first one's order, and their groups."""
+    """Return both entries' scores of the same problems, in the order of the first, and the problems' groups."""
     theirs = {problem.id: problem.scores for problem in other}
     return [problem.scores for problem in first], [theirs[p.id] for p in first], [problem.group for problem in first]
 
@@ -173,5 +173,5 @@ def _by_group(first: Scores, other: Scores, names: Sequence[str | None]) -> dict
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
-    """Sorts 2 before 10."""
+    """Return a key that sorts 2 before 10."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text) if part]

@@ -14,7 +14,7 @@ Panels = Mapping[str, Mapping[str, Measures]]
 
 
 def draw(panels: Panels, form: str) -> bytes:
-    """The picture of the benchmarks that have several samples a problem.
+    """Draw the benchmarks that have several samples a problem.
 
     Args:
         form: png or svg.

@@ -26,20 +26,20 @@ class Votes:
     """The answers of one problem's graded samples, equal ones together."""
 
     counts: tuple[int, ...]
-    """Samples that gave each answer."""
+    """How many samples gave each answer."""
     correct: tuple[float, ...]
     """Share of them that the grader found correct: 0 or 1, unless it looks at more than the answer."""
     abstained: int = 0
-    """Samples without an answer."""
+    """How many samples had no answer."""
 
     @property
     def samples(self) -> int:
-        """All of them."""
+        """The number of all samples."""
         return sum(self.counts) + self.abstained
 
 
 def votes(answers: Sequence[str | None], scores: Sequence[float | None]) -> Votes:
-    """Count answers; those whose normal forms are equal are one. Samples without a grade are left out."""
+    """Count answers; answers with equal normal forms count as one. Samples without a grade are left out."""
     groups: dict[str, list[float]] = {}
     abstained = 0
     for answer, score in zip(answers, scores, strict=True):
@@ -54,9 +54,9 @@ def votes(answers: Sequence[str | None], scores: Sequence[float | None]) -> Vote
 
 
 def majority_at_k(votes: Votes, ks: Sequence[int]) -> list[float]:
-    """Probability that the majority of k of a problem's samples is correct, for every k.
+    """Compute for every k the probability that the majority of k of a problem's samples is correct.
 
-    Up to 64 samples it is exact, above the mean over 400 subsets that are always the same ones.
+    It is exact up to 64 samples; of more it is the mean over 400 subsets, which are always the same.
 
     Raises:
         ValueError: a k is not among 1 … n.
@@ -67,7 +67,7 @@ def majority_at_k(votes: Votes, ks: Sequence[int]) -> list[float]:
 
 
 def _exact(votes: Votes, ks: Sequence[int]) -> list[float]:
-    """Sum over v, the votes of the winners, of the subsets in which they are correct.
+    """Count the subsets whose winners are correct, separately for each number v of votes that the winners have.
 
     For one v: `ways[t, s]` is the number of ways to choose s samples of the answers so far such that t answers have v votes
     and the others fewer, `right[t, s]` the same, each way times the sum of `correct` over those t.
@@ -90,12 +90,12 @@ def _exact(votes: Votes, ks: Sequence[int]) -> list[float]:
 
 
 def _choices(m: int, most: int, size: int) -> np.ndarray:
-    """Ways to choose s ≤ most of m, s = 0 … size."""
+    """Return in how many ways s ≤ most of m can be chosen, for s = 0 … size."""
     return np.array([comb(m, s) if s <= most else 0 for s in range(size + 1)], dtype=np.float64)
 
 
 def _times(ways: np.ndarray, choices: np.ndarray) -> np.ndarray:
-    """Product of polynomials along the last axis, cut at its length."""
+    """Multiply polynomials along the last axis, and cut the product at its length."""
     product = np.zeros_like(ways)
     for s in np.flatnonzero(choices):
         product[:, s:] += choices[s] * ways[:, : ways.shape[1] - s]
@@ -103,7 +103,7 @@ def _times(ways: np.ndarray, choices: np.ndarray) -> np.ndarray:
 
 
 def _drawn(votes: Votes, ks: Sequence[int]) -> list[float]:
-    """Mean over prefixes of shuffled samples."""
+    """Average over prefixes of shuffled samples."""
     answers = len(votes.counts)
     labels = np.repeat(np.arange(answers + 1), (*votes.counts, votes.abstained))
     shuffled = np.random.default_rng(0).permuted(np.tile(labels, (DRAWS, 1)), axis=1)
@@ -126,7 +126,7 @@ _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 def normal_form(answer: str) -> str:
-    r"""The same text for answers that are plainly the same: spacing, ``\left``, ``\dfrac``, ``\text{…}``, 0.50 and 1/2.
+    r"""Return the same text for answers that are plainly the same: spacing, ``\left``, ``\dfrac``, ``\text{…}``, 0.50 and 1/2.
 
     It does no algebra, and knows nothing of the correct answer: wrong answers are as likely to be found equal as right ones.
     """
@@ -138,7 +138,7 @@ def normal_form(answer: str) -> str:
 
 
 def _value(text: str) -> str | None:
-    """A plain number or fraction as a reduced fraction; None: it is neither, or its digits are a hostile many."""
+    """Write a plain number or fraction as a reduced fraction; None if it is neither, or has hostilely many digits."""
     if len(text) > 100:
         return None
     if match := _FRACTION.fullmatch(text):

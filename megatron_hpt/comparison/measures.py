@@ -1,4 +1,4 @@
-"""All numbers of a model on one benchmark."""
+"""All metrics of a model on one benchmark."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from megatron_hpt.evaluation.statistics import Estimate, average_at_k, estimate,
 
 @dataclass(frozen=True)
 class Measures:
-    """avg@k, and how it came about."""
+    """The metrics of a model on one benchmark."""
 
     average: Estimate | None
     """None: nothing was graded."""
     passed: Mapping[int, Estimate]
     """pass@k for k = 1, 2, 4 … n."""
     majority: Mapping[int, Estimate]
-    """maj@k likewise."""
+    """maj@k for the same k."""
     problems: int
     k: int
-    """Samples a problem."""
+    """How many samples a problem has."""
     samples: int
-    """Of all problems."""
+    """How many samples all problems have."""
     ungraded: int
     truncated: float
-    """Share of all samples."""
+    """The share of all samples."""
     tokens: float
-    """Mean of all samples."""
+    """The mean over all samples."""
 
 
 def measured(problems: Sequence[SampledProblem]) -> Measures:
-    """Every metric of a benchmark's samples.
+    """Compute every metric of a benchmark's samples.
 
-    A problem with fewer than k graded samples is left out of the points of k and beyond, and counted there.
+    A problem with fewer than k graded samples is left out of the values for k and more, and counted there as left out.
     """
     scores = [problem.scores for problem in problems]
     ks = powers_of_two(max((len(graded(one)) for one in scores), default=0))

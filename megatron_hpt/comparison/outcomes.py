@@ -1,6 +1,6 @@
-"""What models did, read for a comparison: evaluation folders with every sample, and runs.
+"""Reading what is compared: evaluation folders with every sample, and runs.
 
-A run's newest complete evaluation folder is taken; a run without one has only the means in its metrics.
+Of a run the newest complete evaluation folder is taken; a run without one has only the means in its metrics.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_hpt.evaluation.samples import (
 from megatron_hpt.run import RunDir
 
 _COLUMNS = ("problem_id", "sample", "level", "ground_truth", "answer", "tokens", "truncated", "score")
-"""Not the texts, which are nearly all of a file."""
+"""The columns that are read: all but the texts, which are nearly all of a file."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SampledProblem:
 
     id: str
     group: str | None
-    """Its level, or its subject, where the data has one."""
+    """The problem's level, or its subject, where the data has one."""
     ground_truth: str
     scores: tuple[float | None, ...]
     answers: tuple[str | None, ...]
@@ -50,7 +50,7 @@ class ModelOutcome:
     problems: tuple[SampledProblem, ...]
 
     def restricted(self, ids: Iterable[str]) -> ModelOutcome:
-        """On some of the problems, in the order of `ids`."""
+        """Return the outcome on some of the problems, in the order of `ids`."""
         known = {problem.id: problem for problem in self.problems}
         return replace(self, problems=tuple(known[one] for one in ids))
 
@@ -61,19 +61,19 @@ class Entry:
 
     label: str
     outcomes: Mapping[str, ModelOutcome] = field(default_factory=dict)
-    """By column of the table (`paper.column_of`)."""
+    """The outcomes by column of the table (`paper.column_of`)."""
     reported: Mapping[str, float] = field(default_factory=dict)
-    """Mean scores without their samples, by column: what is known of a run that kept no samples, or of a paper."""
+    """Mean scores by column, where there are no samples: of a run that kept none, or of the paper."""
     record: Evaluation | None = None
     """None: no samples were kept."""
     lines: Sequence[dict[str, Any]] = ()
-    """Metrics, if it is a run."""
+    """The lines of metrics, if the entry is a run."""
     notes: tuple[str, ...] = ()
     """What a reader of the table has to know of it."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Of the table, that it has something for."""
+        """The columns of the table that the entry has something for."""
         return (*self.outcomes, *self.reported)
 
 
@@ -99,7 +99,7 @@ def read_entries(arguments: Sequence[str]) -> list[Entry]:
 
 
 def _named(argument: str) -> tuple[str | None, Path]:
-    """A label, if there is one, and a path; a path that exists may have an equals sign in it."""
+    """Split an argument into a label, if it has one, and a path. A path that exists may have an equals sign in it."""
     label, separator, path = argument.partition("=")
     return (label, Path(path)) if separator and not Path(argument).exists() else (None, Path(argument))
 
@@ -138,14 +138,14 @@ def _evaluation(path: Path, label: str | None) -> Entry:
 
 
 def _label(path: Path, step: int | None) -> str:
-    """A folder is called as its evaluation is, or, in a run, as the run."""
+    """Call an evaluation by its folder, and one inside a run by the run and the step."""
     folder = path.resolve()
     run = folder.parent.parent
     return f"{run.name} @{step}" if RunDir(run).config.is_file() else folder.name
 
 
 def _columns(names: Sequence[str]) -> dict[str, str]:
-    """Column of every benchmark of one evaluation. Of two that share one (amc and amc23) the second has one of its own."""
+    """Return name → column of one evaluation. Of two that share a column (amc, amc23) the second gets one of its own."""
     columns: dict[str, str] = {}
     for name in sorted(names, key=lambda name: name.lower() != column_of(name).lower()):
         column = column_of(name)
@@ -154,7 +154,7 @@ def _columns(names: Sequence[str]) -> dict[str, str]:
 
 
 def read_problems(file: Path, record: SetRecord) -> tuple[SampledProblem, ...]:
-    """The samples of one benchmark by problem, in the order of the file, without their texts.
+    """Read the samples of one benchmark by problem, in the order of the file, without their texts.
 
     Raises:
         DataError: not a file of samples, or not those that the evaluation's record tells of.
@@ -176,13 +176,13 @@ def _problem(name: str, samples: Sequence[dict[str, Any]]) -> SampledProblem:
 
 
 def _subject(name: str) -> str | None:
-    """MATH's files have no levels, but their names have subjects: test/precalculus/807.json."""
+    """Return the subject in a name of MATH's, whose files have no levels: test/precalculus/807.json."""
     parts = name.split("/")
     return parts[1] if len(parts) == 3 and parts[0] in ("train", "test") and parts[2].endswith(".json") else None
 
 
 def _summary(path: Path, label: str, lines: Sequence[dict[str, Any]]) -> Entry:
-    """The newest means in a run's metrics."""
+    """Make an entry of the newest means in a run's metrics."""
     found = {
         key: line for line in lines for key in line if key.startswith("eval/") and "/avg@" in key and line[key] is not None
     }

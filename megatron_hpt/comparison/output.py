@@ -24,7 +24,7 @@ from megatron_hpt.files import check_file, whole
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print notes and tables."""
+    """Print the notes and the tables of a comparison."""
     for note in comparison.notes:
         console.print(Text.assemble(("note: ", "yellow"), note))
     for grid in grids(comparison):
@@ -46,10 +46,10 @@ def check(paths: list[Path]) -> None:
 
 
 def write(comparison: Comparison, path: Path) -> None:
-    """Write a file whose ending says what of, whole or not at all.
+    """Write a comparison as the kind of file that the ending says, whole or not at all.
 
     Raises:
-        DataError: a picture of curves that nothing has.
+        DataError: the file is a picture of curves, and no benchmark has any.
     """
     content = WRITERS[path.suffix](comparison)
     with whole(path) as temporary:
@@ -79,7 +79,7 @@ h2 {{ margin: 1.6em 0 .4em; font-size: 1.15em }}
 
 
 def _page(comparison: Comparison) -> bytes:
-    """One page that refers to nothing outside itself."""
+    """Make one page that refers to nothing outside itself."""
     drawn = [("pass@k and maj@k", curves.draw(_panels(comparison), "svg"))] if _panels(comparison) else []
     if trained := dict(finished(comparison)):
         drawn.append(("The runs", runs.picture({label: [lines] for label, lines in trained.items()}, "svg")))
@@ -136,7 +136,7 @@ def _json(comparison: Comparison) -> bytes:
 
 
 def _csv(comparison: Comparison) -> bytes:
-    """One line a number; accuracies in [0, 1]."""
+    """Make a file with one number a line; accuracies are in [0, 1]."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(("model", "benchmark", "metric", "k", "value", "low", "high", "problems", "left_out"))
@@ -169,4 +169,4 @@ WRITERS: dict[str, Callable[[Comparison], bytes]] = {
     ".png": _picture("png"),
     ".svg": _picture("svg"),
 }
-"""By the file's ending."""
+"""Ending of a file → what makes its contents."""

@@ -20,19 +20,19 @@ class Difference:
     """First model minus second, over the problems for which both have a grade."""
 
     plus: float
-    """Problems that only the first solves; with several samples, expected with one sample of each."""
+    """How many problems only the first solves; with several samples, the number expected with one sample of each."""
     minus: float
-    """Problems that only the second solves, likewise."""
+    """How many problems only the second solves, likewise."""
     value: float
-    """Difference of avg@k."""
+    """The difference of avg@k."""
     low: float
     high: float
     p_value: float
-    """Of a difference as large, in either direction, if the two models were equally good at every problem."""
+    """The probability of a difference as large, in either direction, if both models were equally good at every problem."""
     test: str
     problems: int
     left_out: int
-    """Problems for which one has no graded sample."""
+    """How many problems were left out, because one model has no graded sample of them."""
 
 
 def difference(first: Scores, second: Scores, confidence: float = CONFIDENCE) -> Difference | None:
@@ -61,9 +61,9 @@ def difference(first: Scores, second: Scores, confidence: float = CONFIDENCE) ->
 
 
 def mean_difference(pairs: Sequence[tuple[Scores, Scores]], confidence: float = CONFIDENCE) -> Difference | None:
-    """The difference of the unweighted means of several benchmarks, every benchmark as a pair of `difference`'s arguments.
+    """Compare the unweighted means of several benchmarks; each pair has the arguments of `difference` for one benchmark.
 
-    The interval adds the benchmarks' as `statistics.mean_of` does; the test draws the signs of all problems together.
+    The interval is made as by `statistics.mean_of`; the test draws the signs of all problems together.
 
     Returns:
         None if there is a benchmark with nothing to compare.
@@ -79,12 +79,12 @@ def mean_difference(pairs: Sequence[tuple[Scores, Scores]], confidence: float = 
 
 
 def _correct(scores: Scores) -> Scores:
-    """1 for a correct sample, 0 for any other, whatever it scored."""
+    """Replace scores: 1 for a correct sample, 0 for any other, whatever it scored."""
     return [[None if score is None else float(score == CORRECT) for score in problem] for problem in scores]
 
 
 def _means(first: Scores, second: Scores) -> tuple[np.ndarray, np.ndarray]:
-    """Mean scores of the problems for which both have a grade."""
+    """Return the mean scores of the problems for which both have a grade, two float64 [problems]."""
     pairs = [(graded(a), graded(b)) for a, b in zip(first, second, strict=True)]
     known = [(float(np.mean(a)), float(np.mean(b))) for a, b in pairs if a and b]
     first_means, second_means = np.array(known, dtype=np.float64).reshape(-1, 2).T
@@ -92,7 +92,7 @@ def _means(first: Scores, second: Scores) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paired_interval(differences: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Confidence interval of the mean of independent differences.
+    """Compute a confidence interval of the mean of independent differences.
 
     Student's over problems (Miller 2024, arXiv 2411.00640, section 4.2). Where a problem is won, lost or neither (one sample
     of each), half a problem won, half a problem lost and one that is neither are added first (Agresti and Min 2005, doi
@@ -112,7 +112,7 @@ def paired_interval(differences: np.ndarray, confidence: float = CONFIDENCE) -> 
 
 
 def paired_test(differences: np.ndarray) -> tuple[float, str]:
-    """Two-sided p-value of "each difference could as well have the other sign", and how it was had.
+    """Return the two-sided p-value of "each difference could as well have the other sign", and the name of the test.
 
     Were both models equally good at every problem, exchanging them there would change nothing: so the sum of the differences
     is compared with its distribution over random signs (Fisher's test). With one sample of each this is McNemar's exact test.
@@ -136,6 +136,6 @@ def paired_test(differences: np.ndarray) -> tuple[float, str]:
 
 
 def binomial_test(wins: int, games: int) -> float:
-    """Two-sided exact p-value of so many heads of a fair coin."""
+    """Return the exact two-sided p-value of `wins` heads in `games` throws of a fair coin."""
     tail = sum(math.comb(games, heads) for heads in range(min(wins, games - wins) + 1))
     return min(1.0, 2 * tail / 2**games)

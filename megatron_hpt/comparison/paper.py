@@ -8,7 +8,7 @@ MATHEMATICS = ("AIME24", "AIME25", "AMC", "MATH-500", "Minerva", "Olympiad")
 GENERAL = ("ARC-c", "GPQA")
 """Each group is followed by its average."""
 AMC_PROBLEMS = 83
-"""Of the paper's AMC: AMC12 of 2022 and 2023. The set called AMC23 has 40."""
+"""The paper's AMC has so many: AMC12 of 2022 and 2023. The set called AMC23 has 40."""
 
 _COLUMNS = {
     **{re.sub(r"\W", "", title).lower(): title for title in (*MATHEMATICS, *GENERAL)},
@@ -17,12 +17,12 @@ _COLUMNS = {
 
 
 def column_of(benchmark: str) -> str:
-    """The column of a benchmark: the paper's title for it, or its own name."""
+    """Return the column of a benchmark: the paper's title for it, or its own name."""
     return _COLUMNS.get(re.sub(r"[\W_]", "", benchmark).lower(), benchmark)
 
 
 def rows(model: str) -> dict[str, dict[str, float]]:
-    """What the paper reports for a model: run → column → accuracy in [0, 1].
+    """Return what the paper reports for a model: run → column → accuracy in [0, 1].
 
     Raises:
         KeyError: it does not report that model.

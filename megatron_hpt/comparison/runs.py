@@ -23,19 +23,19 @@ class Reached:
     """One finished run."""
 
     accuracy: float
-    """Held-out, of the final weights."""
+    """Held-out accuracy of the final weights."""
     solved: float
-    """Held-out prompts solved at least once of k."""
+    """The share of held-out prompts that were solved at least once in k samples."""
     generated: int
-    """Tokens sampled for training."""
+    """How many tokens were sampled for training."""
     trained: int
-    """Response tokens in the loss."""
+    """How many response tokens were in the loss."""
     seconds: float
-    """Of the steps, without start and evaluations."""
+    """The time of all steps, without start and evaluations."""
 
 
 def reached(lines: Lines) -> Reached:
-    """Read off a run's metrics.
+    """Read from its metrics what a run reached.
 
     Raises:
         DataError: no evaluation of the final weights.
@@ -53,7 +53,7 @@ def reached(lines: Lines) -> Reached:
 
 
 def accuracy_key(lines: Lines) -> str:
-    """The metric of held-out accuracy.
+    """Return the name of the metric of held-out accuracy.
 
     Raises:
         DataError: nothing was evaluated.
@@ -70,11 +70,11 @@ def is_finished(lines: Lines) -> bool:
 
 
 def grid(runs: Mapping[str, Sequence[Lines]], what: str = "algorithm", title: str = "") -> TextTable:
-    """One row an algorithm, mean ± standard deviation over its seeds.
+    """Make a table with one row an algorithm: mean ± standard deviation over its seeds.
 
     Args:
         runs: algorithm → the metrics of its seeds.
-        what: the rows are, if not algorithms.
+        what: the heading of the first column.
     """
     columns = (what, "seeds", "held-out accuracy", "solved at least once", "generated tokens", "trained tokens", "seconds")
     return TextTable(title, columns, [_row(name, [reached(lines) for lines in seeds]) for name, seeds in runs.items()])
@@ -98,13 +98,13 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw(runs: Mapping[str, Sequence[Lines]], path: Path) -> None:
-    """Write `picture` to a file."""
+    """Write the `picture` of runs to a file."""
     with whole(path) as temporary:
         temporary.write_bytes(picture(runs, "png"))
 
 
 def picture(runs: Mapping[str, Sequence[Lines]], form: str) -> bytes:
-    """Held-out accuracy by step and by tokens, and the SFT share: means over seeds, the range of accuracy as a band.
+    """Draw held-out accuracy by step and by tokens, and the SFT share: means over seeds, the range of accuracy as a band.
 
     Args:
         form: png or svg.
@@ -140,7 +140,7 @@ def picture(runs: Mapping[str, Sequence[Lines]], form: str) -> bytes:
 
 
 def _by_tokens(seeds: Sequence[Lines]) -> tuple[list[float], list[float]]:
-    """Mean accuracy at each evaluation, against the mean of what had been generated and trained before it."""
+    """Return thousands of tokens generated and trained before each evaluation, and the accuracy there; means over seeds."""
     steps, rows = _aligned([_evaluations(lines) for lines in seeds])
     spent = [
         [sum(line["rollout/tokens"] + line["train/tokens"] for line in lines if line["step"] < step) for lines in seeds]
@@ -155,6 +155,6 @@ def _evaluations(lines: Lines) -> dict[int, float]:
 
 
 def _aligned(curves: Sequence[Mapping[int, float]]) -> tuple[list[int], list[list[float]]]:
-    """The steps that all curves have, and their values there."""
+    """Return the steps that all curves have, and the curves' values there."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return steps, [[curve[step] for curve in curves] for step in steps]

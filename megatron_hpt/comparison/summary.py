@@ -11,10 +11,10 @@ from megatron_hpt.evaluation.statistics import Estimate
 
 
 def table(summaries: Mapping[str, Measures], titles: Mapping[str, str]) -> Table:
-    """Draw it.
+    """Make the table.
 
     Args:
-        titles: how a benchmark is called, where it has another name.
+        titles: benchmark → the name that is shown, where it has another one.
     """
     ks = sorted({k for summary in summaries.values() for k in summary.passed})
     drawn = Table(box=None, header_style="bold", pad_edge=False, caption_justify="left")
@@ -38,5 +38,5 @@ def table(summaries: Mapping[str, Measures], titles: Mapping[str, str]) -> Table
 
 
 def percent(value: Estimate | None) -> str:
-    """``52.7 (44–61)``."""
+    """Write an estimate in percent with its interval: ``52.7 (44–61)``."""
     return "-" if value is None else f"{100 * value.value:.1f} ({100 * value.low:.0f}–{100 * value.high:.0f})"

@@ -16,9 +16,9 @@ class Cell:
 
     text: str
     detail: str = ""
-    """Shown smaller below, or behind it."""
+    """More text, which is shown smaller, below the text or behind it."""
     best: bool = False
-    """Shown bold."""
+    """Whether the text is bold."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TextTable:
 
 
 def rich_table(grid: TextTable) -> Table:
-    """For the terminal."""
+    """Make a table for the terminal."""
     table = Table(title=grid.title, title_justify="left", caption=grid.caption or None, caption_justify="left", box=None)
     for index, column in enumerate(grid.columns):
         table.add_column(Text(column), justify="left" if index < grid.left else "right", header_style="bold")
@@ -48,7 +48,7 @@ def _rich_cell(cell: Cell) -> Text:
 
 
 def markdown(grid: TextTable) -> str:
-    """GitHub's tables, the title as a heading."""
+    """Make a table in GitHub's Markdown, with the title as a heading."""
     rules = ["---" if index < grid.left else "---:" for index in range(len(grid.columns))]
     lines = [
         [_escaped(column) for column in grid.columns],
@@ -72,7 +72,7 @@ def _escaped(text: str) -> str:
 
 
 def html_table(grid: TextTable) -> str:
-    """A heading and a table; names are left, numbers right by the classes of their cells."""
+    """Make a heading and a table in HTML; the classes of cells put names left and numbers right."""
     head = "".join(f'<th class="{_kind(i < grid.left)}">{html.escape(column)}</th>' for i, column in enumerate(grid.columns))
     body = "".join(f"<tr>{''.join(_html_cell(cell, i < grid.left) for i, cell in enumerate(row))}</tr>" for row in grid.rows)
     caption = f"<p>{html.escape(grid.caption)}</p>" if grid.caption else ""

@@ -1,4 +1,4 @@
-"""A comparison as tables."""
+"""The tables of a comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NONE = Cell("–")
 
 
 def grids(comparison: Comparison) -> list[TextTable]:
-    """All tables that have a row."""
+    """Make all tables that have a row."""
     parts = (_results(comparison), _exclusive(comparison), _curves(comparison), _samples(comparison), _runs(comparison))
     return [grid for grid in parts if grid.rows]
 
@@ -95,7 +95,7 @@ def _p_value(p: float) -> str:
 
 
 def _curves(comparison: Comparison) -> TextTable:
-    """Of the benchmarks that have several samples a problem."""
+    """Make the table of pass@k and maj@k, of the benchmarks that have several samples a problem."""
     several = {name: models for name, models in comparison.measures.items() if any(len(m.passed) > 1 for m in models.values())}
     ks = sorted({k for models in several.values() for measures in models.values() for k in measures.passed})
     rows = [
@@ -129,7 +129,7 @@ def _runs(comparison: Comparison) -> TextTable:
 
 
 def finished(comparison: Comparison) -> Iterator[tuple[str, runs.Lines]]:
-    """The runs whose metrics end with an evaluation of their final weights."""
+    """Yield the runs whose metrics end with an evaluation of their final weights."""
     for entry in comparison.entries:
         if entry.lines and runs.is_finished(entry.lines):
             yield entry.label, entry.lines

@@ -1,1 +1,1 @@
-"""Prompts in, rows through, batches on disk."""
+"""Prompts: where their files lie, in which order their rows are taken, and how a row becomes token ids."""

@@ -1,4 +1,4 @@
-"""Which prompts are passed over because they have nothing to teach: always solved lately, or never."""
+"""Which prompts are passed over because they have nothing to teach: lately they were always solved, or never."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from megatron_hpt.data.order import uniform
 
 Streaks = Mapping[str, int]
-"""Prompt id → its last visits in a row in which every rollout was correct; negative: in which none was. 0 is left out."""
+"""Prompt id → how many of its last visits in a row had only correct rollouts; negative where they had none. 0 is left out."""
 
 
 def advance(streaks: dict[str, int], decisions: Iterable[Mapping[str, Any]]) -> None:
-    """Take over a step's decisions, in order.
+    """Bring the streaks up to date with a step's decisions, in order; `batch.history` calls this for every step.
 
-    A visit without a graded rollout says nothing and leaves the streak. One that was cut short does not count as failed:
-    which of its answers were graded in time depends on the clock.
+    A visit without a graded rollout leaves the streak as it is. A visit that was cut short ends it and counts neither as
+    solved nor as failed: which of its answers were graded in time depends on the clock.
     """
     for decision in decisions:
         prompt_id, solved, graded = decision["prompt_id"], decision["solved"], decision["graded"]
@@ -29,14 +29,14 @@ def advance(streaks: dict[str, int], decisions: Iterable[Mapping[str, Any]]) -> 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Passes over prompts by their streaks."""
+    """Decides by their streaks which prompts are passed over."""
 
     visits: int
-    """Length from which a streak counts."""
+    """The length from which a streak counts."""
     keep_solved: float
-    """Share of its turns at which a prompt is taken that has been solved in all of its last visits; 0: never again."""
+    """Share of its turns at which a prompt with a solved streak is taken; with 0 it never is."""
     keep_failed: float
-    """As `keep_solved`, where it has been failed."""
+    """Likewise for a prompt with a failed streak."""
     seed: int
 
     def passes(self, streak: int, position: int) -> str | None:

@@ -12,7 +12,7 @@ from megatron_hpt.errors import DataError, shown
 
 
 def check_row(row: dict[str, Any], where: str) -> None:
-    """What can be known of a row without tokens.
+    """Check all that can be checked of a row without a tokenizer; `scan` calls this for rows that look doubtful.
 
     Raises:
         DataError: as `Reader.read`.
@@ -23,7 +23,7 @@ def check_row(row: dict[str, Any], where: str) -> None:
 
 
 def ground_truth(row: dict[str, Any], where: str) -> str:
-    """What the verifier compares with.
+    """Return what the verifier compares with.
 
     Raises:
         DataError: there is none.
@@ -41,10 +41,10 @@ def _record(value: Any, where: str) -> dict[str, Any]:
 
 
 def messages(value: Any, where: str) -> list[dict[str, str]]:
-    """A chat.
+    """Return a chat.
 
     Raises:
-        DataError: empty, or a message of it is.
+        DataError: it is empty, or one of its messages is.
     """
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: given {shown(value)}; expected a non-empty list of messages with role and content")
@@ -56,7 +56,7 @@ def messages(value: Any, where: str) -> list[dict[str, str]]:
 
 
 def demonstrations(row: dict[str, Any], where: str) -> list[str]:
-    """The texts of a row's demonstrations: those of ``target_lst``, or the one of ``target``, or none.
+    """Return the texts of a row's demonstrations: those of ``target_lst``, or the one of ``target``, or none.
 
     Raises:
         DataError: one is empty, or not one message.

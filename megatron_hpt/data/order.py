@@ -14,24 +14,24 @@ from megatron_hpt.errors import DataError
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """What reading makes near: rows of one block are had together."""
+    """The rows of a source by block. The rows of one block are read together, so they should be used near to each other."""
 
     small: Sequence[range]
-    """Rows of blocks that are read whole."""
+    """The rows of each block that is read whole."""
     large: Sequence[range] = ()
-    """Rows of blocks that can be read from their beginning only, as far as needed."""
+    """The rows of each block that is too large for that; it is read from its beginning, as far as needed."""
     windows: int = 1
-    """Parts of an epoch that are shuffled within themselves."""
+    """In how many parts an epoch is cut; rows are shuffled within each part."""
 
 
 def hashed(*parts: object) -> int:
-    """64 bits that depend on `parts` alone, the same in every process."""
+    """Return 64 bits that depend on `parts` alone and are the same in every process."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def uniform(*parts: object) -> float:
-    """A number in [0, 1) that depends on `parts` alone."""
+    """Return a number in [0, 1) that depends on `parts` alone."""
     return hashed(*parts) / 2**64
 
 
@@ -43,8 +43,9 @@ class Shuffle:
     """
 
     def __init__(self, layout: BlockLayout, seed: Sequence[int]) -> None:
-        """Args:
-        seed: of one length for all that must differ.
+        """
+        Args:
+            seed: has the same length for all shuffles that must differ.
         """
         self._layout, self._seed = layout, seed
         self.rows = sum(map(len, (*layout.small, *layout.large)))
@@ -52,14 +53,14 @@ class Shuffle:
         self._order = lru_cache(2)(self._permuted)
 
     def at(self, draw: int) -> int:
-        """The row that a draw gives; draws are counted from the first epoch's first."""
+        """Return the row that a draw gives. Draws are numbered from 0 and go on over the epochs."""
         epoch, place = divmod(draw, self.rows)
         ends = self._windows(epoch)[1]
         window = int(np.searchsorted(ends, place, side="right"))
         return int(self._order(epoch, window)[place - (ends[window - 1] if window else 0)])
 
     def _dealt(self, epoch: int) -> tuple[list[list[range]], np.ndarray]:
-        """Ranges of rows of each window of an epoch, and where the windows end."""
+        """Return the ranges of rows of each window of an epoch, and the places in the epoch where the windows end."""
         small, windows = list(self._layout.small), self._layout.windows
         if windows > 1:
             order = np.random.default_rng((*self._seed, epoch)).permutation(len(small))
@@ -72,7 +73,7 @@ class Shuffle:
         return dealt, np.cumsum([sum(map(len, ranges)) for ranges in dealt])
 
     def _permuted(self, epoch: int, window: int) -> np.ndarray:
-        """int32 or int64 [rows of the window]."""
+        """Return the rows of a window in their order, int32 or int64 [rows of the window]."""
         width = np.int32 if self.rows < 2**31 else np.int64
         parts = [np.arange(part.start, part.stop, dtype=width) for part in self._windows(epoch)[0][window]]
         rows = np.concatenate(parts)
@@ -90,7 +91,8 @@ class SourceMixture:
     CYCLE = 10_000
 
     def __init__(self, weights: Sequence[float], seed: Sequence[int]) -> None:
-        """Args:
+        """
+        Args:
             weights: of the sources, in any unit.
 
         Raises:
@@ -107,18 +109,18 @@ class SourceMixture:
 
     @property
     def shares(self) -> list[float]:
-        """Share of the positions that each source has."""
+        """The share of the positions that each source has."""
         return [quota / self.CYCLE for quota in self._quotas]
 
     def at(self, position: int) -> tuple[int, int]:
-        """Source, and number of its draw."""
+        """Return the source that a position draws from, and the number of that draw among the source's own."""
         cycle, place = divmod(position, self.CYCLE)
         sources, before = self._places(cycle)
         source = int(sources[place])
         return source, cycle * self._quotas[source] + int(before[place])
 
     def _arranged(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each place, and how many places of the same source come before it in the cycle."""
+        """Return the source of each place of a cycle, and how many places of that source come before it in the cycle."""
         sources = np.repeat(np.arange(len(self._quotas)), self._quotas)
         if len(self._quotas) > 1:
             np.random.default_rng((*self._seed, cycle)).shuffle(sources)
@@ -129,7 +131,7 @@ class SourceMixture:
 
 
 def _apportioned(weights: Sequence[float], seats: int) -> list[int]:
-    """Whole numbers in proportion to weights that sum to `seats` (largest remainders)."""
+    """Return whole numbers in proportion to weights; their sum is `seats` (method of largest remainders)."""
     exact = [seats * weight / sum(weights) for weight in weights]
     floors = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda index: floors[index] - exact[index])

@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
     ]
 )
 ROW_GROUP = 1024
-"""Rows that are written, and read again, together: what a reader holds in memory."""
+"""How many rows are written, and later read, together; a reader holds so many in memory."""
 
 Message = dict[str, str]
 """`role` and `content`."""
@@ -41,25 +41,25 @@ class Problem:
     demonstration: str | None
     """A written-out solution whose last \\boxed{…} holds the answer."""
     more: tuple[str, ...] = ()
-    """Further demonstrations."""
+    """Demonstrations besides the first."""
     before: tuple[Message, ...] = ()
     """What comes before the question: a system prompt, earlier turns."""
     level: str | None = None
-    """How hard it is, in its source's words."""
+    """How hard the problem is, in the words of its source."""
 
     @property
     def prompt(self) -> list[Message]:
-        """The messages that are rendered."""
+        """The chat that is rendered: what comes before the question, and the question as the user's message."""
         return [*self.before, {"role": "user", "content": self.question}]
 
     @property
     def demonstrations(self) -> list[str]:
-        """All of them."""
+        """All demonstrations, the first one first."""
         return [self.demonstration, *self.more] if self.demonstration else []
 
 
 def schema_row(problem: Problem, source: str, split: str, index: str) -> dict[str, Any]:
-    """A row of SCHEMA.
+    """Return the row of SCHEMA that holds a problem.
 
     Args:
         index: the prompt's id.
@@ -78,7 +78,7 @@ def schema_row(problem: Problem, source: str, split: str, index: str) -> dict[st
 
 @contextmanager
 def problem_file(path: Path) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
-    """Yield what appends rows of SCHEMA to a parquet file; the file appears whole when the block succeeds.
+    """Yield a function that appends rows of SCHEMA to a parquet file; the file appears whole when the block succeeds.
 
     Pages carry checksums: a reader can tell a damaged one.
     """
@@ -97,7 +97,7 @@ def problem_file(path: Path) -> Iterator[Callable[[Sequence[dict[str, Any]]], No
 
 
 def write_problems(path: Path, problems: Iterable[Problem], source: str, split: str) -> int:
-    """Write problems as a parquet file, whole; returns how many."""
+    """Write problems as a parquet file, whole, and return how many there were."""
     number = 0
     with problem_file(path) as append:
         for number, problem in enumerate(problems, start=1):

@@ -1,4 +1,4 @@
-"""Ground truths that are none: what collectors of problems write where they have no answer."""
+"""Words that stand in place of a ground truth: what collectors of problems write where they have no answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAY_BE = r"(?i)^[^0-9]{1,32}$"
 
 
 def is_placeholder(truth: str) -> bool:
-    """Nothing that can be answered: `proof`, `notfound`, `N/A`, `[deleted]`, `\\text{None}`."""
+    """Whether a ground truth only says that there is none: `proof`, `notfound`, `N/A`, `[deleted]`, `\\text{None}`."""
     inner = truth.strip()
     while found := _WRAPPED.fullmatch(inner):
         inner = (found[1] if found[1] is not None else found[2]).strip()
@@ -31,7 +31,7 @@ def is_placeholder(truth: str) -> bool:
 
 
 def placeholders(truths: pa.Array) -> list[str]:
-    """Those of a column of texts; the ones that are no words are passed over by Arrow."""
+    """Return the placeholders in a column of texts. Arrow passes over what is no word, so that few texts are looked at here."""
     if pa.types.is_null(truths.type):
         return []
     candidates = truths.filter(pc.fill_null(pc.match_substring_regex(truths, _MAY_BE), False))

@@ -1,4 +1,4 @@
-"""The rows of one data source: found, indexed by block, read at any place in constant memory."""
+"""The rows of one data source. They are indexed by block, and any of them can be read in constant memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_hpt.data.storage.row_cache import RowCache
 from megatron_hpt.errors import DataError
 
 WINDOW_BYTES = 256 << 20
-"""Of rows that are shuffled among each other: what the first batch may need to be read."""
+"""Bytes of the rows that are shuffled among each other; so much may have to be read before the first batch."""
 LARGE_BYTES = WINDOW_BYTES // 4
 """A block above this is read only as far as it is needed, and is in several windows."""
 _OPEN_BLOCKS = 4
@@ -34,7 +34,7 @@ class RawRow:
 
     fields: dict[str, Any]
     where: str
-    """Its name in messages."""
+    """How messages call the row."""
     default_id: str
 
     @property
@@ -54,13 +54,14 @@ class RawRow:
 
 
 class ProblemSet:
-    """Files of one source."""
+    """The files of one source. Training has one for every source of `data.train`, evaluation one for every held-out set."""
 
     def __init__(self, paths: str | Sequence[str], scratch: Path | None = None, prefix: str = "") -> None:
-        """Args:
+        """
+        Args:
             paths: as `locations.find` takes them.
-            scratch: folder for rows once read; None: the system's for temporary files.
-            prefix: of the ids of rows that have none of their own.
+            scratch: folder for rows that have been read; None: the system's folder for temporary files.
+            prefix: begins the ids of rows that have none of their own.
 
         Raises:
             DataError: no files, not of a known format, a column missing or of another type, no rows.
@@ -104,10 +105,10 @@ class ProblemSet:
         return RowCache(self._scratch)
 
     def batches(self, number: int, skip: int = 0, only: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The rows of a block after its first `skip` ones, in order.
+        """Yield the rows of a block after its first `skip` ones, in order.
 
         Args:
-            only: of the columns that are read; default: all.
+            only: the columns to read; None: all that prompts are made of.
 
         Raises:
             DataError: they cannot be read; names file, row group and row.
@@ -118,7 +119,7 @@ class ProblemSet:
         return rows_of(self._formats[format_of(block.location)], block, chosen, skip)
 
     def row(self, index: int) -> RawRow:
-        """A row as it lies in its file.
+        """Read a row.
 
         Raises:
             DataError: it cannot be read.
@@ -129,13 +130,13 @@ class ProblemSet:
         return self.raw(number, row, self._cache.row(number, row))
 
     def raw(self, number: int, row: int, fields: dict[str, Any]) -> RawRow:
-        """What was read of a block's row, with its names."""
+        """Make a row of what was read of it, with its place for messages and its default id."""
         block = self.blocks[number]
         whole = self._formats[format_of(block.location)].restored(fields)
         return RawRow(whole, block.place(row), self.default_id(number, row))
 
     def default_id(self, number: int, row: int) -> str:
-        """Id of a block's row whose data gives it none: its place in the file, after that of the file if there are several."""
+        """Return the id of a row that has none: its place in the file, behind the file's number if there are several files."""
         block = self.blocks[number]
         place = str(block.first + row)
         return self._prefix + (place if len(self.locations) == 1 else f"{self._files[block.location]}:{place}")
@@ -159,7 +160,7 @@ class ProblemSet:
 
     @property
     def layout(self) -> BlockLayout:
-        """The rows by block, in as many windows as keep one near `WINDOW_BYTES`."""
+        """The rows by block, with so many windows that each has about `WINDOW_BYTES`."""
         parts = [
             (range(first, first + b.rows), b.bytes > LARGE_BYTES) for first, b in zip(self._firsts, self.blocks, strict=True)
         ]

@@ -16,7 +16,7 @@ from megatron_hpt.data.scan import scan
 from megatron_hpt.errors import DataError
 
 _OPENED = re.compile(r"(?P<mark><[^<>\s/][^<>\s]*>|\[[A-Z]+\])(?P<space>\s*)\Z")
-"""What a generation prompt may end with: ``<think>``, ``[THINK]``, ``<|assistant|>``."""
+"""A mark that a generation prompt may end with: ``<think>``, ``[THINK]``, ``<|assistant|>``."""
 Long = Literal["drop", "cut", "refuse"]
 
 
@@ -39,16 +39,16 @@ class Prompt:
     prompt_id: str
     tokens: list[int]
     demonstration: list[int] | None
-    """Response tokens with end-of-sequence; None if there is none that can be used."""
+    """The response tokens with end-of-sequence; None if there is no demonstration that can be used."""
     ground_truth: str
     data_source: str
     level: str | None = None
-    """How hard it is, in its source's words."""
+    """How hard the problem is, in the words of its source."""
 
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """Longest prompt and response in tokens, and what becomes of longer ones."""
+    """The longest prompt and response in tokens, and what becomes of longer ones."""
 
     prompt: int
     response: int
@@ -57,7 +57,7 @@ class LengthLimits:
 
     @staticmethod
     def of(data: DataConfig) -> LengthLimits:
-        """Of a run's training data."""
+        """Return the limits of a run's training data."""
         return LengthLimits(data.max_prompt_length, data.max_response_length, data.long_prompts, data.long_demonstrations)
 
 
@@ -68,7 +68,7 @@ class Reader:
         self._tokenizer, self._limits = tokenizer, limits
 
     def read(self, row: RawRow, visit: float, counts: Counter[str]) -> Prompt | None:
-        """The prompt of a row; None if it is dropped.
+        """Make the prompt of a row; None if it is dropped.
 
         Args:
             visit: in [0, 1): chooses between several demonstrations.
@@ -90,7 +90,7 @@ class Reader:
         return Prompt(row.prompt_id, tokens, demonstration, truth, fields.get("data_source") or "", row.level)
 
     def texts(self, row: RawRow) -> tuple[str, list[str]]:
-        """The rendered prompt of a row; and what was written of it: the messages, the demonstrations.
+        """Return the rendered prompt of a row; and the texts that its data has: messages and demonstrations.
 
         Raises:
             DataError: as `read`.
@@ -102,7 +102,7 @@ class Reader:
     def _demonstration(
         self, prompt: str, written: Sequence[str], where: str, visit: float, counts: Counter[str]
     ) -> list[int] | None:
-        """One of those that are written; where it is too long and such are dropped, the next that is not."""
+        """Choose a demonstration; if it is too long and long ones are dropped, the next one that is not."""
         limit, long = self._limits.response, self._limits.long_demonstrations
         chosen = int(visit * len(written))
         for text in (*written[chosen:], *written[:chosen]):
@@ -115,13 +115,13 @@ class Reader:
         return None
 
     def _encode(self, text: str) -> list[int]:
-        """No token is added: the template has written what there is to be."""
+        """Encode text without adding tokens: the chat template has written all special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
 def without_open_think(prompt: str, demonstration: str) -> str:
-    """The demonstration without the ``<think>`` (or what else a model calls it) that the prompt has already opened, wherever
-    white space stands around it."""
+    """Remove the opening ``<think>`` (or what a model calls it) from a demonstration if the prompt ends with it already,
+    whatever white space is around it."""
     opened = _OPENED.search(prompt)
     if opened is None or not demonstration.lstrip().startswith(opened["mark"]):
         return demonstration
@@ -129,10 +129,11 @@ def without_open_think(prompt: str, demonstration: str) -> str:
 
 
 def demonstration_tokens(tokens: Sequence[int], end: int, limit: int, long: Long, where: str) -> list[int] | None:
-    """The response that a demonstration is: its tokens and end-of-sequence; None if it is empty, or dropped.
+    """Make a response of a demonstration: its tokens and end-of-sequence; None if it is empty or dropped.
 
     Args:
-        long: what becomes of one longer than `limit`. Cut, it teaches the policy not to end (the reference cuts).
+        long: what becomes of a demonstration longer than `limit`. One that is cut teaches the policy not to end; the
+            reference cuts.
 
     Raises:
         DataError: longer than `limit` where that is refused.
@@ -147,7 +148,7 @@ def demonstration_tokens(tokens: Sequence[int], end: int, limit: int, long: Long
 
 
 def load_prompts(paths: str | Sequence[str], tokenizer: Tokenizer, limits: LengthLimits) -> list[Prompt]:
-    """All prompts of a set that is small enough to be held, in the order of its files.
+    """Load all prompts of a set that fits into memory, in the order of its files.
 
     Raises:
         DataError: with file, row and field: what `ProblemSet` and `Reader` refuse, and an id that occurs twice.

@@ -9,13 +9,13 @@ from megatron_hpt.errors import DataError
 
 
 def rendered(tokenizer: Any, chat: Sequence[dict[str, str]], where: str) -> str:
-    """By the tokenizer's chat template, with a generation prompt.
+    """Render a chat by the tokenizer's chat template, with a generation prompt.
 
     Args:
-        where: how messages call the row.
+        where: how error messages call the row.
 
     Raises:
-        DataError: the template takes no such chat.
+        DataError: the template refuses the chat.
     """
     try:
         return tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, tokenize=False)

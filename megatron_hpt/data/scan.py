@@ -1,4 +1,4 @@
-"""Every row is looked at once before anything starts: in constant memory, and without a tokenizer."""
+"""Looking at every row once before anything starts, in constant memory and without a tokenizer."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ class Overview:
 
     rows: int = 0
     demonstrations: int = 0
-    """Rows that have one."""
+    """How many rows have a demonstration."""
     placeholders: Counter[str] = field(default_factory=Counter)
-    """Ground truths that are none (`proof`, `notfound`) → rows."""
+    """Words in place of a ground truth (`proof`, `notfound`) → how many rows have them."""
     data_sources: set[str] = field(default_factory=set)
 
 
 _CANDIDATES = 1000
-"""Ids that are compared as text; that two different ones have one hash of 64 bits is a rarity, so a few are enough."""
+"""How many ids with equal hashes are compared as texts: two different ids rarely share 64 bits, so a few are enough."""
 Look = Callable[[RawRow], object]
 
 
 def scan(
     sets: Sequence[ProblemSet], look: Look | None = None, most: int = 0, advance: Callable[[int], None] = lambda _: None
 ) -> Overview:
-    """Read all rows of all sources.
+    """Read all rows of all sources and check them; `launch.training_data` calls this before a run starts.
 
     Args:
-        look: given at most `most` rows, evenly spread, or all where there are not more; and the first of each sequence of
-            roles, which chat templates may refuse.
-        advance: told how many rows were read since it was last called.
+        look: is called with at most `most` rows, evenly spread, or with all if there are not more; and with the first row of
+            each sequence of roles, which chat templates may refuse.
+        advance: is called with the number of rows that were read since the last call.
 
     Raises:
         DataError: with file and row: rows that cannot be read or used, how many there are and what is wrong with the first;
@@ -71,7 +71,7 @@ def scan(
 
 
 def _first(roles: Sequence[str | None], seen: set[str]) -> list[int]:
-    """Rows whose roles were not seen before."""
+    """Return the rows of a batch whose sequences of roles were not seen before, and note them as seen."""
     new = []
     for row, sequence in enumerate(roles):
         if sequence is not None and sequence not in seen:
@@ -81,7 +81,7 @@ def _first(roles: Sequence[str | None], seen: set[str]) -> list[int]:
 
 
 def _batches(sets: Sequence[ProblemSet], only: Sequence[str] | None = None):
-    """Set, number of the block, place of the batch's first row in it, batch."""
+    """Yield every batch of every set: the set, the number of the block, the batch's first row in the block, the batch."""
     for problems in sets:
         for number in range(len(problems.blocks)):
             first = 0
@@ -95,7 +95,7 @@ def _names(problems: ProblemSet, number: int, first: int, batch: pa.RecordBatch)
 
 
 class _Bad:
-    """Rows that cannot be used."""
+    """Collects the rows that cannot be used."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -115,7 +115,7 @@ class _Bad:
 
 
 def _check_unique(sets: Sequence[ProblemSet], hashes: np.ndarray) -> None:
-    """Eight bytes a row find the candidates; only their ids are read again and compared."""
+    """Refuse ids that occur twice. Hashes of eight bytes a row find candidates; only their ids are read again and compared."""
     hashes.sort()
     twice = set(hashes[1:][hashes[1:] == hashes[:-1]][:_CANDIDATES].tolist())
     if not twice:

@@ -1,4 +1,4 @@
-"""Where a run's prompts come from: sources mixed, shuffled, read and chosen, all by position."""
+"""Where a run's prompts come from. Sources are mixed, shuffled and read by position, so a position is all there is to save."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_hpt.data.storage.fingerprint import fingerprints
 from megatron_hpt.errors import DataError
 
 COUNTS = ("dropped_prompts", "dropped_demonstrations", "cut_demonstrations", "passed_solved", "passed_failed")
-"""What is counted while prompts are taken (docs/metrics.md, below ``data/``)."""
+"""The names of what is counted while prompts are taken (docs/metrics.md, below ``data/``)."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Prompts, and where the data goes on."""
+    """Prompts, and the position at which the data goes on."""
 
     prompts: list[Prompt]
     next_position: int
@@ -31,7 +31,7 @@ class Taken:
 
 
 class PromptSource:
-    """Prompts by position. What a position gives is a function of the data, the settings, the seed and the streaks."""
+    """Gives prompts by position: a pure function of the data, the settings, the seed and the streaks."""
 
     def __init__(
         self,
@@ -46,7 +46,12 @@ class PromptSource:
         self._shuffles = [Shuffle(problems.layout, (seed, number)) for number, problems in enumerate(sets)]
 
     def take(self, position: int, number: int, streaks: Streaks = {}) -> Taken:  # noqa: B006 (never changed)
-        """The next prompts that are not dropped or passed over, from a position on; they may span epochs.
+        """Take the next prompts that are not dropped or passed over; the coordinator calls this for every round of a step.
+
+        Args:
+            position: where to begin; prompts are taken over the end of an epoch.
+            number: how many prompts to take.
+            streaks: of the prompts, for the curriculum.
 
         Raises:
             DataError: a row cannot be read or used, or there is no prompt left to take.
@@ -66,7 +71,7 @@ class PromptSource:
 
     @property
     def _patience(self) -> int:
-        """Positions after which every row has had its turn."""
+        """So many positions that every row has its turn among them."""
         shares = self._mixture.shares
         if len(shares) == 1:
             return self._shuffles[0].rows
@@ -74,7 +79,7 @@ class PromptSource:
         return math.ceil(needed) + SourceMixture.CYCLE  # a cycle is shuffled: a source's places may all be at its end
 
     def _at(self, position: int, streaks: Streaks, counts: Counter[str]) -> tuple[Prompt | None, bool]:
-        """What a position gives, and whether its row can give nothing at other positions either."""
+        """Return the prompt at a position, if any, and whether its row would give none at any other position either."""
         source, draw = self._mixture.at(position)
         row = self._sets[source].row(self._shuffles[source].at(draw))
         if self._curriculum is not None:
@@ -95,7 +100,7 @@ class PromptSource:
 
 
 def files(config: Config) -> list[dict[str, Any]]:
-    """The files of `data.train` with their rows and checksums, as JSON: what a position gives is a function of them."""
+    """List the files of `data.train` with their rows and checksums, as JSON; a run keeps it for `check_same_files`."""
     sets = open_sets(config)
     locations = [location for problems in sets for location in problems.locations]
     rows = Counter[str]()
@@ -109,10 +114,10 @@ def files(config: Config) -> list[dict[str, Any]]:
 
 
 def check_same_files(before: Sequence[dict[str, Any]], config: Config) -> None:
-    """A run goes on with the data that it began with.
+    """See that a run goes on with the data that it began with.
 
     Args:
-        before: what `files` was then.
+        before: what `files` returned when the run began.
 
     Raises:
         DataError: a file is gone, is new, has another number of rows, or other contents as far as its checksum covers them.
@@ -134,12 +139,12 @@ def check_same_files(before: Sequence[dict[str, Any]], config: Config) -> None:
 
 
 def held_out_limits(config: Config) -> LengthLimits:
-    """Of evaluation sets: none of their prompts may be left out, and their demonstrations are not used."""
+    """Return the limits of held-out sets: none of their prompts may be left out, and their demonstrations are not used."""
     return LengthLimits(config.data.max_prompt_length, config.data.max_response_length, long_demonstrations="drop")
 
 
 def sources(config: Config) -> list[SourceConfig]:
-    """What `data.train` names; files without weights are one source, whose rows all weigh the same."""
+    """List what `data.train` names; files without weights are one source, whose rows all weigh the same."""
     train = config.data.train
     if isinstance(train, str) or isinstance(train[0], str):
         return [SourceConfig(path=train, weight=1.0)]
@@ -147,7 +152,7 @@ def sources(config: Config) -> list[SourceConfig]:
 
 
 def open_sets(config: Config, scratch: Path | None = None) -> list[ProblemSet]:
-    """The sources of `data.train`.
+    """Open the sources of `data.train`.
 
     Raises:
         DataError: as `ProblemSet`.
@@ -159,7 +164,7 @@ def open_sets(config: Config, scratch: Path | None = None) -> list[ProblemSet]:
 
 
 def training_source(config: Config, sets: Sequence[ProblemSet], tokenizer: Tokenizer) -> PromptSource:
-    """The prompts that a run trains on."""
+    """Make the source of the prompts that a run trains on."""
     data, seed = config.data, config.trainer.seed
     chosen = data.curriculum
     curriculum = None

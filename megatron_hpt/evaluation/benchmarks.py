@@ -11,7 +11,7 @@ from megatron_hpt.errors import ConfigError, DataError, did_you_mean
 from megatron_hpt.preparation.sets import set_name
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
-"""Of files of problems: the project's schema (docs/data.md), or an array of ``{prompt, answer}`` as test sets are published."""
+"""Endings of files of problems: in the project's schema (docs/data.md), or an array of ``{prompt, answer}`` as published."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 """`amc` is the set that the paper reports, AMC 12 of 2022 and 2023; `amc23` the one that its repository holds."""
 _DEFAULT = Benchmark("", 0)
-"""For a file of the user's own."""
+"""The row for a file of the user's own."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A set to evaluate."""
+    """A set that is to be evaluated."""
 
     name: str
     file: Path
@@ -51,11 +51,11 @@ class Chosen:
 
 
 def choose(wanted: Sequence[str], data: Path, samples: int | None = None, grader: str | None = None) -> list[Chosen]:
-    """The sets that a list names.
+    """Look up the sets that ``--benchmarks`` names.
 
     Args:
         wanted: names of the table or of files in `data`, or paths of files; each may end in ``@k``, its samples a problem.
-        samples, grader: in place of the table's.
+        samples, grader: replace those of the table.
 
     Raises:
         ConfigError: an unknown name, or one that occurs twice.
@@ -84,7 +84,7 @@ def _one(text: str, data: Path, samples: int | None, grader: str | None) -> Chos
 
 
 def canonical(name: str) -> str | None:
-    """The table's name for a name, an alias or another spelling of either (case, ``_`` and ``-``); None: not in it."""
+    """Return the table's name for a name, an alias or another spelling of either (case, ``_``, ``-``); None if it has none."""
     plain = _plain(name)
     return next((own for own, row in BENCHMARKS.items() if plain in map(_plain, (own, *row.aliases))), None)
 
@@ -94,7 +94,7 @@ def _plain(name: str) -> str:
 
 
 def _named(text: str, data: Path) -> tuple[str, Path]:
-    """A name and its file in `data`, under whichever spelling it lies there."""
+    """Return a set's name and its file in `data`, under whichever spelling it lies there."""
     name = canonical(text)
     found = (path for pattern in ("*", "*/test.*") for path in data.glob(pattern) if path.suffix in SUFFIXES)
     files = {path: set_name(path) for path in sorted(found, key=lambda path: SUFFIXES.index(path.suffix))}

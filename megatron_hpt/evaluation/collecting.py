@@ -1,4 +1,4 @@
-"""Filling the folder of an evaluation: sample what is missing, grade every set once it is complete, write it whole."""
+"""Filling the folder of an evaluation: missing samples are drawn, and every set is graded and written once it is complete."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megatron_hpt.evaluation.sampling import Wanted, draw, wanted
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Who answers."""
+    """Who answers, and how much at once."""
 
     engine: Sampler
     tokenizer: Any
     at_once: int
-    """Requests under way at the same time."""
+    """How many requests are under way at the same time."""
 
 
 class Collection:
@@ -45,7 +45,7 @@ class Collection:
 
     @property
     def missing(self) -> list[Wanted]:
-        """Samples that have to be drawn."""
+        """The samples that have to be drawn."""
         seed = self._evaluation.protocol.seed
         return [
             one
@@ -56,7 +56,7 @@ class Collection:
     async def fill(
         self, source: SampleSource | None, graders: Graders, progress: Callable[[SampleRow], None] = lambda _: None
     ) -> None:
-        """Draw what is missing, and grade. Afterwards every set has its file.
+        """Draw and grade what is missing. Afterwards every set has its file.
 
         Args:
             source: may be None where nothing is missing.
@@ -98,7 +98,7 @@ class Collection:
         return path.is_file() and count_samples(path) == len(self._sets[name]) * self._samples(name)
 
     def _take_over(self, name: str) -> None:
-        """Samples of an evaluation that wanted fewer a problem."""
+        """Take over the samples of an evaluation that had fewer samples a problem."""
         path, journal = samples_file(self._folder, name), self._journals[name]
         for row in read_samples(path) if path.is_file() else ():
             if (row.problem_id, row.sample) not in journal.rows:

@@ -1,4 +1,4 @@
-"""Scores of samples: the only place where an evaluation meets the reward registry."""
+"""Scores of samples. This is the only place where an evaluation meets the reward registry."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _LABELLED = {"name", "by_source"}
 
 
 def label(settings: RewardConfig) -> str:
-    """What samples record of their grader: the reward's name, or as JSON what is not one name for all data."""
+    """Return what samples record of their grader: the reward's name, or JSON where there is more than one name."""
     if isinstance(settings.name, str) and not settings.by_source:
         return settings.name
     return json.dumps({"name": settings.name, "by_source": settings.by_source})
 
 
 def settings_of(grader: str, base: RewardConfig) -> RewardConfig:
-    """The settings behind a label, or behind what a user writes: a reward, or a sum such as {math: 0.9, format: 0.1}.
+    """Return the settings for a label, or for what a user writes: a reward, or a sum such as {math: 0.9, format: 0.1}.
 
-    All but the rewards' names are those of `base`.
+    Everything but the rewards' names is taken from `base`.
 
     Raises:
         ConfigError: no reward of that name, or one that lacks a setting.
@@ -50,7 +50,7 @@ def settings_of(grader: str, base: RewardConfig) -> RewardConfig:
 
 
 def checked_grader(grader: str, base: RewardConfig) -> str:
-    """The label of what a user writes, which can run here.
+    """Return the label of what a user writes, and see that it can run here.
 
     Raises:
         ConfigError: no reward of that name, or it cannot run here.
@@ -66,15 +66,15 @@ class Graders:
     def __init__(self, settings: RewardConfig, started: Mapping[str, GraderPool] | None = None) -> None:
         """
         Args:
-            settings: of every grader, but for the rewards' names.
-            started: pools that somebody else ends.
+            settings: for every grader, but for the rewards' names.
+            started: pools that the caller has started and will end.
         """
         self._settings = settings
         self._pools = dict(started or {})
         self._stack = ExitStack()
 
     async def grade(self, rows: Sequence[SampleRow], grader: str) -> list[SampleRow]:
-        """The samples with their scores, the answers to one problem together."""
+        """Return the samples with their scores. The answers to one problem are graded together."""
         problems = [list(group) for _, group in groupby(rows, key=lambda row: row.problem_id)]
         grades = await asyncio.gather(
             *(self._pool(grader).grade([_answer(row) for row in group]) for group in problems),
@@ -105,9 +105,9 @@ _ANSWERS = {
     "math_reference": reference.last_boxed,
     **{"choice": chosen, "exact": final, "numeric": final, "reasoning_gym": final},
 }
-"""How graders read the answer that do not take the last box behind the reasoning."""
+"""Grader → how it reads the answer, of those that do not take the last box behind the reasoning."""
 
 
 def answer_of(response: str, grader: str) -> str | None:
-    """What maj@k counts: the answer as the grader reads it; None: there is none."""
+    """Return the answer as the grader reads it, which maj@k counts; None if there is none."""
     return _ANSWERS.get(grader, boxed_answer)(response)

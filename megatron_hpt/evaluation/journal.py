@@ -1,4 +1,4 @@
-"""The samples of a benchmark while it is being sampled: a line each, so that a killed evaluation loses none that it had."""
+"""The samples of a benchmark that is being sampled, one a line, so that a killed evaluation loses none that it had."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_hpt.evaluation.samples import Key, SampleRow
 
 
 class Journal:
-    """Finished samples, kept as they come; a context manager. A last line that was cut off is dropped."""
+    """Keeps finished samples as they come; a context manager. A last line that was cut off is dropped."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -39,11 +39,11 @@ class Journal:
         self.rows[row.problem_id, row.sample] = row
 
     def ordered(self, problems: Iterable[str], samples: int) -> list[SampleRow]:
-        """All samples of all problems, in this order."""
+        """Return all samples of all problems, in the order of `problems`."""
         return [self.rows[problem, sample] for problem in problems for sample in range(samples)]
 
     def remove(self) -> None:
-        """End it: its samples lie elsewhere now."""
+        """Delete the file, once its samples are kept elsewhere."""
         self._file.close()
         self._path.unlink(missing_ok=True)
 

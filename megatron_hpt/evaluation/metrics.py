@@ -1,4 +1,4 @@
-"""Accuracy over repeated samples, as a run's metrics: the values of `statistics`, without their intervals."""
+"""The metrics of an evaluation inside a run: the values of `statistics`, without their intervals."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from megatron_hpt.evaluation.statistics import Scores
 
 
 def average_at_k(rewards: Scores) -> float | None:
-    """avg@k: mean over prompts of the mean reward of their graded answers; None if nothing was graded."""
+    """Return avg@k: mean over prompts of the mean reward of their graded answers; None if nothing was graded."""
     found = statistics.average_at_k(rewards)
     return None if found is None else found.value
 
 
 def solved_share(rewards: Scores) -> float | None:
-    """Share of prompts with at least one correct answer among the k sampled (pass@k with n = k)."""
+    """Return the share of prompts with at least one correct answer among the k sampled (pass@k with n = k)."""
     found = statistics.solved_at_least_once(rewards)
     return None if found is None else found.value
 
 
 def average_key(name: str, samples: int) -> str:
-    """The metric of a held-out set's accuracy."""
+    """Return the name of the metric of a held-out set's accuracy."""
     return f"eval/{name}/avg@{samples}"
 
 
 def of_samples(name: str, samples: int, rows: Sequence[SampleRow]) -> dict[str, float | None]:
-    """The metrics of one held-out set.
+    """Compute the metrics of one held-out set.
 
     Args:
-        samples: a problem.
-        rows: all of them, problem by problem.
+        samples: how many each problem has.
+        rows: all samples, problem by problem.
     """
     scores = [[row.score for row in rows[first : first + samples]] for first in range(0, len(rows), samples)]
     graded = [row.score for row in rows if row.score is not None]

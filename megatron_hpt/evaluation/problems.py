@@ -1,4 +1,4 @@
-"""The problems of a test set as a model is asked them."""
+"""The problems of a test set, in the form in which a model is asked them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from megatron_hpt.preparation.reading import Files
 from megatron_hpt.preparation.sets import set_name
 
 SYSTEM_PROMPTS = {"simplerl": "Please reason step by step, and put your final answer within \\boxed{}."}
-"""By name; ``simplerl`` is what the paper's evaluator used."""
+"""Name → system prompt; ``simplerl`` is what the paper's evaluator used."""
 
 
 def system_prompt(given: str | None) -> str | None:
-    """A system prompt by name, or the text itself.
+    """Look up a system prompt by name; any text of several words is a system prompt itself.
 
     Raises:
-        ConfigError: one word that is no name.
+        ConfigError: a single word that is no name.
     """
     if given is None or given in SYSTEM_PROMPTS:
         return given and SYSTEM_PROMPTS[given]
@@ -52,7 +52,7 @@ class EvaluationProblem:
 
 
 def load_problems(file: Path, tokenizer: Tokenizer, system_prompt: str | None = None) -> list[EvaluationProblem]:
-    """Load a set.
+    """Load a test set; ``megatron-hpt evaluate`` calls this.
 
     Args:
         file: in the project's schema (docs/data.md), or a JSON array of ``{prompt, answer[, source, id, level]}``.
@@ -66,7 +66,7 @@ def load_problems(file: Path, tokenizer: Tokenizer, system_prompt: str | None = 
 
 
 def of_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> list[EvaluationProblem]:
-    """Problems of prompts that are tokenised already: a run's."""
+    """Make problems of prompts that are tokenised already, as those of a run are."""
     return [
         EvaluationProblem(p.prompt_id, p.tokens, tokenizer.decode(p.tokens), p.ground_truth, p.data_source, p.level)
         for p in prompts
@@ -74,7 +74,7 @@ def of_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> list[EvaluationProb
 
 
 def sha256_of(paths: str | Sequence[str]) -> str:
-    """Digest of the files of a set, one after the other."""
+    """Compute the digest of the files of a set, one after the other."""
     digest = hashlib.sha256()
     for location in find(paths):
         with location.open() as file:
@@ -89,7 +89,7 @@ def _schema_rows(file: Path) -> list[RawRow]:
 
 
 def _json_rows(file: Path) -> list[RawRow]:
-    """The rows of a published set, as tools/prepare_data.py benchmarks would write them: also with the same ids."""
+    """Read the rows of a published set as tools/prepare_data.py benchmarks would write them, with the same ids."""
     name = set_name(file).lower()
     form, rows, seen = benchmark(name), [], {}
     for record, named in Files((file,)).values(form.read):

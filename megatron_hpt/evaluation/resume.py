@@ -1,4 +1,4 @@
-"""Going on with an evaluation that was interrupted, or that wants more: only where it is asked in the same way."""
+"""Continuing an evaluation that was interrupted, or that now wants more. It must be sampled and graded in the same way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_hpt.evaluation.samples import RECORD, Evaluation, Protocol, read_r
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """The folder of an evaluation, for this process alone.
+    """Lock the folder of an evaluation for this process alone.
 
     Raises:
         ConfigError: another process works in it.
@@ -28,10 +28,10 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def continued(folder: Path, record: Evaluation) -> Evaluation:
-    """The record of an evaluation that goes on: the benchmarks that it has and those that are asked for now.
+    """Return the record of an evaluation that goes on: with the benchmarks that it has and those of `record`.
 
     Raises:
-        ConfigError: what lies there was made in another way; names every difference.
+        ConfigError: what is in the folder was made in another way; names every difference.
     """
     if not (folder / RECORD).is_file():
         return record
@@ -44,7 +44,7 @@ def continued(folder: Path, record: Evaluation) -> Evaluation:
 
 
 def differences(before: Evaluation, now: Evaluation) -> list[str]:
-    """Why one cannot go on as the other. More samples a problem, and other benchmarks, are no reason."""
+    """Say why one cannot go on as the other. More samples a problem, and other benchmarks, are no reason."""
     pairs = [(key, getattr(before, key), getattr(now, key)) for key in ("model", "weights", "engine", "dtype", "overrides")]
     pairs += [(f.name, getattr(before.protocol, f.name), getattr(now.protocol, f.name)) for f in fields(Protocol)]
     found = [f"{key} was {one!r}, now {other!r}" for key, one, other in pairs if one != other]

@@ -23,7 +23,7 @@ from megatron_hpt.errors import DataError
 from megatron_hpt.files import whole, write_whole
 
 Key = tuple[str, int]
-"""Of a sample: its problem and its number."""
+"""What identifies a sample: the id of its problem, and its number."""
 FORMAT = 1
 RECORD = "evaluation.json"
 SCHEMA = pa.schema(
@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
         pa.field("grader", pa.string(), nullable=False),
     ]
 )
-"""One sample of one problem."""
+"""A row is one sample of one problem."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a model is sampled; two evaluations compare only where theirs is the same."""
+    """How a model is sampled. Two evaluations can be compared only if their protocols are the same."""
 
     temperature: float
     top_p: float
     max_tokens: int
     seed: int
     system_prompt: str | None = None
-    """Put before every problem that has none."""
+    """It is put before every problem that has none of its own."""
     chat_template: str | None = None
-    """In place of the tokenizer's own."""
+    """It replaces the tokenizer's own."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class SetRecord:
 
     file: str
     sha256: str
-    """Of the file."""
+    """Digest of the file."""
     problems: int
     samples: int
-    """A problem."""
+    """How many samples each problem has."""
     grader: str
 
 
@@ -99,19 +99,19 @@ class Evaluation:
     """What evaluation.json says."""
 
     model: str
-    """As it was given: a folder, a checkpoint, a run's part, or a server's URL."""
+    """What the user named: a folder, a checkpoint, a part of a run, or a server's URL."""
     weights: str
-    """Tells weights of one place apart: a digest of the files' names, sizes and times; of a server, its label."""
+    """Tells different weights in one place apart: a digest of the files' names, sizes and times; the label of a server."""
     protocol: Protocol
     benchmarks: dict[str, SetRecord]
-    """By name, in the order of the table."""
+    """The benchmarks by name, in the order of the table."""
     step: int | None = None
-    """Optimizer steps in the weights, where they are a run's."""
+    """How many optimizer steps the weights have had, if they are a run's."""
     engine: str = ""
     dtype: str = ""
-    """Of the computation; empty: that of a server, which does not say."""
+    """The dtype of the computation; empty for a server, which does not say."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Keys of config.json that were given other values."""
+    """The keys of config.json that were given other values."""
 
 
 def write_record(folder: Path, evaluation: Evaluation) -> None:
@@ -120,7 +120,7 @@ def write_record(folder: Path, evaluation: Evaluation) -> None:
 
 
 def read_record(folder: Path) -> Evaluation:
-    """What `write_record` wrote.
+    """Read what `write_record` wrote.
 
     Raises:
         DataError: not the folder of an evaluation, or one of another version.
@@ -137,7 +137,7 @@ def read_record(folder: Path) -> Evaluation:
 
 
 def samples_file(folder: Path, benchmark: str) -> Path:
-    """Where the samples of a benchmark are once all of them are there."""
+    """Return where the samples of a benchmark are once all of them are there."""
     return folder / "samples" / f"{benchmark}.parquet"
 
 
@@ -167,16 +167,16 @@ def read_columns(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def count_samples(path: Path) -> int:
-    """How many samples a file has. Raises as `read_samples`."""
+    """Count the samples in a file. Raises as `read_samples`."""
     with _readable(path):
         return pq.read_metadata(path).num_rows
 
 
 def check_complete(path: Path, there: Iterable[Key], record: SetRecord) -> None:
-    """A benchmark's samples are those that its evaluation says: each problem has samples 0 … k-1, each once.
+    """Check a benchmark's samples against the record of its evaluation: each problem has samples 0 … k-1, each once.
 
     Args:
-        there: problem and number of every sample in the file.
+        there: the key of every sample in the file.
 
     Raises:
         DataError: names what is missing and what is doubled.
@@ -197,7 +197,7 @@ def check_complete(path: Path, there: Iterable[Key], record: SetRecord) -> None:
 
 
 _SHOWN = 5
-"""Of what is wrong with a file."""
+"""How many of the things that are wrong with a file are named."""
 
 
 def _told(key: Key) -> str:

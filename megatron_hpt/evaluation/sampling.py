@@ -1,4 +1,4 @@
-"""Samples of test problems. One code path for the command and for evaluations inside training."""
+"""Sampling test problems. The command and the evaluations inside training use the same code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_hpt.evaluation.samples import Key, Protocol, SampleRow
 
 @dataclass(frozen=True)
 class Wanted:
-    """One sample that is to be drawn. Its seed depends on nothing but the protocol's, the set, the problem and its number."""
+    """A sample that is to be drawn. Its seed depends only on the protocol's seed, the set, the problem and its number."""
 
     benchmark: str
     problem: EvaluationProblem
@@ -25,10 +25,10 @@ class Wanted:
 def wanted(
     benchmark: str, problems: Sequence[EvaluationProblem], samples: int, seed: int, have: Container[Key] = ()
 ) -> list[Wanted]:
-    """The samples of a set that are missing, problem by problem: an engine has a problem's prompt in its cache.
+    """List the missing samples of a set, problem by problem, so that engines find the prompts in their caches.
 
     Args:
-        have: those that are there.
+        have: the samples that are there.
     """
     return [
         Wanted(benchmark, problem, sample, seed_of(seed, "evaluation", benchmark, problem.problem_id, sample))
@@ -46,11 +46,11 @@ async def draw(
     at_once: int,
     found: Callable[[Wanted, SampleRow], None],
 ) -> None:
-    """Draw samples, each a request of its own, and hand them on as they come.
+    """Draw samples, each as a request of its own, and hand them on as they come.
 
     Args:
-        at_once: requests under way: what the engines decode at the same time, so that none waits in a queue.
-        found: called with every sample, ungraded.
+        at_once: how many requests are under way; as many as the engines decode at the same time, so that none is queued.
+        found: is called with every sample, ungraded.
 
     Raises:
         EngineError, DeadlineError: as `engine` raises.
@@ -83,7 +83,7 @@ def _request(one: Wanted, protocol: Protocol, stop_token: int) -> SamplingReques
 
 
 def as_row(one: Wanted, sample: Sample, tokenizer: Any) -> SampleRow:
-    """An ungraded sample, as it is kept."""
+    """Make the row of an ungraded sample."""
     problem = one.problem
     response = tokenizer.decode(sample.tokens, skip_special_tokens=True)
     return SampleRow(

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is the best, by a validation set; and which evaluations keep their samples."""
+"""Which checkpoint of a run is the best on a validation set, and which evaluations keep their samples."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megatron_hpt.run import RunDir
 
 
 class Selection:
-    """The best checkpoint so far. It is worked out from the run's own lines, so a resumed run has it again."""
+    """Keeps the best checkpoint so far. It follows from the run's lines of metrics, so a resumed run finds it again."""
 
     def __init__(self, run: RunDir, config: EvaluationConfig, lines: Iterable[Mapping[str, Any]]) -> None:
         """
         Args:
-            lines: metrics of the steps that a resumed run has behind it.
+            lines: the metrics of the steps that a resumed run has behind it.
         """
         self._run, self._config = run, config
         self._best: Best | None = None
@@ -35,14 +35,14 @@ class Selection:
         self._write()
 
     def consider(self, metrics: Mapping[str, Any]) -> None:
-        """Take note of an evaluation, if the metrics have one. Its checkpoint is saved, or being saved."""
+        """Consider an evaluation, if the metrics have one (from the coordinator). Its checkpoint is saved or being saved."""
         better = self._better(metrics)
         if better != self._best:
             self._best = better
             self._write()
 
     def _better(self, metrics: Mapping[str, Any]) -> Best | None:
-        """The best checkpoint if these are considered too; of equally good ones the earliest. Version 0 has no checkpoint."""
+        """Return the best checkpoint with these metrics considered; the earliest of equally good ones. Version 0 has none."""
         select, metric = self._config.select, average_key(self._config.select or "", self._config.samples)
         value, step = metrics.get(metric), metrics.get("eval/version")
         if select is None or value is None or not step or (self._best is not None and value <= self._best.value):
@@ -57,7 +57,7 @@ class Selection:
 
 
 def remove_superseded(run: RunDir, newest: int) -> None:
-    """Remove the samples of all evaluations but the `newest` last and the best checkpoint's."""
+    """Remove the samples of all evaluations but the last `newest` ones and that of the best checkpoint."""
     for step in superseded(run.evaluation_steps(), newest, 0, read_best(run.path)):
         shutil.rmtree(run.evaluation(step), ignore_errors=True)
 

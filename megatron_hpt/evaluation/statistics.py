@@ -1,4 +1,4 @@
-"""avg@k and pass@k of repeated samples, and how sure they are. Pure; numpy only.
+"""avg@k and pass@k of repeated samples, with confidence intervals. The functions are pure and need numpy only.
 
 Problems are the sampling unit: they stand for all problems of their kind, and the samples of one problem belong together
 (Miller 2024, arXiv 2411.00640, section 3.1: errors are computed over the means of problems). So every metric is a mean over
@@ -17,7 +17,7 @@ from statistics import NormalDist
 import numpy as np
 
 Scores = Sequence[Sequence[float | None]]
-"""Of each problem the scores of its samples; None: ungraded."""
+"""For each problem the scores of its samples; None: ungraded."""
 CORRECT = 1.0
 CONFIDENCE = 0.95
 
@@ -31,26 +31,26 @@ class Estimate:
     high: float
     problems: int
     left_out: int = 0
-    """Problems with too few graded samples."""
+    """How many problems had too few graded samples."""
 
 
 def graded(scores: Sequence[float | None]) -> list[float]:
-    """The scores of one problem's graded samples."""
+    """Return the scores of one problem's graded samples."""
     return [score for score in scores if score is not None]
 
 
 def ungraded(scores: Scores) -> int:
-    """Samples without a grade."""
+    """Count the samples without a grade."""
     return sum(score is None for problem in scores for score in problem)
 
 
 def average_at_k(scores: Scores, confidence: float = CONFIDENCE) -> Estimate | None:
-    """avg@k: mean over problems of the mean score of their graded samples. None if nothing was graded."""
+    """Estimate avg@k, the mean over problems of the mean score of their graded samples. None if nothing was graded."""
     return estimate([np.mean(known) if (known := graded(problem)) else None for problem in scores], confidence)
 
 
 def pass_at_k(scores: Scores, k: int, confidence: float = CONFIDENCE) -> Estimate | None:
-    """pass@k: mean over problems of the probability that one of k samples is correct.
+    """Estimate pass@k, the mean over problems of the probability that one of k samples is correct.
 
     Problems with fewer than k graded samples are left out: for them there is no unbiased estimate.
 
@@ -61,7 +61,7 @@ def pass_at_k(scores: Scores, k: int, confidence: float = CONFIDENCE) -> Estimat
 
 
 def solved_at_least_once(scores: Scores, confidence: float = CONFIDENCE) -> Estimate | None:
-    """Share of problems with a correct sample among those graded: pass@n with every problem's own n."""
+    """Estimate the share of problems with a correct sample among those graded: pass@n with every problem's own n."""
     return estimate([float(CORRECT in known) if (known := graded(problem)) else None for problem in scores], confidence)
 
 
@@ -70,7 +70,7 @@ def _pass(known: Sequence[float], k: int) -> float | None:
 
 
 def pass_probability(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate that one of k samples is correct, from n samples of which some are: 1 − C(n−c, k) / C(n, k).
+    """Estimate without bias the probability that one of k samples is correct, from n samples: 1 − C(n−c, k) / C(n, k).
 
     Chen et al. 2021, arXiv 2107.03374, eq. 1, as a product of factors in [0, 1], which no n makes overflow.
 
@@ -85,15 +85,15 @@ def pass_probability(n: int, correct: int, k: int) -> float:
 
 
 def powers_of_two(n: int) -> list[int]:
-    """1, 2, 4 … up to n, and n itself."""
+    """Return 1, 2, 4 … up to n, and n itself."""
     return sorted({2**exponent for exponent in range(n.bit_length())} | {n}) if n else []
 
 
 def estimate(values: Sequence[float | None], confidence: float = CONFIDENCE) -> Estimate | None:
-    """The mean over problems, and its interval.
+    """Compute the mean over problems, and its interval.
 
     Args:
-        values: one a problem; None: left out.
+        values: one for each problem; None leaves the problem out.
 
     Returns:
         None if every problem was left out.
@@ -106,7 +106,7 @@ def estimate(values: Sequence[float | None], confidence: float = CONFIDENCE) -> 
 
 
 def interval(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Confidence interval of the mean of independent values.
+    """Compute a confidence interval of the mean of independent values.
 
     Of values in [0, 1] Wilson's, with the number of values replaced by the effective sample size p(1−p) / SE², SE being the
     standard error over values (Franco, Little, Louis, Slud 2019, doi 10.1093/jssam/smy019, recommend it for proportions of
@@ -134,7 +134,7 @@ def interval(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float,
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t distribution (Abramowitz and Stegun 26.7.5; for 1 and 2 degrees of freedom in closed form)."""
+    """Return a quantile of Student's t (Abramowitz and Stegun 26.7.5; in closed form for 1 and 2 degrees of freedom)."""
     if freedom == 1:
         return math.tan(math.pi * (probability - 0.5))
     if freedom == 2:
@@ -150,7 +150,7 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 def mean_of(parts: Sequence[Estimate]) -> Estimate:
-    """The unweighted mean of independent estimates: the Avg of several benchmarks.
+    """Compute the unweighted mean of independent estimates, which is the Avg of several benchmarks.
 
     Its interval is made of theirs: the distances of their ends are added as standard errors are (Zou and Donner 2008, doi
     10.1002/sim.3095), which keeps the asymmetry of each.

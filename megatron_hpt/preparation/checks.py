@@ -1,4 +1,4 @@
-"""Checks: each looks at a batch of items and adds what it finds."""
+"""Checks. Each looks at a batch of items and adds its findings to them; `pipeline` calls them one after the other."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from megatron_hpt.preparation.reading import Record
 from megatron_hpt.rewards.boxes import last_box, visible
 
 Check = Callable[[Sequence[Item]], None]
-"""Gets items that have a problem and nothing that makes them unusable."""
+"""It is called with items that have a problem and no finding that makes them unusable."""
 Grade = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
-"""(response, ground truth) pairs → grades; None: not to be graded."""
+"""(response, ground truth) pairs → grades; None where an answer cannot be graded."""
 
 
 class Places:
-    """Numbers of items → where they come from. In memory are only those whose row does not follow from the one before."""
+    """Number of an item → where it comes from. Only items whose row does not follow from the one before are kept in memory."""
 
     def __init__(self) -> None:
         self._firsts: list[int] = []
         self._records: list[Record] = []
 
     def note(self, item: Item) -> None:
-        """Take up an item, in the order of their numbers."""
+        """Note an item. Items must come in the order of their numbers."""
         if not self._firsts or self._follows(item) != item.record.row or item.record.file != self._records[-1].file:
             self._firsts.append(item.number)
             self._records.append(Record(item.record.file, item.record.row, {}))
@@ -78,7 +78,7 @@ def _hash(text: str) -> int:
 
 
 class UniqueIds:
-    """An id that came before."""
+    """Finds ids that came before."""
 
     def __init__(self, places: Places) -> None:
         self._seen, self._places = Seen(), places
@@ -91,7 +91,7 @@ class UniqueIds:
 
 
 class Duplicates:
-    """A prompt that came before, without regard to white space and system prompt."""
+    """Finds prompts that came before, without regard to white space and system prompt."""
 
     def __init__(self, places: Places) -> None:
         self._seen, self._places = Seen(), places
@@ -104,12 +104,12 @@ class Duplicates:
 
 
 def _spoken(item: Item) -> str:
-    """All that is said before an answer, but for the system prompt."""
+    """Return all that is said before an answer, but for the system prompt."""
     return "\n".join(message["content"] for message in item.problem.prompt if message["role"] != "system")
 
 
 class Overlap:
-    """Prompts that share words with test problems; what they mean is known when all were seen."""
+    """Finds prompts that share words with test problems. `HeldOut.matches` says what that means, when all prompts were seen."""
 
     def __init__(self, tests: HeldOut) -> None:
         self._tests = tests
@@ -121,11 +121,12 @@ class Overlap:
 
 
 class Demonstrations:
-    """Demonstrations that do not earn the reward for their own ground truth."""
+    """Finds demonstrations that do not earn the reward for their own ground truth."""
 
     def __init__(self, grade: Grade, drop: bool = False) -> None:
-        """Args:
-        drop: leave wrong ones out of rows that have right ones too.
+        """
+        Args:
+            drop: leave wrong ones out of rows that have right ones too.
         """
         self._grade, self._drop = grade, drop
 
@@ -154,11 +155,11 @@ def _shown(items: Sequence[Item]) -> list[tuple[Item, str]]:
 
 
 def boxes(add: bool) -> Check:
-    """Count demonstrations that end without a box, where a verifier of mathematics reads none.
+    """Make a check that counts demonstrations which end without a box that a verifier of mathematics would read.
 
     Args:
-        add: put a sentence with the answer in a box behind them. A thought that does not end is left as it is: what is behind
-            it would be thought too.
+        add: append a sentence with the answer in a box. Reasoning that does not end is left as it is, since the box would
+            count as reasoning too.
     """
 
     def check(items: Sequence[Item]) -> None:
@@ -184,7 +185,7 @@ def _is_open(text: str) -> bool:
 
 
 def instructed(instruction: str) -> Check:
-    """A line after every question."""
+    """Make a check that appends a line to every question."""
 
     def check(items: Sequence[Item]) -> None:
         for item in items:
@@ -195,14 +196,14 @@ def instructed(instruction: str) -> Check:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths in tokens, as a run counts them."""
+    """Measures lengths in tokens, as a run counts them, and finds what is too long."""
 
     tokenizer: Any
     """Of Hugging Face, with a chat template."""
     prompt: int | None = None
-    """The longest prompt that is not long."""
+    """The most tokens of a prompt that is not long; None: any number."""
     response: int | None = None
-    """The longest demonstration that is not long, with end-of-sequence."""
+    """The most tokens, with end-of-sequence, of a demonstration that is not long; None: any number."""
 
     def __call__(self, items: Sequence[Item]) -> None:
         prompts = [(item, prompt) for item in items if (prompt := self._rendered(item)) is not None]
@@ -229,7 +230,7 @@ class Lengths:
 
 
 def characters(items: Sequence[Item]) -> None:
-    """Lengths in characters: what can be said without a tokenizer."""
+    """Measure lengths in characters, where there is no tokenizer."""
     for item in items:
         item.prompt_length = sum(len(message["content"]) for message in item.problem.prompt)
         item.demonstration_lengths = [len(text) for text in item.problem.demonstrations]

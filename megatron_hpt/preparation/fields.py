@@ -15,26 +15,26 @@ from megatron_hpt.errors import shown
 
 
 class Unfit(Exception):
-    """A record that cannot become a problem; the message names the field."""
+    """A record cannot become a problem; the message names the field."""
 
 
 class NoAnswer(Unfit):
-    """A record that holds something in place of its answer."""
+    """A record holds a placeholder where its answer should be."""
 
 
 def optional(given: Any, field: str) -> str | None:
-    """An `answer`, or nothing for null and empty text."""
+    """Return an `answer`, or None for null and empty text."""
     return None if given is None or given == "" else answer(given, field)
 
 
 def beginnings(path: str) -> list[str]:
-    """What a path may be of: `a.b.c` itself, a field of `a.b`, of `a`; the longest first."""
+    """Return the fields that a path may begin with, the longest first: of `a.b.c` itself, `a.b` and `a`."""
     names = path.split(".")
     return [".".join(names[:number]) for number in range(len(names), 0, -1)]
 
 
 def value(fields: Mapping[str, Any], path: str) -> Any:
-    """The value of a field, or of a field of a field: `reward_model.ground_truth`; None if it or what it is in is null.
+    """Return the value of a field, or of a field of a field (`reward_model.ground_truth`); None if it or its record is null.
 
     A field whose own name has dots comes before a field of a field.
 
@@ -55,7 +55,7 @@ def value(fields: Mapping[str, Any], path: str) -> Any:
 
 
 def text(given: Any, field: str) -> str:
-    """Text that says something and can be written.
+    """Return text that is not blank and can be written.
 
     Raises:
         Unfit: null, another type, only white space, not Unicode.
@@ -74,7 +74,7 @@ def text(given: Any, field: str) -> str:
 
 
 def answer(given: Any, field: str) -> str:
-    """An answer: text, or a number as it is written.
+    """Return an answer: text, or a number as it is written.
 
     Raises:
         Unfit: neither, or a number that is none.
@@ -85,7 +85,7 @@ def answer(given: Any, field: str) -> str:
 
 
 def truth(given: Any, field: str) -> str:
-    """An answer that a response can be compared with.
+    """Return an answer that a response can be compared with.
 
     Raises:
         NoAnswer: it only says that there is none.
@@ -98,7 +98,7 @@ def truth(given: Any, field: str) -> str:
 
 
 def messages(given: Any, field: str) -> list[Message]:
-    """A chat: what has role and content.
+    """Return the messages of a chat, which have role and content.
 
     Raises:
         Unfit: no messages, or one of them is empty.
@@ -111,7 +111,7 @@ def messages(given: Any, field: str) -> list[Message]:
 
 
 def chat(given: Any, field: str) -> tuple[tuple[Message, ...], str]:
-    """What comes before a question, and the question: the last message, the user's; text alone is a question.
+    """Return what comes before a question, and the question: the last message, which is the user's. Text alone is a question.
 
     Raises:
         Unfit: as `messages`; the last one is not the user's.
@@ -125,7 +125,7 @@ def chat(given: Any, field: str) -> tuple[tuple[Message, ...], str]:
 
 
 def demonstrations(given: Any, field: str) -> list[str]:
-    """Solutions: a text, a message in a list, or a list of several of either; none for null and what is empty.
+    """Return solutions, given as a text, a message in a list, or a list of several of either; none for null and empty values.
 
     Raises:
         Unfit: another type, a list with something empty.

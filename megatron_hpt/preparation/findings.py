@@ -1,4 +1,4 @@
-"""What can be said about a row, and the row it is said of."""
+"""Findings about rows, and the items that have them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_hpt.preparation.reading import Record
 
 
 class FindingKind(Enum):
-    """Of a finding, as the list of them says it."""
+    """What is wrong, by the word that stands in the list of findings."""
 
     MALFORMED = "malformed"
     NO_ANSWER = "no-answer"
@@ -25,7 +25,7 @@ class FindingKind(Enum):
 
 
 UNUSABLE = frozenset({FindingKind.MALFORMED, FindingKind.NO_ANSWER, FindingKind.DUPLICATE_ID})
-"""No row can come of it: always left out."""
+"""Findings that leave an item without a row, whatever is dropped."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Finding:
     kind: FindingKind
     detail: str
     is_mended: bool = False
-    """What is wrong was left out of the row; it keeps its place."""
+    """The row is kept, without what is wrong with it."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Item:
 
     record: Record
     number: int
-    """Among all records of the sources."""
+    """Its number among all records of the sources."""
     problem: Problem | None = None
     source: str = ""
     identity: str = ""
@@ -53,26 +53,26 @@ class Item:
     prompt_length: int = 0
     """In tokens, or in characters without a tokenizer."""
     demonstration_lengths: list[int] = field(default_factory=list)
-    """As `prompt_length`, in tokens with end-of-sequence."""
+    """Likewise; tokens are counted with end-of-sequence."""
     unboxed: int = 0
-    """Demonstrations without a box that a verifier reads."""
+    """How many demonstrations have no box that a verifier reads."""
     boxed: int = 0
-    """Demonstrations that were given one."""
+    """How many demonstrations were given one."""
 
     def find(self, kind: FindingKind, detail: str, is_mended: bool = False) -> None:
-        """Say what is wrong."""
+        """Add a finding."""
         self.findings.append(Finding(kind, detail, is_mended))
 
     def costs(self, drop: frozenset[FindingKind]) -> FindingKind | None:
-        """Why the row loses its place: the first finding that is to be dropped and was not mended."""
+        """Return why the row is left out: the first kind that is to be dropped and was not mended; None if it is kept."""
         return next((one.kind for one in self.findings if one.kind in drop and not one.is_mended), None)
 
     def unusable(self) -> bool:
-        """No row can come of it."""
+        """Whether no row can be made of the item."""
         return any(finding.kind in UNUSABLE for finding in self.findings)
 
     def lines(self, drop: frozenset[FindingKind]) -> str:
-        """The findings as JSON Lines."""
+        """Return the findings as JSON Lines."""
         about = {"file": self.record.file, "row": self.record.row, "dropped": self.costs(drop) is not None}
         found = ({**about, "reason": one.kind.value, "detail": one.detail} for one in self.findings)
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)

@@ -1,4 +1,4 @@
-"""What the records of a published data set mean: a format is the fields it needs and how they make a problem."""
+"""Formats of published data sets. A format says which fields its records need and how they make a problem."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_hpt.rewards.boxes import last_box
 
 @dataclass(frozen=True)
 class Named:
-    """A problem with what its record says about where it comes from."""
+    """A problem, with the source and the id that its record names."""
 
     problem: Problem
     source: str | None = None
@@ -27,16 +27,16 @@ class RecordFormat:
     """How records become problems."""
 
     name: str
-    """`data_source` of problems whose record names none."""
+    """The `data_source` of problems whose record names none."""
     needed: tuple[str, ...]
-    """Columns, or fields of columns."""
+    """The columns, or fields of columns, that a record must have."""
     optional: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Named]
-    """Raises Unfit."""
+    """Called with the fields of every record; raises Unfit, which costs the record its place."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All that is read of a file, if it is there."""
+        """The columns that are read of a file, where it has them."""
         return tuple(dict.fromkeys(name for path in (*self.needed, *self.optional) for name in beginnings(path)))
 
 
@@ -44,7 +44,7 @@ def openr1(system_prompt: bool) -> RecordFormat:
     """Openr1-Math-46k-8192: the schema of veRL's data sets, with R1's solutions as `target`.
 
     Args:
-        system_prompt: kept; HPT's numbers are without it (its `prepare_train.py` removes the first message).
+        system_prompt: whether it is kept; HPT's numbers are without it (its `prepare_train.py` removes the first message).
     """
 
     def read(fields: Mapping[str, Any]) -> Named:
@@ -63,7 +63,7 @@ def _problem(question: str, right: str, shown: Sequence[str], **others: Any) -> 
 
 
 def benchmark(name: str) -> RecordFormat:
-    """A test set: prompt and answer, some with source, id and level, which are kept."""
+    """A test set: prompt and answer. Source, id and level are kept where a record has them."""
 
     def read(fields: Mapping[str, Any]) -> Named:
         said = {key: optional(fields.get(key), key) for key in ("source", "id", "level")}
@@ -118,7 +118,7 @@ _ROLES = ("prompt", "answer", "demonstration", "system", "id", "source", "level"
 
 
 def mapped(name: str, mapping: Mapping[str, str]) -> RecordFormat:
-    """Any records, by the fields that play a role; `a.b` is a field of that name, or a field of a field.
+    """Any records, whose fields are given roles; `a.b` is a field of that name, or a field of a field.
 
     Args:
         name: `data_source` of problems without a field for it.

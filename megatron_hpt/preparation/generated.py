@@ -16,7 +16,7 @@ from megatron_hpt.preparation.reading import BATCH, Record, RecordBatch
 
 @dataclass(frozen=True)
 class Generated:
-    """Problems of one task; the same for the same seed."""
+    """The problems of one task; the same seed gives the same problems."""
 
     task: str
     rows: int
@@ -24,13 +24,13 @@ class Generated:
     dataset: Any
 
     def batches(self) -> Iterator[RecordBatch]:
-        """All problems; a problem counts as a byte."""
+        """Yield all problems in batches; a problem counts as a byte."""
         for first in range(0, self.rows, BATCH):
             numbers = range(first, min(first + BATCH, self.rows))
             yield RecordBatch([Record(f"reasoning_gym/{self.task}", row, self.dataset[row]) for row in numbers], len(numbers))
 
     def format(self, entries: bool) -> RecordFormat:
-        """How an item becomes a problem.
+        """Return how an item of reasoning-gym becomes a problem.
 
         Args:
             entries: the ground truth is the whole item as JSON, by which reasoning-gym's own scoring judges (many tasks have
@@ -52,10 +52,10 @@ def _plain(given: Any) -> Any:
 
 
 def generate(task: str, rows: int, seed: int, parameters: Mapping[str, Any]) -> Generated:
-    """A task's problems.
+    """Make the problems of a task.
 
     Args:
-        parameters: of the task, e.g. min_terms.
+        parameters: settings of the task, e.g. min_terms.
 
     Raises:
         DataError: the package is not installed; no such task; parameters that it does not take.

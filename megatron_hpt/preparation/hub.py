@@ -1,4 +1,4 @@
-"""Where a source is: on this machine, or a dataset of the Hugging Face hub."""
+"""Finding a source on this machine, or as a dataset of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _HUB_ID = re.compile(r"(?P<dataset>[\w-][\w.-]*/[\w-][\w.-]*)(/(?P<glob>.+))?")
 
 
 def find(source: str) -> Files:
-    """The files of a local path; where there is none, of a dataset `OWNER/NAME`, or some: `OWNER/NAME/GLOB`.
+    """Find the files of a local path; where there is none, of a dataset `OWNER/NAME`, or some of them: `OWNER/NAME/GLOB`.
 
     Raises:
-        DataError: neither.
+        DataError: there is neither.
     """
     hub = _HUB_ID.fullmatch(source)
     if hub and not Path(source).exists() and (hub["glob"] or Path(source).suffix not in SUFFIXES):
@@ -25,7 +25,7 @@ def find(source: str) -> Files:
 
 
 def _fetch(dataset: str, glob: str) -> Files:
-    """The newest version, from the hub's cache, whose folder is named by the commit."""
+    """Fetch the newest version into the hub's cache, where its folder is named by the commit."""
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
 

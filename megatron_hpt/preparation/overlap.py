@@ -24,12 +24,12 @@ Gram = tuple[str, ...]
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits, without case; Chinese and Japanese characters are words of their own."""
+    """Split text into runs of letters and digits, without case; each Chinese or Japanese character is a word of its own."""
     return _WORD.findall(text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold())
 
 
 def canonical(text: str) -> str:
-    """What equal prompts have in common: the text without white space, in Unicode's composed form."""
+    """Return the form in which equal prompts are equal texts: without white space, composed by Unicode's NFC."""
     return unicodedata.normalize("NFC", "".join(text.split()))
 
 
@@ -40,9 +40,9 @@ class Match:
     test_set: str
     row: int
     words: str
-    """The first that are shared."""
+    """The first words that are shared."""
     share: float
-    """Of the test problem's sequences."""
+    """The share of the test problem's sequences that the prompt has."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class HeldOut:
     """The word sequences of test problems."""
 
     length: int = WORDS
-    """Of a sequence, in words."""
+    """How many words a sequence has."""
     _places: list[tuple[str, int, int]] = field(default_factory=list)
-    """Of each problem: test set, row, how many sequences."""
+    """For each problem its test set, its row and how many sequences it has."""
     _grams: dict[Gram, list[int]] = field(default_factory=dict)
     """Sequence → problems."""
     _starts: dict[Gram, set[int]] = field(default_factory=dict)
-    """First words of a sequence → lengths: one look at a place of a prompt instead of one for every length."""
+    """First words of a sequence → lengths of such sequences, so that one look at a place of a prompt serves all lengths."""
     _short: dict[str, list[int]] = field(default_factory=dict)
     _problems: Counter[Gram] = field(default_factory=Counter)
     """Sequence → how many different problems have it."""
@@ -76,12 +76,12 @@ class HeldOut:
 
     @property
     def shortest(self) -> int:
-        """Words of the shortest problem that is looked for within prompts."""
+        """How many words the shortest problem has that is looked for within prompts."""
         return min(SHORTEST, self.length)
 
     @property
     def phrases(self) -> list[str]:
-        """What turned out to be in more than 10 problems."""
+        """The sequences that turned out to be in more than 10 problems."""
         return [" ".join(gram) for gram in self._problems if self._phrase(gram)]
 
     def add(self, test_set: str, row: int, text: str) -> None:
@@ -100,7 +100,7 @@ class HeldOut:
         self._places.append((test_set, row, len(grams)))
 
     def hits(self, text: str, new: bool) -> Hits:
-        """What a prompt shares.
+        """Return what a prompt shares with test problems.
 
         Args:
             new: no equal prompt came before; only new ones tell phrases.
@@ -120,7 +120,7 @@ class HeldOut:
         return Hits(tuple(gram for gram in grams if not self._phrase(gram)), equal)
 
     def matches(self, hits: Hits) -> list[Match]:
-        """The test problems that hits mean, the largest share first; to be asked when all prompts were seen."""
+        """Return the test problems that hits mean, the largest share first. Called when all prompts were seen."""
         shared: dict[int, list[Gram]] = {problem: [] for problem in hits.equal}
         for gram in hits.grams:
             if not self._phrase(gram):

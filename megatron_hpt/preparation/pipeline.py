@@ -1,4 +1,4 @@
-"""Records in, a parquet file of problems and a list of findings out, a batch in memory at a time."""
+"""Turns records into a parquet file of problems and a list of findings, with one batch in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from megatron_hpt.preparation.summary import Summary
 
 @dataclass(frozen=True)
 class PreparationPlan:
-    """What is made of records, and what is asked of them."""
+    """How records become rows, and which checks they go through."""
 
     format: RecordFormat
     split: str = "train"
     instruction: str = ""
-    """Text after every question."""
+    """Text that is appended to every question."""
     lengths: Lengths | None = None
     tests: HeldOut | None = None
     grade: Grade | None = None
     drop: frozenset[FindingKind] = frozenset()
-    """Findings that cost a row its place, besides UNUSABLE."""
+    """The findings, besides UNUSABLE, that cost a row its place."""
     box: bool = False
-    """Demonstrations without a box get one, with the answer in it."""
+    """Whether demonstrations without a box get one, with the answer in it."""
 
 
 def rejects_path(out: Path) -> Path:
-    """Where the findings are written; a name that no reader of a folder takes for data."""
+    """Return where the findings are written. No reader of a folder takes this name for data."""
     return out.with_name(f"_{out.stem}.rejects.jsonl")
 
 
 class Preparation:
-    """One output file."""
+    """Makes one output file."""
 
     def __init__(self, plan: PreparationPlan) -> None:
         self._plan, self._drop = plan, plan.drop | UNUSABLE
@@ -56,7 +56,7 @@ class Preparation:
         """Write `out` and, beside it, the findings; both whole or not at all.
 
         Args:
-            advance: told the bytes of every batch when it is done.
+            advance: is called with the bytes of every batch when it is done.
 
         Raises:
             DataError: of reading; no row is left.
@@ -123,7 +123,7 @@ def _told(matches: Sequence[Match]) -> str:
 
 
 def _checks(plan: PreparationPlan, places: Places) -> list[Check]:
-    """In this order: what is compared with other prompts is the question without instruction."""
+    """List the checks in their order: prompts are compared before the instruction is appended to them."""
     asked: list[Check] = [checks.UniqueIds(places), checks.Duplicates(places)]
     if plan.tests is not None:
         asked.append(checks.Overlap(plan.tests))

@@ -1,6 +1,6 @@
-"""Records of parquet and JSON files, one after the other, in memory for a batch.
+"""Reading the records of parquet and JSON files, with one batch in memory at a time.
 
-A damaged file is an error, a damaged record is a record that says so.
+A damaged file is an error; a damaged record is a record that says so.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Record:
 
     file: str
     row: int
-    """From 0; of JSON Lines: the line."""
+    """Counted from 0; in JSON Lines by lines."""
     fields: dict[str, Any]
     damage: str = ""
-    """Why there are no fields."""
+    """Why the record has no fields; empty: it has."""
 
     @property
     def where(self) -> str:
@@ -48,7 +48,7 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordBatch:
-    """Records and the share of the input that they are."""
+    """Records, and how many bytes of the input they are."""
 
     records: list[Record]
     nbytes: int
@@ -62,20 +62,20 @@ class Files:
 
     @property
     def split(self) -> str | None:
-        """Of all files, by their names and the folders they are in; None: these name none."""
+        """The split that the names of all files and of their folders name; None if they name none, or several."""
         named = {split_of(f"{path.absolute().parent.name}/{path.name}") for path in self.paths}
         return named.pop() if len(named) == 1 else None
 
     @property
     def nbytes(self) -> int:
-        """Of all files."""
+        """The size of all files."""
         return sum(path.stat().st_size for path in self.paths)
 
     def batches(self, columns: Collection[str] | None = None) -> Iterator[RecordBatch]:
-        """All records.
+        """Yield all records in batches.
 
         Args:
-            columns: all that are needed, to leave the others of a parquet file on the disk; None: all of the file.
+            columns: the columns that are needed; others of a parquet file stay on the disk. None: all columns.
 
         Raises:
             DataError: with the file, and the rows where that can be said: not readable, damaged, empty.
@@ -89,7 +89,7 @@ class Files:
                 raise DataError(f"{path}: has no rows")
 
     def values(self, read: Callable[[dict[str, Any]], T], columns: Collection[str] | None = None) -> Iterator[tuple[Record, T]]:
-        """All records, each with what `read` makes of its fields; for sets of which no record may be left out.
+        """Yield all records, each with what `read` makes of its fields; for sets of which no record may be left out.
 
         Raises:
             DataError: as `batches`; and with file and row where a record is damaged or `read` raises Unfit.
@@ -104,7 +104,7 @@ class Files:
             yield record, value
 
     def require(self, columns: Collection[str]) -> None:
-        """See that every parquet file has columns, or what they are in; a JSON record is asked when it is read.
+        """Check that every parquet file has these columns, or those that they are fields of. JSON is checked when it is read.
 
         Raises:
             DataError: names the file and what it has.
@@ -118,7 +118,7 @@ class Files:
 
 
 def local_files(source: Path) -> Files:
-    """A file, or the files of a folder in the order of their names.
+    """Return a file, or the files of a folder in the order of their names.
 
     Raises:
         DataError: nothing there that can be read, or files of several splits.
@@ -142,7 +142,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def one_split(source: str, folder: Path, paths: Iterable[Path]) -> Files:
-    """Files below a folder that are read together; train/… and test/… are not, by oversight.
+    """Return the files below a folder as one set. Files of several splits are refused: they would be mixed by oversight.
 
     Raises:
         DataError: names of several splits.
@@ -195,7 +195,7 @@ def _records(batch: pa.RecordBatch, path: Path, first: int) -> list[Record]:
 
 
 def _json(path: Path, columns: Collection[str] | None) -> Iterator[RecordBatch]:
-    """An array, or one record a line: the first character says which."""
+    """Read an array, or one record a line; the first character says which it is."""
     with path.open("rb") as file:
         start = file.read(_START)
         file.seek(0)
@@ -222,7 +222,7 @@ def _array(file: BinaryIO, path: str) -> Iterator[Record]:
 
 
 def _lines(file: BinaryIO, path: str) -> Iterator[Record]:
-    """One a line; rows are numbered as lines are."""
+    """Read one record a line; rows are numbered as lines are."""
     row = -1
     try:
         for row, line in enumerate(jsonl.lines(file)):

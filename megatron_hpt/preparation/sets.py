@@ -1,4 +1,4 @@
-"""Test sets in a folder, each a file of its own."""
+"""Test sets in a folder. Each set is a file of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_hpt.preparation.reading import SUFFIXES, Files, files_below, local
 
 
 def sets_in(source: Path) -> dict[str, Files]:
-    """Name → file: a file by its own name, FOLDER/NAME/test.json by its folder's; a folder has as many sets as files.
+    """Return name → file. A file is called by its own name, FOLDER/NAME/test.json by its folder's; each file is a set.
 
     Raises:
         DataError: no file, or two of one name.
@@ -30,19 +30,19 @@ def sets_in(source: Path) -> dict[str, Files]:
 
 
 def set_name(path: Path) -> str:
-    """What a file of problems is called; NAME/test.json is called by its folder."""
+    """Return what a file of problems is called; NAME/test.json is called by its folder."""
     return path.parent.name if path.stem == "test" else path.stem
 
 
 def held_out(sources: Sequence[Path], words: int, own: Collection[Path] = ()) -> HeldOut:
-    """The prompts of test sets, as JSON or in the project's schema.
+    """Read the prompts of test sets, which are JSON or in the project's schema.
 
     Args:
-        words: of the sequences that are compared.
-        own: files that are prepared, which are no test sets though they may lie beside them.
+        words: how many words the sequences have that are compared.
+        own: the files that are being prepared; they are no test sets, though they may lie beside some.
 
     Raises:
-        DataError: no test set; with file and row: a prompt that is none.
+        DataError: there is no test set; or, with file and row, a prompt cannot be used.
     """
     tests, prepared = HeldOut(words), {path.resolve() for path in own}
     sets = [(name, files) for source in sources for name, files in sets_in(source).items()]

@@ -23,23 +23,23 @@ class Summary:
     with_demonstration: int = 0
     found: Counter[FindingKind] = field(default_factory=Counter)
     dropped: Counter[FindingKind] = field(default_factory=Counter)
-    """Rows left out, by the first reason."""
+    """How many rows were left out, by the first reason."""
     mended: Counter[FindingKind] = field(default_factory=Counter)
-    """Rows that were kept without what was wrong with them."""
+    """How many rows were kept without what was wrong with them."""
     unboxed: int = 0
-    """Demonstrations of written rows that end without a box."""
+    """How many demonstrations of written rows end without a box."""
     boxed: int = 0
-    """Demonstrations of written rows that were given one."""
+    """How many demonstrations of written rows were given one."""
     examples: dict[FindingKind, str] = field(default_factory=dict)
-    """The first finding of a kind, with file and row."""
+    """The first finding of each kind, with file and row."""
     contaminated: Counter[str] = field(default_factory=Counter)
-    """Test set → rows that share words with it."""
+    """Test set → how many rows share words with it."""
     phrases: list[str] = field(default_factory=list)
     prompt_lengths: Counter[int] = field(default_factory=Counter)
     demonstration_lengths: Counter[int] = field(default_factory=Counter)
 
     def take(self, item: Item, drop: frozenset[FindingKind]) -> bool:
-        """Count an item; whether it becomes a row."""
+        """Count an item, and return whether it becomes a row."""
         self.read += 1
         if item.findings and self._costs_its_place(item, drop):
             return False
@@ -65,17 +65,17 @@ class Summary:
 
 
 def percentiles(lengths: Mapping[int, int]) -> list[int]:
-    """The lengths at PERCENTILES of a histogram length → rows: the smallest that at least so many are within."""
+    """Return the lengths at PERCENTILES of a histogram (length → rows): the smallest that so many rows do not exceed."""
     values = np.array(sorted(lengths))
     within = np.cumsum([lengths[value] for value in values.tolist()])
     return [int(values[np.searchsorted(within, share / 100 * within[-1])]) for share in PERCENTILES]
 
 
 def told(summary: Summary, out: Path, rejects: Path, unit: str, seconds: float) -> list[str]:
-    """What is printed when a file is written.
+    """Return the lines that are printed when a file is written.
 
     Args:
-        unit: of lengths.
+        unit: of the lengths, in words.
     """
     rate = f"{summary.read / seconds:,.0f} rows/s"
     lines = [

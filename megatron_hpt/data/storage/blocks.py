@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from megatron_hpt.data.storage.locations import Location
 
 BATCH_BYTES = 4 << 20
-"""Of rows that are in memory at one time, roughly."""
+"""Bytes of the rows of one batch, roughly."""
 OPEN_FILES = 8
-"""Of a format, at one time."""
+"""How many files of a format stay open."""
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,18 @@ class Block:
 
     location: Location
     index: int
-    """Of the row group, or of the first byte."""
+    """The number of the row group, or the offset of the first byte."""
     first: int
-    """Row of the file that it begins with."""
+    """The row of the file that the block begins with."""
     rows: int
     bytes: int
-    """Of the columns that are read, uncompressed, as far as the file tells."""
+    """Uncompressed size of the columns that are read, as far as the file tells."""
     part: str
     """How messages call the block within its file."""
 
     @property
     def batch_rows(self) -> int:
-        """Rows of one batch in memory."""
+        """How many rows of the block one batch has."""
         return max(1, min(8192, BATCH_BYTES * self.rows // max(1, self.bytes)))
 
     def place(self, row: int) -> str:

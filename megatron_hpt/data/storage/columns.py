@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 from megatron_hpt.errors import DataError
 
 COLUMNS = ("prompt", "reward_model")
-"""Needed."""
+"""The columns that a file must have."""
 READ = ("prompt", "target", "target_lst", "data_source", "reward_model.ground_truth", "extra_info.index", "extra_info.level")
-"""What is read of them and of the optional ones; a file may have any others."""
+"""What is read of those and of the optional columns; a file may have any others."""
 
 
 def check_schema(schema: pa.Schema, name: str) -> None:
-    """The columns have types that prompts can be made of.
+    """Check that the columns have types that prompts can be made of.
 
     Args:
         name: of the file.
@@ -41,7 +41,7 @@ def check_schema(schema: pa.Schema, name: str) -> None:
 
 
 def check_names(schema: pa.Schema, name: str) -> None:
-    """No two columns have one name: which of them is meant could not be said.
+    """Check that no two columns have one name: nobody could say which of them is meant.
 
     Raises:
         DataError: two have.
@@ -98,12 +98,12 @@ _TYPES = {
 
 
 def expected(column: str) -> str:
-    """What a column's values are, in words."""
+    """Describe in words what the values of a column are."""
     return _TYPES[column][1]
 
 
 def doubtful(batch: pa.RecordBatch) -> np.ndarray:
-    """Rows that may not be usable: what is wrong, if anything, `prompts.Reader` says of each. int64, ascending."""
+    """Return the rows that may not be usable (int64, ascending); `fields.check_row` says of each what is wrong, if anything."""
     prompt, truth = batch.column("prompt"), truths(batch)
     empty = pc.fill_null(pc.less(pc.list_value_length(prompt), 1), True).to_numpy(zero_copy_only=False)
     lengths = pc.fill_null(pc.binary_length(truth.cast(pa.string())), 0).to_numpy(zero_copy_only=False)
@@ -119,7 +119,7 @@ def doubtful(batch: pa.RecordBatch) -> np.ndarray:
 
 
 def _blank_messages(column: pa.Array) -> np.ndarray:
-    """Rows of a list column with a message, or a text, that is missing or blank."""
+    """Return the rows of a list column in which a message or a text is missing or blank."""
     parents, inner = pc.list_parent_indices(column), column.flatten()
     if _is_list(inner.type):
         lengths = pc.fill_null(pc.list_value_length(inner), 0).to_numpy(zero_copy_only=False)
@@ -134,17 +134,17 @@ def _blank_messages(column: pa.Array) -> np.ndarray:
 
 
 def _inner(column: pa.StructArray, field: str) -> pa.Array:
-    """A field of a record; null where the record is."""
+    """Return a field of a column of records; it is null where the record is."""
     return pc.struct_field(column, field)
 
 
 def truths(batch: pa.RecordBatch) -> pa.Array:
-    """`reward_model.ground_truth` of each row."""
+    """Return `reward_model.ground_truth` of each row."""
     return _inner(batch.column("reward_model"), "ground_truth")
 
 
 def roles(batch: pa.RecordBatch) -> list[str | None]:
-    """The roles of each prompt, one after the other."""
+    """Return the roles of each prompt's messages, joined by slashes; None where they cannot be read."""
     column = batch.column("prompt")
     if not pa.types.is_struct(column.type.value_type):
         return [None] * batch.num_rows
@@ -154,7 +154,7 @@ def roles(batch: pa.RecordBatch) -> list[str | None]:
 
 
 def identities(batch: pa.RecordBatch) -> list[str | None]:
-    """`extra_info.index` of each row as text; None where there is none."""
+    """Return `extra_info.index` of each row as text; None where there is none."""
     column = batch.column("extra_info") if "extra_info" in batch.schema.names else None
     if column is None or "index" not in _fields(column.type):
         return [None] * batch.num_rows
@@ -162,14 +162,14 @@ def identities(batch: pa.RecordBatch) -> list[str | None]:
 
 
 def data_sources(batch: pa.RecordBatch) -> set[str]:
-    """The different values of `data_source`."""
+    """Return the different values of `data_source`."""
     if "data_source" not in batch.schema.names:
         return {""}
     return {value or "" for value in pc.unique(batch.column("data_source")).to_pylist()}
 
 
 def demonstrations(batch: pa.RecordBatch) -> int:
-    """Rows that have one."""
+    """Count the rows that have a demonstration."""
     has = np.zeros(batch.num_rows, dtype=bool)
     for name in ("target", "target_lst"):
         if name in batch.schema.names and _is_list(batch.schema.field(name).type):
@@ -179,7 +179,7 @@ def demonstrations(batch: pa.RecordBatch) -> int:
 
 
 def readable(schema: pa.Schema) -> Sequence[str]:
-    """Of `READ`, what a file has."""
+    """Return what a file has of `READ`."""
 
     def has(column: str) -> bool:
         outer, _, inner = column.partition(".")

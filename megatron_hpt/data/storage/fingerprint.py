@@ -1,4 +1,4 @@
-"""What tells a file from another one of the same name and number of rows."""
+"""Checksums that tell a file from another one of the same name and number of rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_hpt.data.storage.locations import Location
 
 PIECE_BYTES = 1 << 20
 READ_BYTES = 1 << 30
-"""Of all files together: a second or two from a disk."""
+"""How much is read of all files together; from a disk that takes a second or two."""
 _READERS = 4
 
 
 def fingerprints(locations: Sequence[Location]) -> list[str]:
-    """A checksum of each file, in hexadecimal.
+    """Compute a checksum of each file, in hexadecimal.
 
     It covers the size of a file and, of files that are together no larger than `READ_BYTES`, every byte. Of more, each has its
     share of `READ_BYTES`: the first and the last MiB (where parquet keeps places, sizes, smallest and largest values of its row
@@ -28,7 +28,7 @@ def fingerprints(locations: Sequence[Location]) -> list[str]:
 
 
 def offsets(size: int, share: float) -> list[int]:
-    """Where the pieces begin that are read of a file of `size` bytes."""
+    """Return the offsets of the pieces that are read of a file of `size` bytes."""
     pieces = -(-size // PIECE_BYTES)
     wanted = max(2, int(share * pieces))
     if wanted >= pieces:

@@ -20,33 +20,33 @@ _READ_BYTES = 1 << 20
 
 
 class FileFormat(Protocol):
-    """A kind of file."""
+    """A kind of file that rows can be read from. A `ProblemSet` has one of each kind, for all files of that kind."""
 
     def schema(self, location: Location) -> pa.Schema:
-        """Columns of the file."""
+        """Return the columns of the file."""
 
     def blocks(self, location: Location, columns: Sequence[str]) -> list[Block]:
-        """The rows of the file, in order."""
+        """Cut the file into blocks, in order. `columns` are those that will be read."""
 
     def batches(self, block: Block, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """The rows of a block."""
+        """Yield the rows of a block in batches, in order."""
 
     def restored(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row of a batch as its file has it."""
+        """Return a row of a batch in the form that its file has."""
 
 
 class Parquet:
-    """Row groups; only the columns that are asked for are read. A few files stay open: reading a footer takes its time."""
+    """Parquet by row group; only needed columns are read. A few files stay open: reading a footer takes its time."""
 
     def __init__(self) -> None:
         self._file = lru_cache(OPEN_FILES)(_open_parquet)
 
     def schema(self, location: Location) -> pa.Schema:
-        """From the footer."""
+        """Read the columns from the footer."""
         return self._file(location).schema_arrow
 
     def blocks(self, location: Location, columns: Sequence[str]) -> list[Block]:
-        """One a row group, empty ones left out."""
+        """Make one block of each row group that is not empty."""
         metadata, blocks, first = self._file(location).metadata, [], 0
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)
@@ -58,13 +58,13 @@ class Parquet:
         return blocks
 
     def batches(self, block: Block, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Streamed through the pages of the row group."""
+        """Stream through the pages of the row group."""
         reader = self._file(block.location)
         # One thread: several decode several columns of a row group at a time, and hold that much more.
         yield from reader.iter_batches(block.batch_rows, row_groups=[block.index], columns=list(columns), use_threads=False)
 
     def restored(self, row: dict[str, Any]) -> dict[str, Any]:
-        """As it is."""
+        """Return the row as it is."""
         return row
 
 
@@ -87,12 +87,12 @@ LINES = (".jsonl", ".json", ".ndjson")
 
 
 def format_of(location: Location) -> str:
-    """By the name's suffix; a file without a known one is parquet."""
+    """Tell the format by the name's suffix; a file without a known suffix is taken for parquet."""
     return "JSONL" if location.path.lower().endswith(LINES) else "parquet"
 
 
 def rows_of(form: FileFormat, block: Block, columns: Sequence[str], skip: int = 0) -> Iterator[pa.RecordBatch]:
-    """The rows of a block after its first `skip` ones.
+    """Yield the rows of a block after its first `skip` ones.
 
     Raises:
         DataError: they cannot be read; names file, row group and row.

@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 
 READ_BYTES = 1 << 20
 LONGEST = 256 << 20
-"""Bytes of a line; more is a file that is not of lines."""
+"""The most bytes that a line may have; a file with a longer one is not a file of lines."""
 _BOM = b"\xef\xbb\xbf"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; a key that stands twice would lose its first value."""
+    """Make an object, and refuse one with a key that stands twice: its first value would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
@@ -40,15 +40,15 @@ _BEGINNINGS = {
     b"\xff\xfe": "text in UTF-16; iconv -f UTF-16 -t UTF-8 FILE > FILE.jsonl makes UTF-8 of it",
     b"\xfe\xff": "text in UTF-16; iconv -f UTF-16 -t UTF-8 FILE > FILE.jsonl makes UTF-8 of it",
 }
-"""How a file begins that is something else → what it is, and what to do."""
+"""The beginnings of files that are something else → what they are, and what to do."""
 
 
 class NotJson(ValueError):
-    """What is there instead of an object; the message is the end of a sentence."""
+    """Something else is where an object should be. The message says what, as the end of a sentence."""
 
 
 def check_beginning(start: bytes) -> None:
-    """See that a file is one of lines.
+    """Check that a file has one object a line.
 
     Args:
         start: its first bytes.
@@ -63,12 +63,12 @@ def check_beginning(start: bytes) -> None:
 
 
 def is_array(start: bytes) -> bool:
-    """A file with these first bytes is one JSON array."""
+    """Whether a file with these first bytes is one JSON array."""
     return start.removeprefix(_BOM).lstrip().startswith(b"[")
 
 
 def lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file with their ends, blank ones too.
+    """Yield the lines of a file with their line ends, blank ones too.
 
     Raises:
         NotJson: one is longer than `LONGEST`.
@@ -81,15 +81,15 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def is_blank(line: bytes) -> bool:
-    """Nothing is in the line: it is no row."""
+    """Whether a line has nothing in it; such a line is no row."""
     return line.strip() in (b"", _BOM)
 
 
 def record(line: bytes) -> dict[str, Any]:
-    """The object of a line.
+    """Parse the object of a line.
 
     Raises:
-        NotJson: it holds anything else.
+        NotJson: the line holds anything else.
     """
     try:
         text = line.removeprefix(_BOM).decode()
@@ -104,10 +104,10 @@ def record(line: bytes) -> dict[str, Any]:
 
 
 def as_record(found: Any) -> dict[str, Any]:
-    """What is an object.
+    """Return a value that must be an object.
 
     Raises:
-        NotJson: it is none.
+        NotJson: it is something else.
     """
     if not isinstance(found, dict):
         what = "null" if found is None else f"a {type(found).__name__}"
@@ -116,10 +116,10 @@ def as_record(found: Any) -> dict[str, Any]:
 
 
 def elements(file: BinaryIO) -> Iterator[Any]:
-    """The elements of a file that is one JSON array, as they are read.
+    """Yield the elements of a file that is one JSON array, while it is read.
 
     Raises:
-        NotJson: it is none, or one that breaks off.
+        NotJson: the file is no array, or the array breaks off.
     """
     array = _Array(file)
     array.skip(_OPENING)
@@ -135,30 +135,30 @@ _OPENING, _COMMA, _CLOSING = (re.compile(rf"\s*{mark}\s*") for mark in (r"\ufeff
 _WHITE = re.compile(r"\s*")
 _CUT = "the file is cut off"
 _TAIL = 64
-"""Characters: a mistake so near to the end of what was read may be one of reading too little."""
+"""Characters. An error so near to the end of what was read may only mean that more has to be read."""
 
 
 class _Array:
-    """What of a file was read and is not used yet."""
+    """The part of a file that was read and is not parsed yet."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._decode = file, codecs.getincrementaldecoder("utf-8")().decode
         self._text, self._at, self._ended = "", 0, False
 
     def skip(self, mark: re.Pattern[str]) -> bool:
-        """Go behind a mark; whether it is there."""
+        """Step over a mark if it comes next, and say whether it did."""
         found = self.looking_at(mark)
         if found:
             self._at = found.end()
         return found is not None
 
     def looking_at(self, mark: re.Pattern[str]) -> re.Match[str] | None:
-        """The mark, if it comes next."""
+        """Return the match of a mark if it comes next."""
         self.is_done()
         return mark.match(self._text, self._at)
 
     def is_done(self) -> bool:
-        """Nothing comes any more; reads on until that is known."""
+        """Whether only white space is left; reads on until that is known."""
         while _WHITE.match(self._text, self._at).end() == len(self._text):
             if self._ended:
                 return True
@@ -166,7 +166,7 @@ class _Array:
         return False
 
     def element(self) -> Any:
-        """The value that comes next."""
+        """Parse the value that comes next."""
         while True:
             try:
                 value, end = _parser.raw_decode(self._text, self._at)
@@ -186,7 +186,7 @@ class _Array:
             self._more()
 
     def _more(self) -> None:
-        """Twice as much of what is unfinished, so that a long element is parsed a few times only."""
+        """Read as much again as is unfinished, so that a long element is parsed only a few times."""
         data = self._file.read(max(READ_BYTES, len(self._text) - self._at))
         self._ended = not data
         try:
@@ -197,7 +197,7 @@ class _Array:
 
 
 def _unreadable(error: Exception) -> str:
-    """Why a value that may be JSON is not read: its depth, a number of thousands of digits, or what `_once` says."""
+    """Say why a value that may be JSON is not read: its depth, a number of thousands of digits, or what `_once` refuses."""
     if isinstance(error, NotJson):
         return str(error)
     what = "objects or lists nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -205,7 +205,7 @@ def _unreadable(error: Exception) -> str:
 
 
 def depth(value: Any) -> int:
-    """How many objects and lists are inside each other, of a value of any depth."""
+    """Return how many objects and lists of a value are inside each other. Does not recurse, so any depth will do."""
     deepest, level = 0, [value]
     while level := [one for one in level if isinstance(one, dict | list)]:
         deepest += 1

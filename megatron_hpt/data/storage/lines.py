@@ -1,4 +1,4 @@
-"""JSONL files by ranges of bytes: what parquet's row groups are to parquet."""
+"""JSONL files by ranges of bytes, which are to JSONL what row groups are to parquet."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megatron_hpt.data.storage.locations import Location
 from megatron_hpt.errors import DataError, shown
 
 BLOCK_BYTES = 512 << 10
-"""Of a block, but for its last line: what is parsed for the first of its rows."""
+"""Bytes of a block, without its last line; so much is parsed before its first row is there."""
 _DEEPEST = 100
-"""Of what a message has besides: it is written as JSON and read again wherever a row is taken."""
+"""How deep the further fields of a message may be nested: they are written as JSON, and read again whenever a row is taken."""
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("more", pa.string())]))
 """`more`: the fields that a message has besides, as JSON."""
 _SCHEMA = pa.schema(
@@ -32,17 +32,17 @@ _SCHEMA = pa.schema(
         ("extra_info", pa.struct([("index", pa.string()), ("level", pa.string())])),
     ]
 )
-"""Of all rows of all files: a line's fields have the types that are needed, or it is refused. Nothing is guessed."""
+"""All rows of all files have this schema: a line whose fields are of other types is refused, and no type is guessed."""
 
 
 class Lines:
-    """One JSON object a line. The lines are counted once; from then on a block of them is read where it lies."""
+    """Files with one JSON object a line. The lines are counted once; after that a block is read by its range of bytes."""
 
     def __init__(self) -> None:
         self._file = lru_cache(OPEN_FILES)(Location.open)
 
     def schema(self, location: Location) -> pa.Schema:
-        """Needed columns must be in the first line; others may come later."""
+        """Return `_SCHEMA`, or the names in the first line if that lacks a needed column. Others may come later."""
         with location.open() as file:
             try:
                 check_beginning(file.read(1 << 10))
@@ -56,7 +56,7 @@ class Lines:
         return _SCHEMA
 
     def blocks(self, location: Location, columns: Sequence[str]) -> list[Block]:
-        """Ranges of some `BLOCK_BYTES`; blank lines are no rows."""
+        """Make blocks of about `BLOCK_BYTES`; blank lines are no rows."""
         blocks: list[Block] = []
         first = rows = start = end = 0
 
@@ -78,7 +78,7 @@ class Lines:
         return blocks
 
     def batches(self, block: Block, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """All rows of the block.
+        """Yield all rows of the block as one batch.
 
         Raises:
             DataError: with file, row and field: a line that is no object, or has a field of another type.
@@ -90,7 +90,7 @@ class Lines:
         yield pa.RecordBatch.from_arrays([arrow_column(records, name, block) for name in names], names)
 
     def restored(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Messages with all of their fields."""
+        """Give the messages of a row all of their fields back."""
         return {name: _restored(value) for name, value in row.items()}
 
 
@@ -102,7 +102,7 @@ def _record(line: bytes, block: Block, row: int) -> dict[str, Any]:
 
 
 def arrow_column(records: Sequence[dict[str, Any]], name: str, block: Block) -> pa.Array:
-    """A column of a block; by Arrow alone where the values are as `_SCHEMA` has them, which is ten times faster."""
+    """Make a column of a block. Where the values are as `_SCHEMA` has them Arrow does it alone, which is ten times faster."""
     values, kind = [fields.get(name) for fields in records], _SCHEMA.field(name).type
     if all(map(_has_messages if pa.types.is_list(kind) else _is_scalar_or_object, values)):
         try:
@@ -113,19 +113,19 @@ def arrow_column(records: Sequence[dict[str, Any]], name: str, block: Block) -> 
 
 
 def _is_scalar_or_object(value: Any) -> bool:
-    """No list, which Arrow takes for an object if it is empty."""
+    """Whether a value is no list; Arrow would take an empty list for an object."""
     return type(value) is not list
 
 
 def _has_messages(value: Any) -> bool:
-    """It is none, or a list of messages that have role and content and nothing else."""
+    """Whether a value is null, or a list of messages that have nothing but role and content."""
     return value is None or (
         type(value) is list and all(type(message) is dict and message.keys() <= {"role", "content"} for message in value)
     )
 
 
 def arrow_value(value: Any, name: str, where: str) -> pa.Array:
-    """A value as a column of one row.
+    """Make a column of one row, by the rules that Arrow alone would not keep.
 
     Raises:
         DataError: it is of another type.
@@ -205,7 +205,7 @@ COLUMNS: dict[str, Callable[[Any, str, str], Any]] = {
     "reward_model": _truth,
     "extra_info": _identity,
 }
-"""Column → a value of it as `_SCHEMA` has it."""
+"""Column → the function that brings one of its values into the form of `_SCHEMA`."""
 assert set(COLUMNS) == {column.partition(".")[0] for column in READ}
 
 

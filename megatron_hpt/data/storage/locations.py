@@ -25,17 +25,17 @@ class Location:
     path: str
     """Inside the filesystem."""
     name: str
-    """As messages call it."""
+    """How messages call the file."""
     size: int
     """Bytes."""
 
     def open(self) -> BinaryIO:
-        """The file, for reading at random places."""
+        """Open the file for reading at any place."""
         return self.filesystem.open_input_file(self.path)
 
 
 def find(paths: str | Sequence[str]) -> list[Location]:
-    """The files of a data set, in an order that depends on their names alone.
+    """Find the files of a data set, in an order that depends on their names alone.
 
     Args:
         paths: each a file, a folder, or a pattern (``*`` within a name, ``**`` across folders), as a path of this machine
@@ -91,7 +91,7 @@ def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _inside(path: str, folder: str) -> str:
-    """Path from a folder on; filesystems differ in leading slashes, and in whether they write the working directory."""
+    """Return the path from a folder on. Filesystems differ in leading slashes and in how they write the working directory."""
     return path.removeprefix("./") if folder == "." else path.strip("/").removeprefix(folder.strip("/")).lstrip("/")
 
 
@@ -105,7 +105,7 @@ def is_hidden(path: str, beginnings: tuple[str, ...] = (".", "_")) -> bool:
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:
-    """``**/`` any folders, ``*`` any part of a name, nothing that is hidden; no other character is special."""
+    """Compile a pattern: ``**/`` is any folders, ``*`` any part of a name; names that begin with . never match."""
     meaning = {"**/": r"(?:.*/)?", "*": r"[^/]*"}
     compiled = re.compile("".join(meaning.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*)", pattern)))
     return lambda path: compiled.fullmatch(path) is not None and not is_hidden(path, (".",))

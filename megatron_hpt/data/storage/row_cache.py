@@ -1,4 +1,4 @@
-"""Rows at random places: blocks are read once, in order, and their rows lie in a scratch file that has no name."""
+"""Rows that are read in any order. Blocks are read once, in order, and their rows are kept in a scratch file without a name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pyarrow as pa
 from megatron_hpt.errors import DataError
 
 PIECE_BYTES = 128 << 10
-"""Of the rows that are written, and read back, together: one read brings a row and its neighbours."""
+"""Bytes of the rows that are written, and read back, together: one read brings a row and its neighbours."""
 
 
 @dataclass
 class _Pieces:
-    """Where the rows of a block lie."""
+    """Where the rows of a block lie in the scratch file."""
 
     schema: pa.Schema
     first: list[int] = field(default_factory=list)
@@ -37,8 +37,9 @@ class RowCache:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        """Args:
-        folder: on a disk with room for the rows uncompressed; None: the system's folder for temporary files.
+        """
+        Args:
+            folder: on a disk with room for the rows uncompressed; None: the system's folder for temporary files.
         """
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (open as long as the cache)
         self._folder = folder or Path(tempfile.gettempdir())
@@ -46,7 +47,7 @@ class RowCache:
         self._blocks: dict[Hashable, _Pieces] = {}
 
     def rows(self, block: Hashable) -> int:
-        """How many of a block's rows are here: its first ones."""
+        """Return how many rows of a block are here; they are its first ones."""
         return self._blocks[block].rows if block in self._blocks else 0
 
     def add(self, block: Hashable, batch: pa.RecordBatch) -> None:
@@ -78,7 +79,7 @@ class RowCache:
             ) from None
 
     def row(self, block: Hashable, row: int) -> dict[str, Any]:
-        """One row that is here."""
+        """Read one row that is here."""
         pieces = self._blocks[block]
         at = bisect_right(pieces.first, row) - 1
         data = os.pread(self._file.fileno(), pieces.length[at], pieces.offset[at])

@@ -1,4 +1,4 @@
-"""Which split of a data set a file is of, by what it and its folders are called."""
+"""The split that a file belongs to, told by the names of the file and its folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPLITS = {word: split for split, words in _WORDS.items() for word in words}
 
 
 def split_of(path: str) -> str | None:
-    """The split that a path names, the outermost folder first; None: it names none.
+    """Return the split that a path names, looking at the outermost folder first; None if it names none.
 
     Args:
         path: from the folder on that was given, with slashes. ``main/train-0.parquet``, ``gsm8k_test.jsonl``,
@@ -27,7 +27,7 @@ def split_of(path: str) -> str | None:
 
 
 def check_one_split(source: str, paths: Iterable[str]) -> None:
-    """A folder is read as one set: files of several splits in it would be mixed by oversight.
+    """Refuse a folder with files of several splits: it would be read as one set, and they would be mixed by oversight.
 
     Args:
         paths: of its files, from the folder on.
