@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_hpt.batch.history import History
 from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.batch.rows import Batch
-from megatron_hpt.config import Config, CurriculumConfig, DataConfig, ModelConfig, SourceConfig, TrainerConfig
+from megatron_hpt.config import Config, CurriculumConfig, DataConfig, ModelConfig, RolloutConfig, SourceConfig, TrainerConfig
 from megatron_hpt.data.curriculum import Curriculum, advance
 from megatron_hpt.data.source import check_same_files, files, open_sets, training_source
 from megatron_hpt.data.storage import fingerprint
@@ -53,6 +53,7 @@ def config_of(data: Path, mixed: bool, curriculum: CurriculumConfig | None = Non
         name="x",
         model=ModelConfig(path="m"),
         data=DataConfig(train=train if mixed else str(data), **settings),
+        rollout=RolloutConfig(cancel_decided=False),
         trainer=TrainerConfig(seed=5),
     )
 
