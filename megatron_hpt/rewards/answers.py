@@ -1,4 +1,4 @@
-"""Rewards that compare the final answer with simple means: a letter, a text, a number, the form of the response."""
+"""Rewards that compare simply: a letter, a text or a number of the final answer, or the form of the whole response."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{
 
 
 def final(response: str) -> str:
-    """The last box behind the reasoning, or all that follows the reasoning if there is none."""
+    """Return the last box behind the reasoning, or all that follows the reasoning if there is no box."""
     shown = visible(response)
     boxed = last_boxed(shown)
     return (shown if boxed is None else boxed).strip()
@@ -50,9 +50,9 @@ def choice(answer: Answer) -> float:
 
 
 def chosen(response: str) -> str | None:
-    """The one letter in the last box behind the reasoning; if that has none, the last one that is announced ("Answer: B").
+    """Return the one letter in the last box behind the reasoning, or else the last one that is announced ("Answer: B").
 
-    None if there is none, or if it is hedged ("A or B").
+    None if there is no letter, or if it is hedged ("A or B").
     """
     shown = unicodedata.normalize("NFKC", visible(response))
     boxed = last_boxed(shown)
@@ -64,7 +64,7 @@ def chosen(response: str) -> str | None:
 
 
 def _alone(boxed: str, found: re.Match[str]) -> str | None:
-    """The letter, if nothing else stands in the box but the text of its option, which names no other."""
+    """Return the letter, if nothing else is in the box but the text of its option, and that names no other letter."""
     rest = _REST.fullmatch(boxed, found.end())
     option = rest and (rest["option"] or rest["behind"] or "")
     return found[1] if rest and not _OTHER.search(option) else None
@@ -82,7 +82,7 @@ def exact(answer: Answer) -> float:
 
 
 def numeric(settings: RewardConfig) -> Callable[[Answer], float]:
-    """1.0 if the value of the box, or the last number without one, is that of the ground truth, within the tolerance."""
+    """Make the reward that is 1.0 if the box, or the last number without a box, is the ground truth within the tolerance."""
 
     def grade(answer: Answer) -> float:
         truth = _true_number(unboxed(answer.ground_truth))
@@ -95,13 +95,13 @@ def numeric(settings: RewardConfig) -> Callable[[Answer], float]:
 
 
 def _true_number(truth: str) -> float | None:
-    """The value of the whole text, or the last number in it."""
+    """Return the value of the whole text, or else the last number in it."""
     value = number(truth)
     return _last_number(truth) if value is None else value
 
 
 def _given_number(response: str) -> float | None:
-    """The value of the box as a whole, or the last number of a response without one."""
+    """Return the value of the box as a whole, or the last number of a response without a box."""
     shown = visible(response)
     boxed = last_boxed(shown)
     return _last_number(shown) if boxed is None else number(boxed)
@@ -113,6 +113,6 @@ def _last_number(text: str) -> float | None:
 
 
 def form(settings: RewardConfig) -> Callable[[Answer], float]:
-    """1.0 if the whole response matches the pattern."""
+    """Make the reward that is 1.0 if the whole response matches the pattern."""
     pattern = re.compile(settings.pattern)
     return lambda answer: float(pattern.fullmatch(answer.response) is not None)

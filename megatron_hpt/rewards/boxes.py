@@ -13,10 +13,10 @@ _COMMAND = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(r"[+-]?(?:\d[\d.,]*\d|\d)")
 """A number without braces: `\\boxed 12`."""
 _LAST = 50
-"""Commands at the end of a text that are looked at."""
+"""How many commands at the end of a text are looked at."""
 _BRACE = re.compile(r"(?<!\\)(?:\\\\)*([{}])")
 _LONGEST = 100_000
-"""Characters of a braced group that is looked through; a longer one is no answer."""
+"""The most characters of a braced group that are looked through; a longer group is no answer."""
 _WHOLE = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -30,12 +30,12 @@ class AnswerBox(NamedTuple):
 
 
 def visible(response: str) -> str:
-    """What follows the reasoning, up to reasoning that begins again; nothing of a <think> that never closes."""
+    """Return what follows the reasoning, up to reasoning that begins again; nothing if a <think> never closes."""
     return response.rpartition(_CLOSE)[2].partition(_OPEN)[0]
 
 
 def last_box(text: str) -> AnswerBox | None:
-    """The last box with content, the outer one of boxes within each other; None without one.
+    """Return the last box with content, the outer one of boxes within each other; None without one.
 
     None too if the last box does not close: the text was cut in the middle of its answer.
     """
@@ -57,7 +57,7 @@ def last_box(text: str) -> AnswerBox | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last box, of boxes that hold nothing but each other of the inner one; None without one."""
+    """Return the content of the last box, and of the inner one where boxes hold only each other; None without a box."""
     box = last_box(text)
     content = box and box.content
     while content and (whole := _WHOLE.match(content)) and argument(content, whole.end()) == len(content):
@@ -66,17 +66,17 @@ def last_boxed(text: str) -> str | None:
 
 
 def boxed_answer(response: str) -> str | None:
-    """Content of the last box behind the reasoning; None without one."""
+    """Return the content of the last box behind the reasoning; None without one."""
     return last_boxed(visible(response))
 
 
 def unboxed(truth: str) -> str:
-    """A ground truth that is given in a box, without it; any other as it is."""
+    """Take a ground truth out of its box, if it is in one."""
     return last_boxed(truth) or truth
 
 
 def argument(text: str, start: int) -> int:
-    """Place after the braced group that begins at `start`; `start` itself if none does, or it does not end.
+    """Return the place after the braced group that begins at `start`; `start` itself if none does, or it does not end.
 
     Escaped braces, as of `\\{1,2\\}`, are no braces.
     """

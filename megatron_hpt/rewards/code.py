@@ -16,7 +16,7 @@ _FENCED = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 def build(settings: RewardConfig) -> Callable[[Answer], float]:
-    """1.0 if the last fenced program passes all tests of the ground truth; no program is wrong.
+    """Make the reward that is 1.0 if the last fenced program passes all tests of the ground truth. No program is wrong.
 
     Raises:
         ConfigError: programs cannot be jailed on this machine.
@@ -34,13 +34,13 @@ def build(settings: RewardConfig) -> Callable[[Answer], float]:
 
 
 def last_program(response: str) -> str | None:
-    """The last fenced block of Python after the reasoning."""
+    """Return the last fenced block of Python after the reasoning."""
     blocks = _FENCED.findall(visible(response))
     return blocks[-1] if blocks else None
 
 
 def read_tests(truth: str) -> list[dict[str, str]]:
-    """The tests of a ground truth.
+    """Read the tests of a ground truth.
 
     It is JSON, {"inputs": [...], "outputs": [...]} or [{"input": …, "output": …}, …], or Python that is run behind the
     program, such as asserts.

@@ -15,7 +15,7 @@ _PREFIX = "reasoning_gym/"
 
 
 def build(settings: RewardConfig) -> Callable[[Answer], float]:
-    """The task's own score, from 0 to 1, of the final answer.
+    """Make the reward that is the task's own score of the final answer, from 0 to 1.
 
     Raises:
         ConfigError: the package is not installed.
@@ -40,7 +40,7 @@ def build(settings: RewardConfig) -> Callable[[Answer], float]:
 
 
 def _entry(answer: Answer) -> dict[str, Any]:
-    """The task's entry, which the ground truth is as JSON; a ground truth that is not is only the entry's answer."""
+    """Return the task's entry: the ground truth is an entry as JSON, or else only the entry's answer."""
     try:
         entry = json.loads(answer.ground_truth)
     except ValueError:

@@ -21,9 +21,9 @@ from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.settings.sections import MOST_SAMPLES
 
 _SHOWN = 5
-"""Missing samples of one problem that are named."""
+"""How many missing samples of one problem are named."""
 BUNCH = 512
-"""Answers between two reports of progress."""
+"""How many answers are graded between two reports of progress."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
 
 
 def answers_of(rows: Sequence[dict[str, Any]], columns: Columns, path: Path) -> list[Answer]:
-    """The answers in them.
+    """Make the answers that rows hold.
 
     Raises:
         DataError: a row without response or ground truth; names the row and the columns that there are.
@@ -91,8 +91,10 @@ def _text(row: Any, path: str) -> str | None:
 
 
 def doubtful(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What of an evaluation's samples (columns problem_id and sample) is in the file twice, or is missing: a mean over it is of
-    something else than was sampled. Of other files nothing is known."""
+    """Say which samples of an evaluation (columns problem_id and sample) are in the file twice or are missing.
+
+    A mean over such a file is not that of what was sampled. Of files without these columns nothing is known.
+    """
     if not all({"problem_id", "sample"} <= row.keys() and isinstance(row["sample"], int) for row in rows):
         return
     counts = Counter((str(row["problem_id"]), row["sample"]) for row in rows)
@@ -106,10 +108,10 @@ def doubtful(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def grade_in_bunches(answers: Sequence[Answer], settings: RewardConfig, done: Callable[[int], None]) -> list[Grade]:
-    """Grades in order.
+    """Grade answers in order.
 
     Args:
-        done: told how many are.
+        done: is called with the number that are graded.
 
     Raises:
         ConfigError: the reward cannot be made here.
@@ -123,14 +125,14 @@ def grade_in_bunches(answers: Sequence[Answer], settings: RewardConfig, done: Ca
 
 
 def disagreements(first: Sequence[Grade], second: Sequence[Grade]) -> Iterator[int]:
-    """Places of the answers to which both give a score, and not the same."""
+    """Yield the places of the answers to which both give a score, but not the same."""
     for place, (one, other) in enumerate(zip(first, second, strict=True)):
         if None not in (one.score, other.score) and one.score != other.score:
             yield place
 
 
 def summary(grades: Sequence[Grade]) -> dict[str, Any]:
-    """Answers, mean score, share of exactly 1, and what is ungraded, by cause."""
+    """Count answers, and give their mean score, the share of scores of exactly 1, and by cause what is ungraded."""
     scores = [grade.score for grade in grades if grade.score is not None]
     return {
         "answers": len(grades),
@@ -171,7 +173,7 @@ def check_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]], graded: dict[str, Sequence[Grade]]) -> None:
-    """The rows with a column `grade_<reward>` for each reward (null: ungraded) and one with the reason, as parquet or JSONL."""
+    """Write the rows as parquet or JSONL, with `grade_<reward>` (null: ungraded) and `ungraded_<reward>` (the reason)."""
     columns: dict[str, list[Any]] = {}
     for name, grades in graded.items():
         columns[f"grade_{name}"] = [grade.score for grade in grades]
