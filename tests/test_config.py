@@ -13,6 +13,7 @@ from megatron_hpt import recipe
 from megatron_hpt.config import Config, DataConfig, ModelConfig
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.overrides import apply_overrides, dump_yaml, load_yaml, validated
+from megatron_hpt.settings.user_functions import import_function
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
@@ -188,3 +189,9 @@ def test_configuration_and_pure_parts_import_no_torch() -> None:
     modules = ", ".join(f"megatron_hpt.{name}" for name in names)
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_users_file_may_have_dataclasses_with_annotations_as_text(tmp_path: Path) -> None:
+    own = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Kept:\n    number: int = 3\n"
+    (tmp_path / "of_a_user.py").write_text(own + "\ndef reward(response, truth):\n    return float(Kept().number)\n")
+    assert import_function(f"{tmp_path}/of_a_user.py:reward", "reward.name")("", "") == 3.0

@@ -43,5 +43,6 @@ def import_function(path: str, key: str) -> Callable[..., Any]:
 def _of_file(path: Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     return module
