@@ -192,6 +192,7 @@ def test_configuration_and_pure_parts_import_no_torch() -> None:
 
 
 def test_a_users_file_may_have_dataclasses_with_annotations_as_text(tmp_path: Path) -> None:
-    own = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Kept:\n    number: int = 3\n"
-    (tmp_path / "of_a_user.py").write_text(own + "\ndef reward(response, truth):\n    return float(Kept().number)\n")
+    kept = "from dataclasses import dataclass\n\n@dataclass\nclass Kept:\n    number: int = 3\n"
+    reward = "\ndef reward(response, truth):\n    return float(Kept().number)\n"
+    (tmp_path / "of_a_user.py").write_text("from __future__ import annotations\n" + kept + reward)
     assert import_function(f"{tmp_path}/of_a_user.py:reward", "reward.name")("", "") == 3.0

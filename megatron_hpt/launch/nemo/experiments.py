@@ -1,7 +1,7 @@
 """`megatron-hpt launch`: a recipe as one NeMo-Run task on a site of recipes/sites/.
 
-NeMo-Run places the script of `launch.nemo.site` and follows it: experiments, tunnels, status, output. It is an environment of its
-own (`make nemo-env`), imported here when it is used: what it depends on does not go with the pins of the trainer's.
+NeMo-Run places the script of `launch.nemo.site` and follows it: experiments, tunnels, status, output. It has an environment
+of its own (`make nemo-env`), imported here when it is used: what it depends on does not go with the pins of the trainer's.
 """
 
 from __future__ import annotations
