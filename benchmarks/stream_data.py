@@ -93,11 +93,11 @@ def mib(key: str) -> float:
 def take(path: str) -> dict[str, float]:
     """The coordinator's part: batches from the first one on."""
     from megatron_hpt.data.problem_set import ProblemSet
-    from megatron_hpt.data.prompts import LengthLimits, Reader
+    from megatron_hpt.data.prompts import LengthLimits, PromptReader
     from megatron_hpt.data.source import PromptSource
 
     before, started, position, seconds = mib("VmRSS"), time.monotonic(), 0, []
-    source = PromptSource([ProblemSet(path)], [1.0], Reader(Bytes(), LengthLimits(10**6, 10**6)), seed=0)
+    source = PromptSource([ProblemSet(path)], [1.0], PromptReader(Bytes(), LengthLimits(10**6, 10**6)), seed=0)
     for _ in range(BATCHES):
         position = source.take(position, BATCH).next_position
         seconds.append(time.monotonic() - started)

@@ -240,12 +240,12 @@ def config(
     overrides: Overrides = None,
 ) -> None:
     """Print the resolved configuration of a recipe, every default written out, if train would take it."""
-    from megatron_hpt.launch import settings
+    from megatron_hpt.launch import settings_checks
     from megatron_hpt.overrides import dump_yaml
     from megatron_hpt.recipe import load
 
     config = load(recipe, overrides or []).config
-    settings.check(config)
+    settings_checks.check(config)
     sys.stdout.write(dump_yaml(config))
 
 

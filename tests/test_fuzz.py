@@ -12,7 +12,7 @@ import pytest
 from megatron_hpt import recipe
 from megatron_hpt.config import Config
 from megatron_hpt.errors import HptError
-from megatron_hpt.launch import settings
+from megatron_hpt.launch import settings_checks
 from megatron_hpt.overrides import apply_overrides, dump_yaml, validated
 from megatron_hpt.settings.sections import alternatives, annotation_of, is_section
 from megatron_hpt.settings.values import parse
@@ -122,7 +122,7 @@ def settings_are_read(number: int, seed: int) -> int:
 def _refusal(base: Config, given: list[str]) -> str | None:
     try:
         config = apply_overrides(base, given)
-        settings.check(config)
+        settings_checks.check(config)
     except HptError as error:
         return str(error)
     assert validated(parse(dump_yaml(config)), "saved") == config, given

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from megatron_hpt.comparison import curves, runs
 from megatron_hpt.comparison.comparison import Comparison
-from megatron_hpt.comparison.table import html_table, markdown, rich_table
 from megatron_hpt.comparison.tables import finished, grids
+from megatron_hpt.comparison.text_table import html_table, markdown, rich_table
 from megatron_hpt.errors import ConfigError, DataError
 from megatron_hpt.evaluation.statistics import Estimate
 from megatron_hpt.files import check_file, whole

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hpt.comparison.table import Cell, TextTable, markdown
+from megatron_hpt.comparison.text_table import Cell, TextTable, markdown
 from megatron_hpt.errors import DataError
 from megatron_hpt.files import whole
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from megatron_hpt.comparison import runs
 from megatron_hpt.comparison.comparison import Comparison, Score
 from megatron_hpt.comparison.paired import Difference
-from megatron_hpt.comparison.table import Cell, TextTable
+from megatron_hpt.comparison.text_table import Cell, TextTable
 from megatron_hpt.evaluation.statistics import Estimate
 
 _NONE = Cell("–")

@@ -15,7 +15,7 @@ def check_row(row: dict[str, Any], where: str) -> None:
     """Check all that can be checked of a row without a tokenizer; `scan` calls this for rows that look doubtful.
 
     Raises:
-        DataError: as `Reader.read`.
+        DataError: as `PromptReader.read`.
     """
     messages(row["prompt"], f"{where}, prompt")
     ground_truth(row, where)

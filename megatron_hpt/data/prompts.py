@@ -61,7 +61,7 @@ class LengthLimits:
         return LengthLimits(data.max_prompt_length, data.max_response_length, data.long_prompts, data.long_demonstrations)
 
 
-class Reader:
+class PromptReader:
     """Makes prompts of rows. What it drops or cuts is counted, under the names that docs/metrics.md has below ``data/``."""
 
     def __init__(self, tokenizer: Tokenizer, limits: LengthLimits) -> None:
@@ -151,9 +151,9 @@ def load_prompts(paths: str | Sequence[str], tokenizer: Tokenizer, limits: Lengt
     """Load all prompts of a set that fits into memory, in the order of its files.
 
     Raises:
-        DataError: with file, row and field: what `ProblemSet` and `Reader` refuse, and an id that occurs twice.
+        DataError: with file, row and field: what `ProblemSet` and `PromptReader` refuse, and an id that occurs twice.
     """
-    problems, reader = ProblemSet(paths), Reader(tokenizer, limits)
+    problems, reader = ProblemSet(paths), PromptReader(tokenizer, limits)
     scan([problems])
     found = (problems.row(index) for index in range(problems.rows))
     read = (reader.read(row, 0.0, Counter()) for row in found)

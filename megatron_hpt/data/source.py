@@ -13,7 +13,7 @@ from megatron_hpt.config import Config, SourceConfig
 from megatron_hpt.data.curriculum import Curriculum, Streaks
 from megatron_hpt.data.order import Shuffle, SourceMixture, uniform
 from megatron_hpt.data.problem_set import ProblemSet
-from megatron_hpt.data.prompts import LengthLimits, Prompt, Reader, Tokenizer
+from megatron_hpt.data.prompts import LengthLimits, Prompt, PromptReader, Tokenizer
 from megatron_hpt.data.storage.fingerprint import fingerprints
 from megatron_hpt.errors import DataError
 
@@ -37,7 +37,7 @@ class PromptSource:
         self,
         sets: Sequence[ProblemSet],
         weights: Sequence[float],
-        reader: Reader,
+        reader: PromptReader,
         seed: int,
         curriculum: Curriculum | None = None,
     ) -> None:
@@ -171,4 +171,4 @@ def training_source(config: Config, sets: Sequence[ProblemSet], tokenizer: Token
     if chosen.is_on:
         curriculum = Curriculum(chosen.visits, chosen.keep_solved, chosen.keep_failed, seed)
     weights = [source.weight for source in sources(config)]
-    return PromptSource(sets, weights, Reader(tokenizer, LengthLimits.of(data)), seed, curriculum)
+    return PromptSource(sets, weights, PromptReader(tokenizer, LengthLimits.of(data)), seed, curriculum)

@@ -116,7 +116,7 @@ def _check_engine_model(config: Config, shape: ModelShape) -> None:
     """Refuse a folder of the engine's own that is not the actor's model, or whose form weights cannot be converted to."""
     if not config.rollout.model:
         return
-    from megatron_hpt.transfer.wire import fp8_format  # imports torch
+    from megatron_hpt.transfer.wire_format import fp8_format  # imports torch
 
     fp8_format(read_config(config.rollout.model))
     if shape_of_any(config.rollout.model, config.model.overrides) != shape:

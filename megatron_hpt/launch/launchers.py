@@ -16,7 +16,7 @@ from megatron_hpt.engines.interface import Start
 from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import ConfigError, HptError
 from megatron_hpt.launch.children import Child, stop_all
-from megatron_hpt.launch.engines import start_engine
+from megatron_hpt.launch.engine_fleet import start_engine
 from megatron_hpt.launch.scratch import Scratch
 from megatron_hpt.plan.topology import Device, Slots, Topology, place_nodes, visible
 from megatron_hpt.run import RunDir

@@ -1,5 +1,5 @@
 """Everything that can be refused is refused here, before a process starts: a list of calls. Each rule lives with what it is
-about; those that settings alone decide are validators in config.py, or called in launch/settings.py."""
+about; those that settings alone decide are validators in config.py, or called in launch/settings_checks.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_hpt.data.prompts import load_prompts
 from megatron_hpt.data.source import held_out_limits
 from megatron_hpt.engines import checks as engine_checks
 from megatron_hpt.evaluation import selection
-from megatron_hpt.launch import settings
+from megatron_hpt.launch import settings_checks
 from megatron_hpt.launch.training_data import TrainingDataReport, check_training_data
 from megatron_hpt.models.checks import check_reference_model, check_vocabulary
 from megatron_hpt.models.hf_config import ModelShape, run_shape
@@ -35,7 +35,7 @@ def check(config: Config) -> TrainingDataReport:
     Raises:
         ConfigError, ModelError, DataError: with the key or file, what was given and what is allowed.
     """
-    settings.check(config)
+    settings_checks.check(config)
     registry.check(config.reward)
     shape = run_shape(config)
     check_weights(config.model.path, shape)

@@ -13,7 +13,7 @@ from megatron_hpt.blackboard import NOTICE, Blackboard
 from megatron_hpt.config import Config
 from megatron_hpt.errors import DeadlineError, HptError, Interrupted, RequeueRequested
 from megatron_hpt.launch.children import Child, Failure, describe_exit, failure_of
-from megatron_hpt.launch.engines import Fleet, provide_token
+from megatron_hpt.launch.engine_fleet import Fleet, provide_token
 from megatron_hpt.launch.launchers import Launcher
 from megatron_hpt.launch.starting import Starting
 from megatron_hpt.run import RunDir

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_hpt.config import Config
 from megatron_hpt.data.problem_set import RawRow
-from megatron_hpt.data.prompts import LengthLimits, Prompt, Reader, Tokenizer
+from megatron_hpt.data.prompts import LengthLimits, Prompt, PromptReader, Tokenizer
 from megatron_hpt.data.scan import Overview, scan
 from megatron_hpt.data.source import open_sets
 from megatron_hpt.errors import ConfigError, DataError, ModelError
@@ -71,11 +71,11 @@ def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> TrainingD
     """Read every row of `data.train` and tokenise some, with a progress bar.
 
     Raises:
-        DataError: raised as by `scan` and `Reader.read`, with file and row.
+        DataError: raised as by `scan` and `PromptReader.read`, with file and row.
         ModelError: the tokenizer is not what its file says.
     """
     sets = open_sets(config)
-    reader = Reader(tokenizer, LengthLimits.of(config.data))
+    reader = PromptReader(tokenizer, LengthLimits.of(config.data))
     found = TrainingDataReport(", ".join(problems.name for problems in sets))
 
     first: list[RawRow] = []
@@ -93,7 +93,7 @@ def look_at(config: Config, tokenizer: Tokenizer, console: Console) -> TrainingD
     return found
 
 
-def _check_tokens(config: Config, tokenizer: Tokenizer, reader: Reader, rows: Iterable[RawRow]) -> None:
+def _check_tokens(config: Config, tokenizer: Tokenizer, reader: PromptReader, rows: Iterable[RawRow]) -> None:
     """Check that texts of some rows come back from their tokens, and that the tokens are those that tokenizer.json gives.
 
     Raises:

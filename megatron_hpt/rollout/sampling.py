@@ -36,6 +36,8 @@ class Grader:
 
     async def grade(self, prompt: Prompt, responses: Sequence[list[int]]) -> list[float | None]:
         """Return the rewards of responses (token ids) to one prompt, in order; None where a response is ungraded."""
+        if not responses:
+            return []  # of which transformers would make one empty text
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         problem = self.tokenizer.decode(prompt.tokens)
         answers = [Answer(text, prompt.ground_truth, problem, prompt.data_source) for text in texts]

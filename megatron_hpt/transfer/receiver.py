@@ -22,7 +22,7 @@ from megatron_hpt.transfer.layouts import EngineLayout, engine_holdings, held_by
 from megatron_hpt.transfer.manifest import Contents, Manifest, Piece, check_contents, dtype_of
 from megatron_hpt.transfer.quantize import Fp8Format
 from megatron_hpt.transfer.transports import TRANSPORTS, Incoming
-from megatron_hpt.transfer.wire import Wire
+from megatron_hpt.transfer.wire_format import Wire
 
 Loaded = TypeVar("Loaded")
 ReadBack = Callable[[str, Box], Iterable[Tensor]]

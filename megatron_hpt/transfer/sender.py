@@ -22,7 +22,7 @@ from megatron_hpt.transfer.sending.options import DEFAULT_OPTIONS, Target, Trans
 from megatron_hpt.transfer.sending.routes import Routes
 from megatron_hpt.transfer.sending.staging import Staging
 from megatron_hpt.transfer.transports import Outgoing, files
-from megatron_hpt.transfer.wire import Wire
+from megatron_hpt.transfer.wire_format import Wire
 
 
 class WeightSender:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from typer.testing import CliRunner
 
 from megatron_hpt.config import Config, DataConfig, ModelConfig
-from megatron_hpt.data.prompts import LengthLimits, Reader
+from megatron_hpt.data.prompts import LengthLimits, PromptReader
 from megatron_hpt.data.scan import scan
 from megatron_hpt.data.source import files, open_sets
 from megatron_hpt.errors import HptError
@@ -209,7 +209,7 @@ def write(folder: Path, number: int) -> Path:
 def train(path: Path) -> str:
     """What is done with training data before the first step, and for it."""
     config = Config(name="x", model=ModelConfig(path="m"), data=DataConfig(train=str(path)))
-    sets, reader, counts = open_sets(config), Reader(Letters(), LengthLimits(9999, 9999, "drop", "drop")), Counter[str]()
+    sets, reader, counts = open_sets(config), PromptReader(Letters(), LengthLimits(9999, 9999, "drop", "drop")), Counter[str]()
     found = scan(sets, lambda each: (reader.read(each, 0.5, counts), reader.texts(each)), 64)
     for index in range(min(5, found.rows)):
         reader.read(sets[0].row(index), 0.0, counts)

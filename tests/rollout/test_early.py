@@ -11,7 +11,7 @@ from megatron_hpt.engines.types import seed_of
 from megatron_hpt.errors import EngineError
 from megatron_hpt.objective.gates import hybrid
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.rollout.assembly import GateDecider
+from megatron_hpt.rollout.assembly import GateDecider, Group
 from megatron_hpt.rollout.sampling import Early, Grader, SamplingSettings, grade, sample
 from tests.engines.servers import PATIENCE, Server, serve
 
@@ -109,3 +109,10 @@ SKIP = GateConfig(threshold=2, missing_demonstration="skip")
 def test_an_engine_that_fails_is_not_taken_for_one_that_was_cancelled(graders, tokenizer) -> None:
     with pytest.raises(EngineError, match="out of memory"):
         run(Server(fails=True), Grader(graders, tokenizer), GateConfig(threshold=2))
+
+
+@pytest.mark.parametrize("demonstrations", [False, True])
+def test_a_prompt_without_rollouts_has_no_rewards(graders, tokenizer, demonstrations: bool) -> None:
+    """As of sft: transformers decodes no responses at all to one empty text."""
+    (group,) = asyncio.run(grade([Group(PROMPT)], Grader(graders, tokenizer), demonstrations))
+    assert (list(group.rewards), group.demonstration_reward) == ([], 0.0 if demonstrations else None)

@@ -14,7 +14,7 @@ from megatron_hpt.transfer.manifest import Contents, Manifest
 from megatron_hpt.transfer.quantize import BLOCK_128, PER_TENSOR, Fp8Format, is_quantized, quantize
 from megatron_hpt.transfer.receiver import Receiver, Seat
 from megatron_hpt.transfer.sender import Target, TransferOptions, WeightSender
-from megatron_hpt.transfer.wire import Wire, fp8_format
+from megatron_hpt.transfer.wire_format import Wire, fp8_format
 
 from .trainers import group
 

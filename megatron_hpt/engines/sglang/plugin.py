@@ -22,7 +22,7 @@ from megatron_hpt.transfer.layouts import EngineLayout
 from megatron_hpt.transfer.manifest import Contents, Manifest
 from megatron_hpt.transfer.readback import EngineWeights, plain_parameter
 from megatron_hpt.transfer.receiver import Receiver, Seat, compare_only
-from megatron_hpt.transfer.wire import fp8_format
+from megatron_hpt.transfer.wire_format import fp8_format
 
 logger = logging.getLogger(__name__)
 LOAD_FORMAT = "megatron_hpt"

@@ -35,7 +35,7 @@ from megatron_hpt.transfer.layouts import EngineLayout
 from megatron_hpt.transfer.manifest import Contents, Manifest
 from megatron_hpt.transfer.readback import EngineWeights, plain_parameter
 from megatron_hpt.transfer.receiver import Receiver, Seat, compare_only
-from megatron_hpt.transfer.wire import fp8_format
+from megatron_hpt.transfer.wire_format import fp8_format
 
 BACKEND = "megatron_hpt"
 logger = logging.getLogger(__name__)

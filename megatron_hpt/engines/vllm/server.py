@@ -35,7 +35,7 @@ def server_command(config: Config, python: str, start: Start) -> list[str]:
         *(python, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", start.model, "--served-model-name", config.name),
         *("--host", config.rollout.host, "--port", str(start.port)),
-        *("--middleware", "megatron_hpt.engines.vllm.token_guard.TokenGuard"),
+        *("--middleware", "megatron_hpt.engines.vllm.run_token.RequireRunToken"),
         *("--dtype", config.model.dtype, "--tensor-parallel-size", str(config.rollout.tensor_parallel)),
         *("--max-model-len", str(config.max_sequence_length), "--max-num-seqs", str(config.rollout.max_running)),
         # vLLM 0.32 rewinds a seeded request's generator when it cuts a prompt in two, which the CPU generator cannot do.
@@ -73,7 +73,7 @@ def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
     return {
         **inherited_here(),
         **({} if on_gpus else _host_environment(config)),
-        "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; TokenGuard stands before all of them
+        "VLLM_SERVER_DEV_MODE": "1",  # exposes the weight-update routes; RequireRunToken stands before all of them
         "VLLM_PLUGINS": "megatron_hpt",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -14,7 +14,7 @@ from megatron_hpt.engines.types import Weights
 from megatron_hpt.environment import say_what_is_withheld
 from megatron_hpt.errors import DeadlineError, EngineError
 from megatron_hpt.launch.children import Child, failure_of, stop_all
-from megatron_hpt.launch.engines import Fleet, provide_token, start_engine
+from megatron_hpt.launch.engine_fleet import Fleet, provide_token, start_engine
 from megatron_hpt.launch.launchers import free_port
 from megatron_hpt.launch.scratch import Scratch
 

@@ -22,7 +22,7 @@ from megatron_hpt.engines.registry import engine_of
 from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch.children import GRACE_S, Child, stop_all
-from megatron_hpt.launch.engines import start_engine
+from megatron_hpt.launch.engine_fleet import start_engine
 from megatron_hpt.launch.launchers import LOWEST_PORT, coordinators
 from megatron_hpt.plan.topology import Device, Slots, Topology, least_nodes, place_nodes
 from megatron_hpt.run import RunDir

@@ -9,7 +9,7 @@ from megatron_hpt.models.hf_config import read_config
 from megatron_hpt.transfer.control import EngineControl
 from megatron_hpt.transfer.layouts import EngineLayout
 from megatron_hpt.transfer.quantize import Fp8Format
-from megatron_hpt.transfer.wire import fp8_format
+from megatron_hpt.transfer.wire_format import fp8_format
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from megatron_hpt.transfer.manifest import Contents, Piece
 from megatron_hpt.transfer.plan import Send, TransferPlan, make_plan
 from megatron_hpt.transfer.sending.group import TrainerGroup
 from megatron_hpt.transfer.transports import TRANSPORTS, Sink
-from megatron_hpt.transfer.wire import Wire
+from megatron_hpt.transfer.wire_format import Wire
 
 
 class Routes:

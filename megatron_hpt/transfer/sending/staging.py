@@ -15,7 +15,7 @@ from megatron_hpt.transfer.manifest import Contents, Manifest
 from megatron_hpt.transfer.quantize import PER_TENSOR, is_quantized
 from megatron_hpt.transfer.sending.group import TrainerGroup
 from megatron_hpt.transfer.transports import TRANSPORTS, Outgoing
-from megatron_hpt.transfer.wire import Wire
+from megatron_hpt.transfer.wire_format import Wire
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def test_an_engine_that_listens_no_more_is_started_again(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "megatron_hpt.launch.engines.StoppedListening.among",
+        "megatron_hpt.launch.engine_fleet.StoppedListening.among",
         lambda self, urls: [first] if urls and not again() else [],
     )
     with Servers(config, tmp_path, tmp_path / "logs", ()) as servers:

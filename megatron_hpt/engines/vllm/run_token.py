@@ -12,7 +12,7 @@ OPEN = ("/health", "/metrics", "/ping")
 """Routes that reveal nothing and change nothing; they need no token."""
 
 
-class TokenGuard:
+class RequireRunToken:
     """ASGI middleware that answers 401 to requests without ``Authorization: Bearer <HPT_TOKEN>``.
 
     Named on the server's command line (``--middleware``). Where the environment has no token, every request passes.
