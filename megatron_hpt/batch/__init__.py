@@ -1,1 +1,1 @@
-"""What a step is: its rows, the ledger that keeps them, how they are packed, and what is estimated over all of them."""
+"""The batch of a step: its rows, the ledger that keeps them, how they are packed, and what is estimated over all of them."""

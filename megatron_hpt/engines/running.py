@@ -1,4 +1,4 @@
-"""What a running server is, and whether it is well."""
+"""Which engine answers at a URL, and whether it is well."""
 
 from __future__ import annotations
 

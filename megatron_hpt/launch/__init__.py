@@ -1,1 +1,1 @@
-"""Who runs where, and keeping it running."""
+"""Commands that check, start and supervise the processes of a run, on this machine or on a cluster."""

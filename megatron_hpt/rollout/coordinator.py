@@ -3,18 +3,21 @@
 A step in ten lines (s is its number; the supervisor has started engines, trainer and coordinator, all of which are ready):
 
  1. The trainer sends version s of the weights to the engines and says so (``published/s``).
- 2. The coordinator evaluates that version on the held-out sets, if it is due (`Evaluations`).
+ 2. The coordinator evaluates that version on the held-out sets, if it is due and this is not the last step (`Evaluations`).
  3. It takes the next prompts; which ones follows from the position in the data, the seed and the history (`data.source`).
  4. The engines sample responses with version s (`sampling`, through `engines.pool`).
  5. Grader processes and reward servers give each response its reward (`rewards.pool`).
- 6. The gate decides what each prompt trains: rollouts, demonstration, both or nothing. A gate that refills goes back to 3.
+ 6. The gate decides what each prompt trains: rollouts, demonstration, both or nothing. A gate that refills goes back to 3,
+    at most `algorithm.max_rounds` times. With `rollout.cancel_decided` 5 and 6 begin while 4 goes on.
  7. The decided groups become rows with weights and advantages (`assembly`), which are written to the ledger (``batch/s``).
- 8. The trainer, which has waited, reads the ledger, takes an optimizer step, saves if it is due (``trained/s``), and goes to 1.
- 9. With version s + 1 published, the coordinator writes the step's line of metrics; after the last step it evaluates again.
-10. All the while the supervisor shows progress, starts dead engines again, and ends everything when another part dies.
+ 8. The trainer, which has waited, reads the ledger, takes an optimizer step and says so (``trained/s``); where a checkpoint is
+    due, it is written in the background. It goes to 1; engines on its GPUs sleep from here until their weights come.
+ 9. With version s + 1 published, the coordinator writes the step's line of metrics, that of the last step with an evaluation.
+10. All the while the supervisor shows progress, starts dead engines again as often as is allowed, and else ends everything.
 
-Where the ledger holds the batch already (a resumed run), nothing is sent in 1, and 2 to 7 are skipped. The blackboard has small
-values only: batches lie in the ledger, weights go by `transfer`. Its keys, where [0] is rank 0 and n counts from 0:
+Where the ledger holds the batch already (a resumed run), nothing is sent in 1, and of 2 to 7 only ``batch/s`` is left. The
+blackboard has small values only: batches lie in the ledger, weights go by `transfer`. Its keys, where [0] is rank 0 and n
+counts from 0:
 
     key                 written by    awaited or polled by     value
     engines             supervisor    coordinator, trainer     URLs of the engines; written once all of them answer

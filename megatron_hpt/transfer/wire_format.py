@@ -1,4 +1,4 @@
-"""What travels: the model's tensors, or the FP8 checkpoint that is made of them on the way."""
+"""Names, shapes and dtypes of what is sent to engines: the model's tensors, or those of its FP8 checkpoint."""
 
 from __future__ import annotations
 

@@ -213,8 +213,9 @@ def _start_again(error: HptError, job: SlurmJob, checkpoint: int, tries: Tries) 
     failed = Try(job.number, job.attempt, tuple(job.nodes), str(error).splitlines()[0], checkpoint)
     if reason := tries.fail(failed):
         raise Hopeless(f"{error}\n{reason}; see {tries.file}") from error
+    say(job, str(error))  # now: the requeue ends this process, which may then have said nothing yet
     _ask("scontrol", "requeue", str(job.number))
-    raise RequeueRequested(f"{error}\njob {job.number} is requeued, checkpoint {checkpoint}") from error
+    raise RequeueRequested(f"job {job.number} is requeued, checkpoint {checkpoint}") from error
 
 
 def _newest_checkpoint(name: str, root: Path) -> int:

@@ -1,4 +1,4 @@
-"""Who is driven: the engines, each brought to a version through its control plane and, where it talks, its transport."""
+"""Rank 0 brings all engines to a version at the same time, through their control planes; every rank sends its messages."""
 
 from __future__ import annotations
 

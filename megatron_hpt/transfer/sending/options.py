@@ -1,4 +1,4 @@
-"""What a sender is told: how weights travel, and to which engines."""
+"""How weights travel, and to which engines: what a recipe and a launcher tell a sender."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is planned: which rank sends which box to which engine ranks, and the contents that tell each engine so."""
+"""From the layouts of actor and engines: the boxes that each rank sends, and the contents that each engine is told."""
 
 from __future__ import annotations
 
