@@ -303,7 +303,6 @@ def test_files_without_rows_are_passed_over_but_not_all_of_them(tmp_path: Path) 
 MEMORY = """
 import sys
 from megatron_hpt.data.order import Shuffle
-from megatron_hpt.data.order import Layout
 from megatron_hpt.data.problem_set import ProblemSet
 from megatron_hpt.data.scan import scan
 import pyarrow.parquet

@@ -216,9 +216,9 @@ def wait_until(runs: bool) -> None:
 
 
 HOLD = """
-from megatron_hpt.rewards.sandbox import Limits, run
+from megatron_hpt.rewards.sandbox import SandboxLimits, run
 run("import os; os.execvp('python3', ['python3', '-c', 'import time; time.sleep(4343)'])", [{"input": "", "output": ""}],
-    Limits(60.0, 256, 16, 8))
+    SandboxLimits(60.0, 256, 16, 8))
 """
 
 
