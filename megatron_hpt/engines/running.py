@@ -22,7 +22,7 @@ def look(url: str, deadline_s: float = 10.0) -> RunningServer:
     """
     with httpx.Client(base_url=url, timeout=deadline_s, trust_env=False, headers=token_header()) as http:
         try:
-            for kind in ENGINES.values():
+            for kind in reversed(ENGINES.values()):  # vLLM's, the first row, takes any server that has OpenAI's routes
                 if (server := kind.recognise(url, http)) is not None:
                     return server
         except httpx.HTTPError as error:

@@ -1,11 +1,15 @@
 """Engines by name, and by a path outside the package. A whole run with one: tests/end_to_end/test_third_engine.py."""
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from megatron_hpt.engines.interface import EngineKind
 from megatron_hpt.engines.registry import ENGINES, kind_of
+from megatron_hpt.engines.running import look
 from megatron_hpt.errors import ConfigError
 
 OUTSIDE = Path(__file__).with_name("recorded_engine.py")
@@ -30,3 +34,30 @@ def test_an_engine_is_a_row_or_somebody_elses() -> None:
 def test_what_is_no_engine_is_refused_in_words(name: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         kind_of(name)
+
+
+@pytest.mark.parametrize(
+    ("routes", "kind"),
+    [
+        ({"/v1/models": {"data": [{"id": "m", "owned_by": "a gateway"}]}}, "vllm"),
+        ({"/v1/models": {"data": [{"id": "m"}]}, "/model_info": {"model_path": "m", "weight_version": "default"}}, "sglang"),
+    ],
+)
+def test_a_server_is_what_its_routes_say_whoever_it_says_it_is(routes: dict[str, dict], kind: str) -> None:
+    """SGLang has OpenAI's routes too, and what stands before a vLLM server may give another owner."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path in routes else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(routes.get(self.path)).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert look(f"http://127.0.0.1:{server.server_port}").kind == kind
+        finally:
+            server.shutdown()

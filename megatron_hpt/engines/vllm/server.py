@@ -142,8 +142,9 @@ def recognise(url: str, http: httpx.Client) -> RunningServer | None:
     by OpenAI's completions.
     """
     models = answer_of(http, "/v1/models")
-    if models is None or (model := models["data"][0])["owned_by"] != "vllm":
+    if models is None:
         return None
+    model = models["data"][0]
     weights = answer_of(http, CompletionsEngine.version_route)
     label = UNLABELLED if weights is None else str(weights["weight_version"])
     of_a_run = weights is not None and http.get(VllmEngine.generate_route).status_code == HTTPStatus.METHOD_NOT_ALLOWED
