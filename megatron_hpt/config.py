@@ -1,7 +1,7 @@
 """The typed configuration tree that a recipe fills in. Imports no torch.
 
 A recipe is a Python function ``recipe() -> Config``. Dotted overrides (``trainer.steps=20``) are read as their setting's type
-asks (`given`) and checked against the same types, so nothing reaches a process that has not been validated here.
+asks (overrides.py) and checked against the same types, so nothing reaches a process that has not been validated here.
 """
 
 from __future__ import annotations

@@ -14,12 +14,11 @@ from megatron_hpt.models.hf_config import ModelShape, read_config, shape_of_any
 
 
 def check(config: Config, shape: ModelShape, on_gpus: bool) -> None:
-    """Refuse an engine that cannot be started here with the run's settings, or given its weights.
+    """Refuse an engine that cannot be started here, or given its weights; what settings alone decide has been checked.
 
     Raises:
         ConfigError: names the key and says what to do.
     """
-    check_sampling(config)
     if not config.rollout.urls:
         check_started_engine(config, shape.head_dim, on_gpus)
         if not on_gpus:
