@@ -574,6 +574,21 @@ class ParallelConfig(Section):
         return self.row_multiple * (self.tensor if self.sequence else 1)
 
 
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
+KernelFlag = Literal[
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "apply_rope_fusion",
+    "gradient_accumulation_fusion",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "overlap_grad_reduce",
+    "overlap_p2p_comm",
+    "batch_p2p_comm",
+]
+"""Keys of `actor.kernels` (actor/model/kernels.py)."""
+
+
 class ActorConfig(Section):
     micro_batch_tokens: Tokens = 8192
     """Tokens packed into one micro-batch, over all its context parallel ranks (a longer row gets one of its own)."""
@@ -588,6 +603,10 @@ class ActorConfig(Section):
     offload: Literal["none", "optimizer", "all"] = "none"
     """What rests in host memory while nothing needs it: main weights and moments between optimizer steps; all: weights and
     gradients too while the trainer waits for rollouts, for engines on the same GPUs."""
+    recompute_modules: list[RecomputeModule] = Field(default=["core_attn"])
+    """What recompute=selective computes again, by Megatron-Core's names."""
+    kernels: dict[KernelFlag, bool] = Field(default={})
+    """Fused kernels and overlaps switched on or off, by Megatron-Core's names; default: what can run (docs/gpu.md)."""
     threads: Threads = 1
     """Torch threads of one rank on the host."""
 

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from megatron_hpt.launch.launchers import free_port
+from tests import fake_gpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +55,9 @@ def run_ranks(script: Path, *arguments: object, ranks: int, timeout: float = 300
 
 @cache
 def _server() -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Megatron asks for devices when it is imported; by the driver's library that leaves forks able to use them.
+    devices = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", **fake_gpu.preloaded()}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **devices}
     command = [sys.executable, "-W", "ignore", str(Path(__file__))]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     atexit.register(_end, server)
@@ -121,6 +124,7 @@ def _rank(
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         }
         tempfile.tempdir = None
+        fake_gpu.choose_layers()
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")
         code = 0

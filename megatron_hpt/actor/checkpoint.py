@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_hpt.actor.model import fp8_weights
 from megatron_hpt.actor.optimizer import state as optimizer_state
 from megatron_hpt.actor.platform import Platform
 from megatron_hpt.errors import CheckpointError
@@ -161,6 +162,9 @@ def _fill(chunk: GPTModel, state: dict[str, Any]) -> None:
         CheckpointError: the checkpoint lacks a weight, or has one that the model lacks.
     """
     result = chunk.load_state_dict(state, strict=False)
+    for name, parameter in chunk.named_parameters():
+        if name in state:
+            fp8_weights.fill(parameter, state[name])
     wrong = [key for key in (*result.missing_keys, *result.unexpected_keys) if not key.endswith(_EXTRA)]
     if wrong:
         raise CheckpointError(f"the checkpoint and the model do not have the same weights: {', '.join(wrong[:3])}")
@@ -230,13 +234,18 @@ def _rng_state() -> dict[str, Any]:
 
 
 def _restore_rng(path: Path) -> None:
-    """Restore this rank's random generators if as many ranks wrote the checkpoint; else they start from the seed."""
+    """Restore this rank's random generators if as many ranks wrote the checkpoint, on such a device; else they start from the
+    seed. A CUDA generator's state has another form than a host's, which neither accepts of the other."""
     if len(list(path.glob("rng_*.pt"))) != dist.get_world_size():
         logger.warning("%s was written by another number of ranks: random generators start from trainer.seed", path)
         return
-    state = torch.load(path / f"rng_{dist.get_rank()}.pt", weights_only=True)
+    state, tracker = torch.load(path / f"rng_{dist.get_rank()}.pt", weights_only=True), tensor_parallel.get_cuda_rng_tracker()
     torch.set_rng_state(state["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    sizes = {name: len(own) for name, own in tracker.get_states().items()}
+    if {name: len(written) for name, written in state["tracker"].items()} != sizes:
+        logger.warning("note: %s was written on another kind of device: its random generators start from trainer.seed", path)
+        return
+    tracker.set_states(state["tracker"])
 
 
 def _state(chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | None) -> dict[str, Any]:

@@ -116,17 +116,8 @@ def install() -> None:
         if name.startswith("megatron.core") and module.__dict__.get("torch") is torch:
             module.torch = facade
     _track_host_generator(importlib.import_module("megatron.core.tensor_parallel.random"))
-    _complete_experts(
-        importlib.import_module("megatron.core.transformer.moe.moe_utils"),
-        importlib.import_module("megatron.core.transformer.moe.token_dispatcher"),
-    )
-
-
-def _complete_experts(utils: types.ModuleType, dispatcher: types.ModuleType) -> None:
-    """Give megatron-core 0.16.1's mixtures of experts what they lack without Transformer Engine and CUDA."""
-    if not hasattr(utils, "te_general_gemm"):
-        utils.te_general_gemm = None  # read although it was never imported
     # Megatron's own leaves a host tensor as it is, even where numpy is asked for.
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )

@@ -43,6 +43,7 @@ def detect(threads: int) -> Platform:
     Args:
         threads: torch threads of a rank on the host.
     """
+    _complete_router()
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
@@ -53,3 +54,11 @@ def detect(threads: int) -> Platform:
     torch.set_num_threads(threads)
     host.install()
     return Platform(torch.device("cpu"), "gloo")
+
+
+def _complete_router() -> None:
+    """Define a name that megatron-core 0.16.1's router reads although it imports it with Transformer Engine only."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None

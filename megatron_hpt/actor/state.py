@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_hpt.actor import parallel, platform
 from megatron_hpt.actor.microbatch import MicroBatchLayout
 from megatron_hpt.actor.model import policy, routing
-from megatron_hpt.actor.model.precision import check_fp8, this_machine, token_multiple
+from megatron_hpt.actor.model.precision import check_bf16_layers, check_fp8, this_machine, token_multiple
 from megatron_hpt.actor.optimizer import optimizer
 from megatron_hpt.actor.optimizer.offload import Offload
 from megatron_hpt.actor.timing import ObjectiveTimer
@@ -19,6 +21,8 @@ from megatron_hpt.config import Config
 from megatron_hpt.models.hf_config import ModelShape, run_shape
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,15 +69,20 @@ def build_actor(config: Config) -> Actor:
     check_fp8(config.actor.fp8, config.model.dtype, this_machine())
     ranks = parallel.initialize(config.parallel, where, config.trainer.seed, config.deadlines.step_s)
     shape = run_shape(config)
+    check_bf16_layers(config.actor.fp8, config.actor.bf16_layers, shape.layers)
     algorithm = algorithms.of_run(config)
-    wrapped = optimizer.wrap(policy.load(config.model.path, config, ranks, where), config.actor.fp8_param_gather)
+    kernels = policy.kernels_of_run(shape, config, where)
+    if ranks.is_lead:
+        logger.info("kernels: %s", ", ".join(flag for flag, on in kernels.items() if on) or "none fused")
+    wrapped = optimizer.wrap(policy.load(config.model.path, config, ranks, where), config.actor.fp8_param_gather, kernels)
     for chunk in wrapped:
         chunk.train()
     routing.install([chunk.module for chunk in wrapped], ranks)
     reference = None
     if algorithm.kl is not None:
         path = config.algorithm.kl.reference or config.model.path
-        reference = [chunk.requires_grad_(False).eval() for chunk in policy.load(path, config, ranks, where)]
+        with torch.no_grad():  # then Transformer Engine keeps no second copy of FP8 weights, which only an optimizer needs
+            reference = [chunk.requires_grad_(False).eval() for chunk in policy.load(path, config, ranks, where)]
     megatron_optimizer = optimizer.build(config.optimizer, wrapped, where)
     return Actor(
         config=config,

@@ -42,6 +42,7 @@ def check(config: Config) -> TrainingDataReport:
     check_reference_model(config, shape)
     layout.check_layout(config, shape)
     precision.check_fp8(config.actor.fp8, config.model.dtype, precision.this_machine())
+    precision.check_bf16_layers(config.actor.fp8, config.actor.bf16_layers, shape.layers)
     layout.check_lengths(config, shape)
     engine_checks.check(config, shape, torch.cuda.is_available())
     check_transport(config.transfer.transport)

@@ -49,6 +49,7 @@ def main() -> None:
     build_driver()
     build_operators()
     build_transformer_engine()
+    widen_transformer_engine()
     compile_c("-O1", HERE / "no_at_fork.c", "-o", OWN / "no_at_fork.so")
     (SITE / "fake_gpu_startup.py").write_text((HERE / "startup.py").read_text(encoding="utf-8"), encoding="utf-8")
     (SITE / "fake_gpu.pth").write_text("import fake_gpu_startup\n", encoding="utf-8")
@@ -103,6 +104,24 @@ def build_transformer_engine() -> None:
     compile_c("-O1", f"-I{sysconfig.get_path('include')}", HERE / "transformer_engine_extension.c", "-o", extension)
     functions = (HERE / "transformer_engine_functions.py").read_text(encoding="utf-8")
     (SITE / "fake_transformer_engine.py").write_text(functions, encoding="utf-8")
+
+
+def widen_transformer_engine() -> None:
+    """Let Transformer Engine's attention choose its fused kernel for float32 too, which only the functions here compute.
+
+    Then layers of Transformer Engine can be compared with others to 1e-5 (`tests.fake_gpu.wide`).
+    """
+    folder = SITE / "transformer_engine" / "pytorch" / "attention" / "dot_product_attention"
+    allowed = {
+        "utils.py": "qkv_dtype not in [torch.bfloat16, torch.float16, torch.float8_e4m3fn",
+        "backends.py": "x.dtype in [torch.float16, torch.bfloat16",
+    }
+    for name, text in allowed.items():
+        source = (folder / name).read_text(encoding="utf-8")
+        if text not in source:
+            sys.exit(f"{folder / name}: no longer has the line that is widened: {text}")
+        if f"{text}, torch.float32" not in source:
+            (folder / name).write_text(source.replace(text, f"{text}, torch.float32"), encoding="utf-8")
 
 
 def stubs_of(names: Iterable[str]) -> str:

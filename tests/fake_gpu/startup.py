@@ -6,6 +6,7 @@ import sys
 _VARIABLES = {
     "TORCHDYNAMO_DISABLE": "1",  # compiled code would be launched and not run
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # a warning for every operator that is registered again
+    "TRITON_INTERPRET": "1",  # Triton's kernels are interpreted on the host
     "NVTE_PROJECT_BUILDING": "1",  # Transformer Engine loads its Python without its compiled core
 }
 

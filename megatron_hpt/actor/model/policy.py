@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,17 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_hpt.actor import checkpoint
-from megatron_hpt.actor.model import rope
+from megatron_hpt.actor.model import fp8_weights, kernels, rope
 from megatron_hpt.actor.model.attention import PackedAttention
 from megatron_hpt.actor.model.norm import RMSNorm
-from megatron_hpt.actor.model.precision import FP8_RECIPES, prove_fp8
+from megatron_hpt.actor.model.precision import FP8_RECIPES, prove_fp8, this_machine
 from megatron_hpt.actor.parallel import Ranks
 from megatron_hpt.actor.platform import Platform
 from megatron_hpt.config import ActorConfig, Config, ParallelConfig
 from megatron_hpt.models.checkpoints import is_checkpoint
 from megatron_hpt.models.hf_config import ModelShape, run_shape
 from megatron_hpt.models.hf_files import HfTensors
-from megatron_hpt.models.mapping import ShardView, shard_views
+from megatron_hpt.models.mapping import Place, ShardView, shard_views
 
 
 class PolicyModel(GPTModel):
@@ -41,16 +42,39 @@ class PolicyModel(GPTModel):
         return hidden_states
 
 
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
+def _recompute(actor: ActorConfig) -> dict[str, Any]:
+    return {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": list(actor.recompute_modules)},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[actor.recompute]
+
+
+def kernels_of_run(shape: ModelShape, config: Config, platform: Platform) -> dict[str, bool]:
+    """Return which of Megatron's kernels and overlaps this run uses (`kernels.choose`).
+
+    Raises:
+        ConfigError: `actor.kernels` asks for one that cannot run here.
+    """
+    engine = this_machine().engine if uses_transformer_engine(platform, getattr(torch, config.model.dtype)) else None
+    return kernels.choose(kernels.Situation.of(config, shape, platform.is_cuda, engine), config.actor.kernels)
+
+
+_OF_MODEL = (
+    *("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion"),
+    *("moe_grouped_gemm", "moe_permute_fusion", "overlap_p2p_comm", "batch_p2p_comm"),
+)
+"""Kernels that Megatron builds the model with; the others are of its gradients (`optimizer.wrap`)."""
 
 
 def transformer_config(shape: ModelShape, config: Config, platform: Platform) -> TransformerConfig:
-    """Return Megatron's configuration of the model; fusions that need CUDA extensions are off."""
+    """Return Megatron's configuration of the model.
+
+    Raises:
+        ConfigError: `actor.kernels` asks for a kernel that cannot run here.
+    """
     dtype, parallel = getattr(torch, config.model.dtype), config.parallel
+    used = kernels_of_run(shape, config, platform)
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -82,15 +106,12 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         # Packed micro-batches differ in length. An interleaved schedule of two stages would confuse the shapes of the two
         # directions (both go to the same rank), so there all micro-batches of a step are padded to one length.
         variable_seq_lengths=parallel.virtual_pipeline == 1,
-        batch_p2p_comm=False,
         calculate_per_token_loss=True,  # the loss is already divided by its global denominators
         persist_layer_norm=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        **_RECOMPUTE[config.actor.recompute],
+        masked_softmax_fusion=False,  # of Megatron's own attention, which is not used
+        gradient_accumulation_fusion=False,  # set when there are gradient buffers (`optimizer.wrap`)
+        **{flag: used[flag] for flag in _OF_MODEL},
+        **_recompute(config.actor),
         **_fp8(config.actor),
         **_experts(shape, parallel),
     )
@@ -140,7 +161,7 @@ def _build_chunk(
     with platform.building():
         model = PolicyModel(
             config,
-            _block(shape, get_num_layers_to_build(config, vp_stage=piece), platform, config.params_dtype),
+            _block(shape, config, get_num_layers_to_build(config, vp_stage=piece), platform),
             vocab_size=padded_vocabulary(shape.vocab, ranks.tensor.size),
             max_sequence_length=shape.max_positions,
             pre_process=ranks.pipeline == 0 and not piece,
@@ -155,13 +176,16 @@ def _build_chunk(
     return model.to(platform.device)
 
 
-def _block(shape: ModelShape, layers: int, platform: Platform, dtype: torch.dtype) -> TransformerBlockSubmodules:
-    """Choose the layers: Transformer Engine's where it is installed, else Megatron's with our own attention and norm.
+def uses_transformer_engine(platform: Platform, dtype: torch.dtype) -> bool:
+    """Return whether layers are Transformer Engine's, whose fused attention computes in half precision only."""
+    return platform.has_transformer_engine and dtype is not torch.float32
 
-    Layers in float32 are never Transformer Engine's, whose fused attention computes in half precision only.
-    """
-    kind = {"num_experts": shape.experts or None, "moe_grouped_gemm": False, "qk_layernorm": shape.qk_norm}
-    if platform.has_transformer_engine and dtype is not torch.float32:
+
+def _block(shape: ModelShape, config: TransformerConfig, layers: int, platform: Platform) -> TransformerBlockSubmodules:
+    """Choose the layers: Transformer Engine's where they can be, else Megatron's with our own attention and norm."""
+    grouped = config.moe_grouped_gemm
+    kind = {"num_experts": shape.experts or None, "moe_grouped_gemm": grouped, "qk_layernorm": shape.qk_norm}
+    if uses_transformer_engine(platform, config.params_dtype):
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(**kind)
@@ -188,7 +212,7 @@ def load(folder: str, config: Config, ranks: Ranks, platform: Platform) -> list[
     """
     shape = run_shape(config, folder)
     chunks = build(shape, transformer_config(shape, config, platform), ranks, platform)
-    prove_fp8(config.actor.fp8, (module for chunk in chunks for module in chunk.modules()))
+    prove_fp8(config.actor.fp8, _fp8_layers(chunks, shape.layers, config.actor.bf16_layers))
     if is_checkpoint(folder):
         checkpoint.load(Path(folder), chunks, None, platform)
     else:
@@ -196,9 +220,18 @@ def load(folder: str, config: Config, ranks: Ranks, platform: Platform) -> list[
     return chunks
 
 
+def _fp8_layers(chunks: Sequence[PolicyModel], layers: int, bf16_layers: int) -> list[torch.nn.Module]:
+    """Return this rank's layers but those of the first and last of the whole model that compute in bfloat16."""
+    held = [layer for chunk in chunks for layer in chunk.decoder.layers]
+    return [layer for layer in held if bf16_layers < layer.layer_number <= layers - bf16_layers]  # numbers begin with 1
+
+
 def padded_vocabulary(vocab: int, tensor: int) -> int:
     """Return the rows of the embedding: the vocabulary, and as many more as make it divisible by the tensor parallel ranks."""
     return -(-vocab // tensor) * tensor
+
+
+_GROUPED = re.compile(r"(.*\.experts)\.(linear_fc[12])\.weight(\d+)$")
 
 
 def global_parameters(chunks: Sequence[PolicyModel], shape: ModelShape, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
@@ -207,6 +240,8 @@ def global_parameters(chunks: Sequence[PolicyModel], shape: ModelShape, ranks: R
     for chunk in chunks:
         layers = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
         for name, parameter in chunk.named_parameters():
+            # A grouped product has the weights of all its experts in one module, numbered.
+            name = _GROUPED.sub(r"\1.local_experts.\3.\2.weight", name)
             name = _shifted(name, "decoder.layers.", layers)
             yield _shifted(name, ".local_experts.", first_expert), parameter
 
@@ -225,27 +260,29 @@ def _is_expert(parameter: Tensor) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
+def _place(parameter: Tensor, ranks: Ranks) -> Place:
+    """Return which shard of a parameter this rank holds."""
+    return ranks.expert_tensor if _is_expert(parameter) else ranks.tensor
+
+
 def views(
     chunks: Sequence[PolicyModel],
     shape: ModelShape,
     ranks: Ranks,
     *,
-    loading: bool = False,
     contributing: bool = False,
     of: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> list[ShardView]:
     """Return views of this rank's parameters as boxes of Hugging Face tensors.
 
     Args:
-        loading: the views are for writing weights into them (`shard_views`).
         contributing: return only the boxes that this rank contributes to an export; each box of the model comes from one rank.
         of: what of a parameter is viewed: itself, or a tensor of its shape (its gradient).
     """
     views_of_all = []
     for name, parameter in global_parameters(chunks, shape, ranks):
-        is_expert = _is_expert(parameter)
-        place = ranks.expert_tensor if is_expert else ranks.tensor
-        held = shard_views(name, of(parameter), shape, place, loading=loading)
+        is_expert, place = _is_expert(parameter), _place(parameter, ranks)
+        held = shard_views(name, of(parameter), shape, place)
         if contributing:
             # The first of the ranks that hold the same shard contributes it, and the first tensor parallel rank what all copy.
             is_first = ranks.expert_data == 0 if is_expert else ranks.data == 0 and ranks.context.rank == 0
@@ -270,7 +307,8 @@ def load_hf(chunks: Sequence[PolicyModel], shape: ModelShape, ranks: Ranks, fold
     """
     files = HfTensors(folder)
     files.check(shape)
-    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
-        parameter.zero_()  # rows that only pad the vocabulary
-    for view in views(chunks, shape, ranks, loading=True):
-        view.write(files.get(view.name))
+    for name, parameter in global_parameters(chunks, shape, ranks):
+        values = fp8_weights.writable(parameter)  # zeros: rows that only pad the vocabulary stay so
+        for view in shard_views(name, values, shape, _place(parameter, ranks), loading=True):
+            view.write(files.get(view.name))
+        fp8_weights.fill(parameter, values)

@@ -104,27 +104,46 @@ def token_multiple(name: str) -> int:
     return FP8_RECIPES[name].token_multiple if name != "none" else 1
 
 
-def prove_fp8(name: str, modules: Iterable[torch.nn.Module]) -> int:
+def check_bf16_layers(name: str, bf16_layers: int, layers: int) -> None:
+    """Refuse layers in bfloat16 at both ends of the model that leave none in FP8.
+
+    Args:
+        name: the recipe that was asked for, or "none".
+        bf16_layers: `actor.bf16_layers`.
+        layers: layers of the model.
+
+    Raises:
+        ConfigError: no layer would compute in FP8.
+    """
+    if name != "none" and 2 * bf16_layers >= layers:
+        raise ConfigError(
+            f"actor.bf16_layers: given {bf16_layers}; the first and the last {bf16_layers} of the model's {layers} layers in "
+            f"bfloat16 leave none in FP8: at most {(layers - 1) // 2}, or set actor.fp8=none"
+        )
+
+
+def prove_fp8(name: str, layers: Iterable[torch.nn.Module]) -> int:
     """Count the modules that compute in FP8; called when a model has been built.
 
     Args:
         name: the recipe that was asked for, or "none".
-        modules: all modules of this rank's model.
+        layers: this rank's layers that are to compute in FP8; a rank of a pipeline may have none.
 
     Raises:
-        ConfigError: a recipe was asked for and no module computes in FP8; the run would train in bfloat16 under an FP8 flag.
+        ConfigError: a recipe was asked for and a layer does not compute in FP8; the run would train in bfloat16 under an FP8
+            flag.
     """
-    count = sum(hasattr(module, "fp8_meta") and _of_transformer_engine(module) for module in modules)
-    if name != "none" and not count:
+    counts = [sum(map(_computes_in_fp8, layer.modules())) for layer in layers]
+    if name != "none" and not all(counts):
         raise ConfigError(
-            f"actor.fp8: given {name!r}, but no layer of the model that was built is one of Transformer Engine's, so it would "
-            "train in bfloat16; set actor.fp8=none"
+            f"actor.fp8: given {name!r}, but no part of a layer that was built is Transformer Engine's, so it would train in "
+            "bfloat16; set actor.fp8=none"
         )
-    return count
+    return sum(counts)
 
 
-def _of_transformer_engine(module: torch.nn.Module) -> bool:
-    return any(cls.__module__.startswith("transformer_engine.") for cls in type(module).__mro__)
+def _computes_in_fp8(module: torch.nn.Module) -> bool:
+    return hasattr(module, "fp8_meta") and any(cls.__module__.startswith("transformer_engine.") for cls in type(module).__mro__)
 
 
 def _text(version: Version | tuple[int, int]) -> str:

@@ -30,7 +30,7 @@ class Resting:
         self._storages = [storage for storage in by_address.values() if storage.nbytes()]
         self._sizes = [storage.nbytes() for storage in self._storages]
         self._keep = keep
-        self._host: list[Tensor] = []
+        self._host: list[list[Tensor]] = []
         self._away = False
 
     @property
@@ -46,7 +46,8 @@ class Resting:
         if self._keep:
             self._host = self._host or [_host_buffer(storage) for storage in self._storages]
             for host, storage in zip(self._host, self._storages, strict=True):
-                host.copy_(_bytes(storage), non_blocking=True)
+                for piece, of_storage in zip(host, _bytes(storage).split([len(p) for p in host]), strict=True):
+                    piece.copy_(of_storage, non_blocking=True)
             _synchronize(self._storages)  # copies must have ended before their memory is given back
         for storage in self._storages:
             storage.resize_(0)
@@ -60,7 +61,8 @@ class Resting:
         for storage, size in zip(self._storages, self._sizes, strict=True):
             storage.resize_(size)
         for host, storage in zip(self._host, self._storages, strict=self._keep):
-            _bytes(storage).copy_(host, non_blocking=True)
+            for piece, of_storage in zip(host, _bytes(storage).split([len(p) for p in host]), strict=True):
+                of_storage.copy_(piece, non_blocking=True)
         self._away = False
 
 
@@ -128,8 +130,26 @@ def _states(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
             yield from (t for t in part._get_main_param_and_optimizer_states(parameter).values() if isinstance(t, Tensor))
 
 
-def _host_buffer(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+def pinned_sizes(nbytes: int) -> list[int]:
+    """Return the sizes in which so many bytes of pinned memory are allocated, largest first.
+
+    Torch rounds every pinned allocation up to a power of two (aten/src/ATen/core/CachingHostAllocator.h), which makes 2.2 GB of
+    1.1 GB. So each piece is one, and only the last, of less than a MiB, is rounded up.
+    """
+    sizes = []
+    while nbytes >= _LAST_PIECE:
+        sizes.append(1 << (nbytes.bit_length() - 1))
+        nbytes -= sizes[-1]
+    return [*sizes, nbytes] if nbytes else sizes
+
+
+_LAST_PIECE = 1 << 20
+
+
+def _host_buffer(storage: torch.UntypedStorage) -> list[Tensor]:
+    on_gpu = storage.device.type == "cuda"
+    sizes = pinned_sizes(storage.nbytes()) if on_gpu else [storage.nbytes()]
+    return [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for size in sizes]
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

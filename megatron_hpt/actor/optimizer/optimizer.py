@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -15,15 +15,42 @@ from megatron_hpt.actor.platform import Platform
 from megatron_hpt.config import OptimizerConfig
 
 
-def wrap(chunks: Sequence[GPTModel], fp8_param_gather: bool) -> list[DistributedDataParallel]:
-    """Give each chunk gradient buffers, which are reduced in float32 and sharded over the data parallel ranks."""
+def wrap(chunks: Sequence[GPTModel], fp8_param_gather: bool, kernels: Mapping[str, bool]) -> list[DistributedDataParallel]:
+    """Give each chunk gradient buffers, which are reduced in float32 and sharded over the data parallel ranks.
+
+    Args:
+        kernels: which of Megatron's kernels are used, by flag (`policy.kernels_of_run`).
+    """
+    overlaps = kernels["overlap_grad_reduce"]
     config = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True, fp8_param_gather=fp8_param_gather
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        fp8_param_gather=fp8_param_gather,
+        overlap_grad_reduce=overlaps,
     )
     model = chunks[0].config
+    if kernels["gradient_accumulation_fusion"]:
+        _accumulate_in_place(chunks)
     # num_tokens is dropped: it would divide the gradient a second time by a denominator the loss already has.
     model.finalize_model_grads_func = lambda models, num_tokens=None, **kwargs: finalize_model_grads(models, None, **kwargs)
-    return [DistributedDataParallel(model, config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    wrapped = [DistributedDataParallel(model, config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    if overlaps:  # only the last micro-batch's backward pass starts reductions
+        model.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped
+
+
+def _accumulate_in_place(chunks: Sequence[GPTModel]) -> None:
+    """Have linear layers add their weight gradients to the gradient buffers, in float32, by their own matrix products.
+
+    Megatron refuses the setting where it builds the output layer, which is none of Transformer Engine's and would need Apex.
+    But that layer's own forward pass is never called (`logprob`), so the setting is made after everything is built.
+    """
+    for chunk in chunks:
+        chunk.config.gradient_accumulation_fusion = True
+        for module in chunk.decoder.modules():
+            for name in ("fuse_wgrad_accumulation", "gradient_accumulation_fusion"):  # Transformer Engine's, Megatron's own
+                if hasattr(module, name):
+                    setattr(module, name, True)
 
 
 def build(config: OptimizerConfig, wrapped: Sequence[DistributedDataParallel], platform: Platform) -> MegatronOptimizer:

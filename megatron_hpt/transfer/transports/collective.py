@@ -11,6 +11,7 @@ formats want the same library on both sides; for NCCL that is checked when they 
 from __future__ import annotations
 
 import datetime
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,26 @@ class GroupKind:
             return dist.ProcessGroupGloo(store, rank, size, timeout)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, rank, size, options)
+        with _variable("TORCH_NCCL_BLOCKING_WAIT", "1"):
+            return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable that torch reads where a group is made.
+
+    By default a wait for NCCL returns at once, and torch's watchdog ends the process at the deadline: also that of the peer
+    which is well. A blocking wait raises, on both ends, and both live.
+    """
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 WIRES = {"gloo": GroupKind("cpu", None), "nccl": GroupKind("cuda", 1 << 30)}
