@@ -20,16 +20,16 @@ PINNED_PIECE_BYTES = 256 * 2**20
 
 
 def host_bytes(shape: ModelShape, config: Config, stage: int) -> float:
-    """In host memory of one rank: what rests there, and the copy that the background writer of a checkpoint has."""
+    """Return the bytes that one rank takes of its host's memory: what rests there, and a copy for a checkpoint's writer."""
     weights, _ = checkpoint_bytes(shape, config)
     return resting_bytes(shape, config, stage) + optimizer_bytes(shape, config, stage) + weights / config.parallel.ranks
 
 
 def resting_bytes(shape: ModelShape, config: Config, stage: int) -> float:
-    """Pinned host memory of one rank under actor.offload: main weights and moments, tensor by tensor; under `all` weights, and
-    the reference policy's, too. Gradients are not kept.
+    """Return the pinned bytes of one rank under actor.offload.
 
-    A rank has its share of the tensors and not of each: the distributed optimizer cuts one long buffer.
+    Main weights and moments rest tensor by tensor, of which a rank has its share: the distributed optimizer cuts one long
+    buffer of all. Under `all` the weights rest too, buffer by buffer, and the reference policy's; gradients are not kept.
     """
     parallel, kind = config.parallel, config.actor.offload
     if kind == "none":
@@ -48,21 +48,22 @@ def resting_bytes(shape: ModelShape, config: Config, stage: int) -> float:
 
 
 def pinned(nbytes: float) -> int:
-    """Host memory of so many pinned bytes: they are pinned in pieces (actor/optimizer/offload.py), and torch rounds each up to
-    a power of two (CachingHostAllocator)."""
+    """Return what pinning so many bytes takes: the actor pins pieces, and torch rounds each up to a power of two
+    (CachingHostAllocator)."""
     whole, rest = divmod(math.ceil(nbytes), PINNED_PIECE_BYTES)
     return whole * PINNED_PIECE_BYTES + (1 << (rest - 1).bit_length() if rest else 0)
 
 
 def _tensors(shape: ModelShape, parallel: ParallelConfig, stage: int) -> list[tuple[int, int, float]]:
-    """Of a rank of a pipeline stage: elements of a tensor, how many there are, and ranks that share their optimizer state."""
+    """Return the tensors of a pipeline stage's rank, norms and biases left out: elements of each, how many there are, and how
+    many ranks share their optimizer state."""
     tensor, replicas = parallel.tensor, parallel.data * parallel.context
     width = parallel.expert_tensor or tensor
     layers, last = shape.layers // parallel.pipeline, stage == parallel.pipeline - 1
     queries = shape.hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim // tensor
     output = shape.hidden * shape.heads * shape.head_dim // tensor
     ends = (stage == 0) + last - (stage == 0 and last and shape.tied_embeddings)
-    found = [
+    tensors = [
         (queries, layers, replicas),
         (output, layers, replicas),
         (embedding_rows(shape, parallel) * shape.hidden, ends, replicas),
@@ -71,4 +72,4 @@ def _tensors(shape: ModelShape, parallel: ParallelConfig, stage: int) -> list[tu
     if not shape.experts:
         cut, networks, sharing = tensor, layers, replicas
     wide = shape.hidden * shape.ffn // cut
-    return [*found, (2 * wide, networks, sharing), (wide, networks, sharing)]
+    return [*tensors, (2 * wide, networks, sharing), (wide, networks, sharing)]

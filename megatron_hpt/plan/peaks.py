@@ -52,8 +52,8 @@ class Peaks:
         return min(self.node, self.network * max(1, self._size // stride))
 
     def exchange(self, stride: int, size: int) -> float:
-        """Bytes/s of one rank that sends as much to each of `size` ranks, every `stride`-th: what stays in the node does not
-        wait for what leaves it."""
+        """Return the bytes/s of one rank that sends as much to each of `size` ranks, every `stride`-th: what stays in the node
+        does not wait for what leaves it."""
         inside = min(size, max(1, self._size // stride))
         if inside == size:
             return self.node

@@ -150,7 +150,7 @@ class Messages:
 
 
 def message_bytes(shape: ModelShape, config: Config, tokens: float) -> Messages:
-    """Of one rank.
+    """Return what one rank sends.
 
     Tensor parallel ranks gather and scatter (or all-reduce, which is both) around attention and around the feed-forward
     network in every pass, and gather once more for the gradients of weights under sequence parallelism; around experts only
