@@ -183,7 +183,7 @@ def message_bytes(shape: ModelShape, config: Config, tokens: float) -> Messages:
 def _elementwise_bytes(shape: ModelShape, config: Config, flags: Flags) -> float:
     """Return the memory traffic of one layer's elementwise operations in a forward pass, for one token on one rank.
 
-    Two norms and two residual sums: 10 · hidden. The rotation: 2 · heads, or 10 kernel by kernel. The gate: 3 · ffn, or 5.
+    Two norms and two residual sums: 10 · hidden. The rotation: 2 · heads, or 12 kernel by kernel. The gate: 3 · ffn, or 5.
     Sorting a token's copies for k experts: 2k + 2 hidden, or 5k + 1, and 4k between experts of several ranks. Under FP8 each
     product's input is read and written once more, in one byte and transposed.
     """
@@ -194,7 +194,7 @@ def _elementwise_bytes(shape: ModelShape, config: Config, flags: Flags) -> float
     sorting = (2 * copies + 2 if flags.permute else 5 * copies + 1) + (4 * copies if parallel.expert > 1 else 0)
     hiddens = 10 + (sorting if shape.experts else 0)
     casts = 4 * (2 * hidden + heads + inner) if config.actor.fp8 != "none" else 0
-    moved = hiddens * hidden + (2 if flags.rope else 10) * heads + (3 if flags.activation else 5) * inner
+    moved = hiddens * hidden + (2 if flags.rope else 12) * heads + (3 if flags.activation else 5) * inner
     return ITEM_BYTES[config.model.dtype] * moved + casts
 
 
