@@ -32,6 +32,8 @@ class GpuConfig(Section):
     """To the other GPUs of the node (NVLink, else PCIe), one direction, 10^9 bytes/s."""
     host_gbs: Speed
     """To the host's memory (PCIe), one direction, 10^9 bytes/s."""
+    multiprocessors: Annotated[Int, Field(gt=0, le=4096)] = 132
+    """Parts that compute tiles of matrix products side by side (an H100 SXM has 132)."""
 
 
 class ClusterConfig(Section):

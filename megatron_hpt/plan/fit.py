@@ -10,6 +10,7 @@ from megatron_hpt.errors import ConfigError
 from megatron_hpt.models.hf_config import ModelShape
 from megatron_hpt.models.published import engine_item_bytes
 from megatron_hpt.plan.cluster import ClusterConfig
+from megatron_hpt.plan.host_memory import host_bytes
 from megatron_hpt.plan.memory import (
     GIB,
     ITEM_BYTES,
@@ -17,7 +18,6 @@ from megatron_hpt.plan.memory import (
     TrainerMemory,
     engine_memory,
     heaviest_stage,
-    host_bytes,
 )
 from megatron_hpt.plan.shared_gpu import Moment, largest_share, moments
 from megatron_hpt.plan.topology import Topology

@@ -169,6 +169,11 @@ def optimizer_bytes(shape: ModelShape, config: Config, stage: int) -> float:
     return STATE_BYTES[config.model.dtype] * (held.dense / replicas + held.expert * share / (replicas * parallel.tensor))
 
 
+def runs_fused(config: Config) -> bool:
+    """Return whether the actor's layers are Transformer Engine's and fused; in float32 they are Megatron's own."""
+    return config.model.dtype != "float32"
+
+
 def rank_tokens(config: Config) -> float:
     """Tokens of the largest micro-batch on one context parallel rank: a row longer than the budget has one of its own."""
     return max(config.actor.micro_batch_tokens, config.max_sequence_length) / config.parallel.context
@@ -178,15 +183,17 @@ def layer_bytes(shape: ModelShape, config: Config) -> float:
     """What the backward pass of one layer needs from its forward pass, for one token on one rank.
 
     Both norms keep input and output; attention keeps queries, keys, values, output and a float32 sum a head; the gated
-    feed-forward network keeps the outputs of its first product (2 · ffn), of the activation (ffn), and its second product's
-    input (ffn), because Megatron's fusion of the two is off. A token that goes to k experts is there k times.
+    feed-forward network keeps the output of its first product (2 · ffn) and its second product's input (ffn), and without
+    Megatron's fusion of the gate the output of the activation (ffn). A token that goes to k experts is there k times, and
+    tensor parallel ranks share these copies.
     """
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     whole = 4 * shape.hidden / (parallel.tensor if parallel.sequence else 1)
     heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim / parallel.tensor
     networks = shape.experts_per_token or 1
-    dispatched = 2 * networks * shape.hidden if shape.experts else 0
-    inner = 4 * networks * shape.ffn / (parallel.expert_tensor or parallel.tensor)
+    width = parallel.expert_tensor or parallel.tensor
+    dispatched = 2 * networks * shape.hidden * width / parallel.tensor if shape.experts else 0
+    inner = (3 if runs_fused(config) else 4) * networks * shape.ffn / parallel.tensor
     return item * (whole + heads + dispatched + inner) + 4 * shape.heads / parallel.tensor
 
 
@@ -270,14 +277,6 @@ def engine_memory(shape: ModelShape, config: Config, item: float, gpu_bytes: flo
     token = 2 * shape.layers * groups * shape.head_dim * ITEM_BYTES[config.model.dtype]
     cache = own - weights - allowance
     return EngineMemory(weights, allowance, cache, token, max(0, int(cache / token)))
-
-
-def host_bytes(shape: ModelShape, config: Config, stage: int) -> float:
-    """In host memory of one rank: what rests there, and the copy that the background writer of a checkpoint has."""
-    state = optimizer_bytes(shape, config, stage)
-    resting = state if config.actor.offload != "none" else 0.0
-    weights, _ = checkpoint_bytes(shape, config)
-    return resting + state + weights / config.parallel.ranks
 
 
 def checkpoint_bytes(shape: ModelShape, config: Config) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_hpt import recipe as recipes
@@ -14,23 +14,13 @@ from megatron_hpt.models.hf_config import ModelShape
 from megatron_hpt.models.published import engine_item_bytes, planned_shape
 from megatron_hpt.plan.cluster import ClusterConfig, load_cluster
 from megatron_hpt.plan.fit import fit
+from megatron_hpt.plan.flags import Flags, flags_of
 from megatron_hpt.plan.layout import check_layout, check_lengths
 from megatron_hpt.plan.memory import ITEM_BYTES, EngineMemory, TrainerMemory, checkpoint_bytes
 from megatron_hpt.plan.nearest_layout import nearest
+from megatron_hpt.plan.rollout_timing import Generation, Transfer, generation_s, transfer
 from megatron_hpt.plan.shared_gpu import Moment
-from megatron_hpt.plan.timing import (
-    Generation,
-    Pass,
-    StepSize,
-    StepTime,
-    Transfer,
-    generation_s,
-    message_bytes,
-    micro_batch_s,
-    reduce_bytes,
-    train_s,
-    transfer,
-)
+from megatron_hpt.plan.timing import Pass, StepSize, StepTime, message_bytes, micro_batch_s, reduce_bytes, train_s
 from megatron_hpt.plan.topology import Topology, place
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -74,6 +64,8 @@ class RunPlan:
     largest_share: float
     """Of such a GPU, for an engine."""
     micro_batch: Pass
+    hidden: dict[str, float]
+    """Seconds of communication beside computation in the first scenario's training: part → seconds, which are not counted."""
     scenarios: tuple[Scenario, ...]
     transfer: Transfer
     checkpoint: tuple[float, float]
@@ -142,7 +134,7 @@ def make(config: Config, cluster: ClusterConfig, fill: float, started: float) ->
     scenarios, sent = [], transfer(shape, config, cluster, servers, item, near)
     for share in SHARES:
         scenarios.append(_scenario(shape, config, cluster, fitting.engine, item, servers, share, fill, sent))
-    least = scenarios[0].batch
+    least, flags = scenarios[0].batch, flags_of(config)
     return RunPlan(
         config=config,
         cluster=cluster,
@@ -155,7 +147,8 @@ def make(config: Config, cluster: ClusterConfig, fill: float, started: float) ->
         engine=None if config.rollout.urls else fitting.engine,
         moments=fitting.moments,
         largest_share=fitting.largest_share,
-        micro_batch=micro_batch_s(shape, config, cluster, least.micro_batch_tokens, least.row_tokens),
+        micro_batch=_micro_batch(shape, config, cluster, flags, least),
+        hidden=_hidden(shape, config, cluster, flags, least),
         scenarios=tuple(scenarios),
         transfer=sent,
         checkpoint=checkpoint_bytes(shape, config),
@@ -210,11 +203,25 @@ def _scenario(
 ) -> Scenario:
     batch = batch_of(shape, config, share, fill)
     prompt, response = fill * config.data.max_prompt_length, fill * config.data.max_response_length
-    training = train_s(shape, config, cluster, batch)
+    training = train_s(shape, config, cluster, flags_of(config), batch)
     generation = generation_s(shape, config, cluster, engine, item, servers, prompt, response)
     generated = config.trainer.prompts_per_step * config.rollout.samples_per_prompt * response
     seconds = training.total + generation.total + sent.seconds
     return Scenario(share, batch, generated, training, generation, seconds)
+
+
+def _micro_batch(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> Pass:
+    return micro_batch_s(shape, config, cluster, flags, batch.micro_batches, batch.micro_batch_tokens, batch.row_tokens)
+
+
+def _hidden(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> dict[str, float]:
+    """Return what overlaps keep out of a step's training: the same step with none of them, less the step."""
+    plain = flags.without_overlaps()
+    one, alone = (asdict(_micro_batch(shape, config, cluster, these, batch)) for these in (flags, plain))
+    step, slower = (asdict(train_s(shape, config, cluster, these, batch)) for these in (flags, plain))
+    hidden = {part: batch.micro_batches * (alone[part] - one[part]) for part in one}
+    hidden |= {part: slower[part] - step[part] for part in ("reduce", "gather")}
+    return {part: seconds for part, seconds in hidden.items() if seconds > 0}
 
 
 def _bytes_by_link(

@@ -123,7 +123,10 @@ def _steps(plan: RunPlan) -> str:
 
 def _micro_batch(plan: RunPlan) -> Table:
     step = plan.scenarios[0].training
-    table = Table("part", "s", "share", title="training s of the first row, by part", title_justify="left")
+    beside = ", ".join(f"{part} {seconds:.3f} s" for part, seconds in plan.hidden.items())
+    caption = f"beside computation, not counted: {beside}" if beside else None
+    title = "training s of the first row, by part"
+    table = Table("part", "s", "share", title=title, title_justify="left", caption=caption, caption_justify="left")
     count = plan.scenarios[0].batch.micro_batches
     parts = {f"{what} × {count} micro-batches": seconds * count for what, seconds in asdict(plan.micro_batch).items()}
     parts |= {what: seconds for what, seconds in asdict(step).items() if what != "passes"}

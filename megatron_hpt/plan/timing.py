@@ -1,42 +1,28 @@
-"""Seconds and bytes of one step, from shape, layout and a cluster's peaks. Pure; no torch.
-
-A roofline: what a part computes or moves, over the peak times one stated share of it. The shares are the same for every
-model, layout and published row that docs/plan.md compares them with.
-"""
+"""Seconds and bytes of a training step, from shape, layout and a cluster's peaks (plan/peaks.py). Pure; no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 
-from megatron_hpt.config import Config
+from megatron_hpt.config import Config, ParallelConfig
 from megatron_hpt.models.hf_config import ModelShape
 from megatron_hpt.plan.cluster import ClusterConfig
+from megatron_hpt.plan.flags import Flags, Load, tensor_messages, visible
 from megatron_hpt.plan.memory import (
     GRADIENT_BYTES,
     ITEM_BYTES,
-    EngineMemory,
     active_parameters,
-    engine_weights,
+    embedding_rows,
     optimizer_bytes,
     stage_parameters,
 )
+from megatron_hpt.plan.peaks import KERNEL_S, Peaks
 
-MATMUL = {"float32": 0.75, "bfloat16": 0.75, "fp8": 0.55}
-"""Of the peak in matrix products. Large ones reach 0.80 in bfloat16 (tools/gpu_checks), a model's somewhat less. FP8's
-accumulate their gradients in more steps (Transformer Engine's split accumulator) and reach a smaller share."""
-ATTENTION = 0.5
-"""Of the peak in flash attention, of the FLOPs under the causal mask. FlashAttention-3 (arXiv 2407.08608) reports up to 0.75
-forward without a mask; causal masks and backward passes are slower."""
-MEMORY = 0.8
-"""Of the bandwidth of GPU memory in elementwise operations and decoding."""
-LINK = 0.75
-"""Of a link's bandwidth in collectives (NCCL's ring at large messages)."""
-LAUNCH_S = 60e-6
-"""Of a layer's kernels in one decoding step without CUDA graphs: about 12, 5 · 10^-6 s each."""
-LATENCY_S = 15e-6
-"""Of one small all-reduce of an engine's ranks."""
+TILE_ROWS, TILE_COLUMNS = 128, 256
+"""Of a matrix product's result that one multiprocessor computes at a time (CUTLASS's largest tile for Hopper)."""
+EXPERT_KERNELS = 3
+"""Of an expert in a pass that computes its experts one after the other: two products and the gate."""
 OPTIMIZER_PASSES = 2.5
 """Adam reads gradient, main weight and moments and writes all but the first: bytes moved over bytes of state."""
 
@@ -65,12 +51,14 @@ class Pass:
     """Seconds of forward and backward pass of one micro-batch on a rank of the slowest stage."""
 
     products: float
+    experts: float
+    """Their matrix products."""
     attention: float
     elementwise: float
     output: float
     """The output layer, its log-probabilities and their gradient."""
     tensor: float
-    """Messages of tensor parallel ranks; none of them hides behind computation."""
+    """Of the messages from here on: what computation does not hide."""
     context: float
     expert: float
     pipeline: float
@@ -81,57 +69,74 @@ class Pass:
         return sum(astuple(self))
 
 
-def micro_batch_s(shape: ModelShape, config: Config, cluster: ClusterConfig, tokens: float, row: float) -> Pass:
-    """Of the slowest stage, the last.
+def micro_batch_s(
+    shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, micro_batches: int, tokens: float, row: float
+) -> Pass:
+    """Return what the slowest stage, the last, takes.
 
     Args:
+        micro_batches: of a data parallel rank.
         tokens: of the micro-batch, over all context parallel ranks.
         row: mean tokens of a row.
     """
-    parallel, peak = config.parallel, Peaks(config, cluster)
+    parallel, peak = config.parallel, Peaks(config, cluster, flags.hopper_attention)
     mine, layers = tokens / parallel.context, shape.layers / parallel.pipeline
-    forwards = 1 + (config.actor.recompute == "full") + bool(config.algorithm.kl.coefficient)
-    weights, output = active_parameters(shape)
-    passes = forwards + 2  # a backward pass is two products for each of a forward pass
+    passes = forward_passes(config) + 2  # a backward pass is two products for each of a forward pass
+    dense, output = active_parameters(shape)
+    dense -= shape.layers * shape.experts_per_token * 3 * shape.hidden * shape.ffn
+    moved = passes * mine * _elementwise_bytes(shape, config, flags) + (0 if flags.gradients else _added_bytes(shape, config))
+    computed = {
+        "products": 2 * passes * mine * dense / parallel.pipeline / parallel.tensor / peak.products,
+        "experts": layers * _experts_s(shape, config, cluster, flags, mine) if shape.experts else 0.0,
+        "attention": 2 * passes * layers * shape.heads * shape.head_dim * mine * row / parallel.tensor / peak.attention,
+        "elementwise": layers * moved / peak.memory,
+    }
     sent = message_bytes(shape, config, mine)
+    alone = {
+        "tensor": sent.tensor / peak.ring(1, parallel.tensor),
+        "context": sent.context / peak.link(parallel.tensor * parallel.context),
+        "expert": sent.expert / peak.exchange(parallel.expert_tensor or parallel.tensor, parallel.expert),
+        "pipeline": sent.pipeline / peak.link(parallel.ranks),
+    }
+    load = _load(shape, config, micro_batches)
     return Pass(
-        products=2 * passes * mine * weights / parallel.pipeline / parallel.tensor / peak.products,
-        attention=2 * passes * layers * shape.heads * shape.head_dim * mine * row / parallel.tensor / peak.attention,
-        elementwise=passes * mine * layers * _elementwise_bytes(shape, config) / peak.memory,
+        **computed,
         output=8 * mine * output / parallel.tensor / peak.output,
-        tensor=sent.tensor / peak.ring(1, parallel.tensor),
-        context=sent.context / peak.link(parallel.tensor * parallel.context),
-        expert=sent.expert / peak.link(parallel.expert * (parallel.expert_tensor or parallel.tensor)),
-        pipeline=sent.pipeline / peak.link(parallel.ranks),
+        **{part: visible(part, seconds, computed, flags, load) for part, seconds in alone.items()},
     )
 
 
-class Peaks:
-    """What the cluster reaches for one recipe, per second."""
+def forward_passes(config: Config) -> int:
+    """Return how often a micro-batch runs forward for one step: once, and for recomputation and the reference policy."""
+    return 1 + (config.actor.recompute == "full") + bool(config.algorithm.kl.coefficient)
 
-    def __init__(self, config: Config, cluster: ClusterConfig) -> None:
-        gpu, dtype = cluster.gpu, config.model.dtype
-        rate = {name: tflops * 1e12 * MATMUL[name] for name, tflops in gpu.tflops.items()}
-        self.products = rate["fp8" if config.actor.fp8 != "none" else dtype]
-        self.output = rate[dtype]
-        self.attention = gpu.tflops[dtype] * 1e12 * ATTENTION
-        self.memory = gpu.memory_gbs * 1e9 * MEMORY
-        self.host = gpu.host_gbs * 1e9 * LINK
-        self.node = gpu.link_gbs * 1e9 * LINK
-        self.network = cluster.network_gbs * 1e9 * LINK
-        self.storage = cluster.storage_gbs * 1e9
-        self._size = cluster.gpus_per_node
 
-    def link(self, extent: int) -> float:
-        """Bytes/s from one rank to another of a group that spans so many neighbouring ranks: in a node, or between nodes."""
-        return self.node if extent <= self._size else self.network
+def _load(shape: ModelShape, config: Config, micro_batches: int) -> Load:
+    held = stage_parameters(shape, config.parallel, config.parallel.pipeline - 1).total
+    return Load(config.parallel, forward_passes(config), micro_batches, held)
 
-    def ring(self, stride: int, size: int) -> float:
-        """Bytes/s of one rank in a collective of `size` ranks, every `stride`-th: all its members on a node have a port each,
-        and the ring runs through all of them."""
-        if stride * size <= self._size:
-            return self.node
-        return min(self.node, self.network * max(1, self._size // stride))
+
+def _experts_s(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, tokens: float) -> float:
+    """Return the seconds of the products of one layer's experts on a rank, whose tokens are spread evenly.
+
+    A product fills whole tiles, and one that is launched alone fills whole waves of the GPU's multiprocessors. Each reads
+    its weights once a pass, or adds to their float32 gradients.
+    """
+    parallel, peak = config.parallel, Peaks(config, cluster)
+    width = parallel.expert_tensor or parallel.tensor
+    experts = shape.experts // parallel.expert
+    rows = tokens / parallel.tensor * parallel.expert * width * shape.experts_per_token / shape.experts
+    weights = 3 * shape.hidden * shape.ffn / width
+    launched = experts if flags.grouped else 1
+    tiles = math.ceil(rows / TILE_ROWS) * math.ceil((2 * shape.ffn / width + shape.hidden) / TILE_COLUMNS)
+    waves = math.ceil(launched * tiles / cluster.gpu.multiprocessors) * cluster.gpu.multiprocessors / (launched * tiles)
+    product = 2 * math.ceil(rows / TILE_ROWS) * TILE_ROWS * weights * waves / peak.products
+    item = 1 if config.actor.fp8 != "none" else ITEM_BYTES[config.model.dtype]
+
+    def a_pass(moved: float) -> float:
+        return max(launched * max(product, weights * moved / peak.memory), EXPERT_KERNELS * KERNEL_S) * experts / launched
+
+    return (forward_passes(config) + 1) * a_pass(item) + a_pass(2 * GRADIENT_BYTES)
 
 
 @dataclass(frozen=True)
@@ -145,39 +150,59 @@ class Messages:
 
 
 def message_bytes(shape: ModelShape, config: Config, tokens: float) -> Messages:
-    """Of one rank.
+    """Return what one rank sends.
 
     Tensor parallel ranks gather and scatter (or all-reduce, which is both) around attention and around the feed-forward
-    network in every pass, and gather once more for the gradients of weights under sequence parallelism. Context parallel
-    ranks pass keys and values on, and back with their gradients. A token travels to its experts and back.
+    network in every pass, and gather once more for the gradients of weights under sequence parallelism; around experts only
+    ranks that share one do, for all copies of a token. Context parallel ranks pass keys and values on, and back with their
+    gradients. A token travels to its experts and back.
 
     Args:
         tokens: of the micro-batch on this context parallel rank.
     """
     parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
     layers, hidden = shape.layers / parallel.pipeline, item * shape.hidden * tokens
-    forwards = 1 + (config.actor.recompute == "full") + bool(config.algorithm.kl.coefficient)
-    around = 4 * (forwards + 1) + (2 if parallel.sequence else 0)
+    forwards = forward_passes(config)
+    # Half of them are around the feed-forward network.
+    around, width, others = (
+        tensor_messages(forwards, parallel) / 2,
+        parallel.expert_tensor or parallel.tensor,
+        parallel.tensor - 1,
+    )
+    beside = others + (shape.experts_per_token * (width - 1) if shape.experts else others)
     keys = 2 * shape.kv_heads * shape.head_dim / parallel.tensor * item * tokens
     share = 1 / parallel.tensor if parallel.sequence else 1.0
     return Messages(
-        tensor=layers * around * hidden * (parallel.tensor - 1) / parallel.tensor,
+        tensor=layers * around * beside * hidden / parallel.tensor,
         context=layers * (forwards + 2) * keys * (parallel.context - 1),
         expert=layers * 2 * (forwards + 1) * shape.experts_per_token * hidden * share * (1 - 1 / parallel.expert),
         pipeline=2 * parallel.virtual_pipeline * hidden * share if parallel.pipeline > 1 else 0,
     )
 
 
-def _elementwise_bytes(shape: ModelShape, config: Config) -> float:
-    """Memory traffic of one layer's elementwise operations in a forward pass, for one token on one rank: two norms and two
-    residual sums (10 · hidden), the rotation (4 · heads), the gate (5 · ffn); under FP8 each product's input is read and
-    written once more, in one byte and transposed."""
-    parallel = config.parallel
+def _elementwise_bytes(shape: ModelShape, config: Config, flags: Flags) -> float:
+    """Return the memory traffic of one layer's elementwise operations in a forward pass, for one token on one rank.
+
+    Two norms and two residual sums: 10 · hidden. The rotation: 2 · heads, or 12 kernel by kernel. The gate: 3 · ffn, or 5.
+    Sorting a token's copies for k experts: 2k + 2 hidden, or 5k + 1, and 4k between experts of several ranks. Under FP8 each
+    product's input is read and written once more, in one byte and transposed.
+    """
+    parallel, copies = config.parallel, shape.experts_per_token
     hidden = shape.hidden / (parallel.tensor if parallel.sequence else 1)
     heads = (shape.heads + shape.kv_heads) * shape.head_dim / parallel.tensor
-    inner = (shape.experts_per_token or 1) * shape.ffn / (parallel.expert_tensor or parallel.tensor)
+    inner = (copies or 1) * shape.ffn / parallel.tensor
+    sorting = (2 * copies + 2 if flags.permute else 5 * copies + 1) + (4 * copies if parallel.expert > 1 else 0)
+    hiddens = 10 + (sorting if shape.experts else 0)
     casts = 4 * (2 * hidden + heads + inner) if config.actor.fp8 != "none" else 0
-    return ITEM_BYTES[config.model.dtype] * (10 * hidden + 4 * heads + 5 * inner) + casts
+    moved = hiddens * hidden + (2 if flags.rope else 12) * heads + (3 if flags.activation else 5) * inner
+    return ITEM_BYTES[config.model.dtype] * moved + casts
+
+
+def _added_bytes(shape: ModelShape, config: Config) -> float:
+    """Return the memory traffic of a kernel that adds a micro-batch's gradients of one layer to the float32 ones."""
+    parallel = config.parallel
+    held = stage_parameters(shape, parallel, parallel.pipeline - 1).total - embedding_rows(shape, parallel) * shape.hidden
+    return held * parallel.pipeline / shape.layers * (ITEM_BYTES[config.model.dtype] + 2 * GRADIENT_BYTES)
 
 
 @dataclass(frozen=True)
@@ -189,7 +214,9 @@ class StepTime:
     bubble: float
     """Ranks wait for the pipeline to fill and to drain."""
     reduce: float
-    """Gradients over data parallel ranks, and the new weights back."""
+    """Gradients over data parallel ranks: what computation does not hide."""
+    gather: float
+    """The new weights back; likewise."""
     optimizer: float
     offload: float
     """Optimizer state from host memory and back."""
@@ -200,130 +227,50 @@ class StepTime:
         return sum(astuple(self))
 
 
-def train_s(shape: ModelShape, config: Config, cluster: ClusterConfig, batch: StepSize) -> StepTime:
-    """Of one batch, without the transfer."""
-    parallel, peak = config.parallel, Peaks(config, cluster)
-    one = micro_batch_s(shape, config, cluster, batch.micro_batch_tokens, batch.row_tokens).total
+def train_s(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> StepTime:
+    """Return the seconds of one batch, without the transfer."""
+    parallel, peak, count = config.parallel, Peaks(config, cluster), batch.micro_batches
+    one = micro_batch_s(shape, config, cluster, flags, count, batch.micro_batch_tokens, batch.row_tokens)
     last = parallel.pipeline - 1
     state = optimizer_bytes(shape, config, last)
+    computed, load = asdict(one), _load(shape, config, count)
+    alone = _reductions(shape, config, peak)
     return StepTime(
-        passes=batch.micro_batches * one,
-        bubble=last / parallel.virtual_pipeline * one,
-        reduce=reduce_bytes(shape, config) / peak.ring(parallel.tensor, parallel.context * parallel.data),
+        passes=count * one.total,
+        bubble=last / parallel.virtual_pipeline * one.total,
+        **{part: visible(part, seconds, computed, flags, load) for part, seconds in alone.items()},
         optimizer=OPTIMIZER_PASSES * state / peak.memory,
         offload=2 * state / peak.host if config.actor.offload != "none" else 0.0,
     )
 
 
-def reduce_bytes(shape: ModelShape, config: Config) -> float:
-    """Bytes that one rank sends for a step: gradients scattered in float32, weights gathered."""
+def _reductions(shape: ModelShape, config: Config, peak: Peaks) -> dict[str, float]:
+    """Return the seconds of scattering gradients and of gathering weights, nothing beside them."""
     parallel = config.parallel
+    dense, experts = _sent_parameters(shape, parallel)
+    width = parallel.expert * (parallel.expert_tensor or parallel.tensor)
     replicas = parallel.data * parallel.context
-    held = stage_parameters(shape, parallel, parallel.pipeline - 1).total
-    return held * (GRADIENT_BYTES + ITEM_BYTES[config.model.dtype]) * (replicas - 1) / replicas
+    element = dense / peak.ring(parallel.tensor, replicas)
+    if experts:
+        element += experts / peak.ring(width, replicas * parallel.tensor // width)
+    return {"reduce": element * GRADIENT_BYTES, "gather": element * _weight_bytes(config)}
 
 
-@dataclass(frozen=True)
-class Generation:
-    """Seconds of one step's rollouts."""
-
-    prefill: float
-    decode: float
-    tail: float
-    """The longest responses, when the others have ended."""
-    running: int
-    """Sequences that one server decodes at a time."""
-
-    @property
-    def total(self) -> float:
-        """One after the other."""
-        return self.prefill + self.decode + self.tail
+def reduce_bytes(shape: ModelShape, config: Config) -> float:
+    """Return the bytes that one rank sends for a step: gradients scattered in float32, weights gathered."""
+    return sum(_sent_parameters(shape, config.parallel)) * (GRADIENT_BYTES + _weight_bytes(config))
 
 
-def generation_s(
-    shape: ModelShape,
-    config: Config,
-    cluster: ClusterConfig,
-    memory: EngineMemory,
-    item: float,
-    servers: int,
-    prompt: float,
-    response: float,
-) -> Generation:
-    """All rollouts of a step over all servers; a prompt is computed once for its samples.
-
-    Args:
-        item: bytes of a weight of a layer in the engine.
-        prompt, response: mean tokens.
-    """
-    peak, tensor = Peaks(config, cluster), config.rollout.tensor_parallel
-    prompts = config.trainer.prompts_per_step
-    sequences = prompts * config.rollout.samples_per_prompt / servers
-    running = max(1, min(config.rollout.max_running, math.ceil(sequences), int(memory.tokens / (prompt + response))))
-    weights, output = active_parameters(shape)
-
-    def step(batch: float) -> float:
-        """One token for each running sequence."""
-        cache = batch * (prompt + response / 2) * memory.token
-        used = 1 - (1 - shape.experts_per_token / shape.experts) ** batch if shape.experts else 1.0
-        moved = (engine_weights(shape, tensor, item) * used + cache) / peak.memory
-        computed = 2 * (weights + output) * batch / tensor / peak.output
-        return max(moved, computed) + shape.layers * (LAUNCH_S + (2 * LATENCY_S if tensor > 1 else 0))
-
-    return Generation(
-        prefill=2 * weights * prompts / servers * prompt / tensor / peak.output,
-        decode=sequences * response / running * step(running),
-        tail=(config.data.max_response_length - response) * step(running / 4),
-        running=running,
-    )
+def _weight_bytes(config: Config) -> int:
+    return 1 if config.actor.fp8_param_gather else ITEM_BYTES[config.model.dtype]
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """One version of the weights on its way into all engines."""
-
-    sent: float
-    """Bytes that leave all trainer ranks."""
-    received: float
-    """Bytes that reach one engine rank."""
-    seconds: float
-    """On the wire."""
-
-
-@dataclass(frozen=True)
-class _Wire:
-    """How fast a transport can be."""
-
-    once: bool
-    """One copy of a box serves all receivers."""
-    rate: Callable[[Peaks, bool], float]
-    """Bytes/s of one rank in each direction, from the peaks and whether both ends are on one node; of `shared`: of all."""
-    shared: bool = False
-    """Everything that is sent and received goes through one place."""
-
-
-_WIRES = {
-    "shared_memory": _Wire(True, lambda peak, near: peak.host),
-    "files": _Wire(True, lambda peak, near: peak.storage, shared=True),
-    "gloo": _Wire(False, lambda peak, near: peak.host if near else min(peak.host, peak.network)),
-    "cuda_ipc": _Wire(True, lambda peak, near: peak.node),
-    "nccl": _Wire(False, lambda peak, near: peak.node if near else peak.network),
-}
-
-
-def transfer(shape: ModelShape, config: Config, cluster: ClusterConfig, servers: int, item: float, near: bool) -> Transfer:
-    """What `tools/weight_transfer.py plan` works out box by box, as its lower bound: its senders are within 3 % of their mean.
-
-    Args:
-        item: bytes of a weight of a layer in the engine.
-        near: trainer and engines are on one node.
-    """
-    width, wire = config.rollout.tensor_parallel, _WIRES[config.transfer.transport]
-    received, rate = engine_weights(shape, width, item), wire.rate(Peaks(config, cluster), near)
-    arriving = received * width * servers
-    sent = engine_weights(shape, 1, item) if wire.once else arriving
-    seconds = (sent + arriving if wire.shared else max(sent / config.parallel.ranks, received)) / rate
-    return Transfer(sent, received, seconds)
+def _sent_parameters(shape: ModelShape, parallel: ParallelConfig) -> tuple[float, float]:
+    """Return how many elements a rank sends in a ring of all that hold the same: dense ones, and those of experts."""
+    held = stage_parameters(shape, parallel, parallel.pipeline - 1)
+    replicas = parallel.data * parallel.context
+    same_experts = replicas * parallel.tensor / (parallel.expert * (parallel.expert_tensor or parallel.tensor))
+    return held.dense * (1 - 1 / replicas), held.expert * (1 - 1 / same_experts)
 
 
 def flops_per_token(shape: ModelShape, length: int) -> float:

@@ -145,7 +145,7 @@ def test_running_servers_take_no_nodes_and_colocated_ones_share(recipe: str) -> 
 @pytest.mark.parametrize(
     ("given", "answer"),
     [
-        ([], "rollout.gpu_memory_share=0.68"),
+        ([], "rollout.gpu_memory_share=0.69"),
         (["rollout.sleep=true"], "rollout.gpu_memory_share=0.82"),
         (["rollout.sleep=true", "actor.offload=all", "rollout.gpu_memory_share=0.97"], "rollout.gpu_memory_share=0.95"),
     ],
