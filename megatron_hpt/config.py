@@ -490,6 +490,12 @@ class RolloutConfig(Section):
     """Engines on the trainer's GPUs give their memory back while it trains, and take it again for the next rollouts."""
     max_running: Samples = 256
     """Sequences that one server decodes at the same time; vllm: at least `samples_per_prompt`."""
+    seeded: bool | None = None
+    """Samples are functions of trainer.seed, as far as the engine computes the same twice: seeds in requests, no CUDA graphs,
+    no chunked prefill. Default: true on a host and for `urls`; false on GPUs, where it is slow (docs/gpu.md)."""
+    extra_arguments: list[str] = Field(default=[])
+    """Further arguments of the servers that are started, e.g. [--kv-cache-dtype, fp8]; the engine's own parser reads them
+    before anything starts."""
     max_restarts: NonNegativeInt = 3
     """Engine servers that may be started again in one run after they died; then the run ends."""
     cancel_decided: bool = True
@@ -503,6 +509,12 @@ class RolloutConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _extra_arguments_of_own_servers(self) -> RolloutConfig:
+        if self.extra_arguments and self.urls:
+            raise ValueError("extra_arguments are of servers that are started, and those of urls run already: leave one out")
+        return self
+
 
 class TransferConfig(Section):
     transport: Literal["shared_memory", "files", "gloo", "cuda_ipc", "nccl"] = "shared_memory"
@@ -511,7 +523,8 @@ class TransferConfig(Section):
     in_flight: Literal["keep", "recompute", "abort"] = "recompute"
     """What happens to the keys and values of requests that are under way when new weights arrive."""
     compare_every: PositiveInt = 50
-    """Engines compare their weights with what was sent at the first version, every k-th, and after an engine's restart."""
+    """Engines compare their weights with what was sent at the first version, every k-th, after an engine's restart, and
+    whenever they have slept."""
     host: Host = "127.0.0.1"
     """Address of the trainer's first rank that engines reach (gloo, nccl)."""
     folder: str = ""
@@ -671,7 +684,7 @@ class TrainerConfig(Section):
     prompts_per_step: typing.Annotated[Int, Field(gt=0, le=2**20)] = 128
     """Prompts a step."""
     seed: NonNegativeInt = 0
-    """Seed of the data order and of every sampling request."""
+    """Seed of the data order, and of every sampling request with rollout.seeded."""
     save_every: NonNegativeInt = 0
     """Write a checkpoint after every k-th step (0: only after the last)."""
     keep_checkpoints: PositiveInt = 2
