@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Discriminator,
     Field,
     JsonValue,
@@ -101,6 +102,12 @@ def _host(given: str) -> str:
     return given
 
 
+def _as_text(given: Any) -> Any:
+    return str(given) if isinstance(given, int | float) and not isinstance(given, bool) else given
+
+
+Argument = typing.Annotated[str, BeforeValidator(_as_text)]
+"""A word of a command line; one that is a number need not be quoted."""
 Url = typing.Annotated[str, AfterValidator(_url_of_a_server)]
 Host = typing.Annotated[str, AfterValidator(_host)]
 Beta = typing.Annotated[Float, Field(ge=0, lt=1)]
@@ -493,7 +500,7 @@ class RolloutConfig(Section):
     seeded: bool | None = None
     """Samples are functions of trainer.seed, as far as the engine computes the same twice: seeds in requests, no CUDA graphs,
     no chunked prefill. Default: true on a host and for `urls`; false on GPUs, where it is slow (docs/gpu.md)."""
-    extra_arguments: list[str] = Field(default=[])
+    extra_arguments: list[Argument] = Field(default=[])
     """Further arguments of the servers that are started, e.g. [--kv-cache-dtype, fp8]; the engine's own parser reads them
     before anything starts."""
     max_restarts: NonNegativeInt = 3

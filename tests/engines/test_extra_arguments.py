@@ -12,6 +12,7 @@ from megatron_hpt.engines.registry import ENGINES
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.launch import engine_arguments, train
 from megatron_hpt.launch.engine_arguments import check_engine_arguments, check_extra_arguments
+from megatron_hpt.overrides import apply_overrides, dump_yaml, load_yaml
 
 OWN = ["python", "-m", "server", "--max-model-len", "64", "--no-enable-chunked-prefill", "--hf-overrides={}", "--enforce-eager"]
 REFUSING = "import sys; sys.exit('server: error: unrecognized arguments: ' + ' '.join(sys.argv[-2:]))"
@@ -57,6 +58,15 @@ def test_what_the_run_leaves_to_the_engine_can_be_given() -> None:
 def test_what_a_run_cannot_follow_is_refused_with_the_reason(tiny_model: Path, engine: str, given: str, why: str) -> None:
     with pytest.raises(ConfigError, match=f"{given} cannot be given: {why}"):
         check_engine_arguments(config(given, engine=engine, model=str(tiny_model)))
+
+
+def test_a_number_need_not_be_quoted(tmp_path: Path) -> None:
+    given = """rollout.extra_arguments=[--swap-space, 3, --speculative-config, '{"method": "ngram"}']"""
+    changed = apply_overrides(config(), [given])
+    assert changed.rollout.extra_arguments == ["--swap-space", "3", "--speculative-config", '{"method": "ngram"}']
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(changed))
+    assert load_yaml(file) == changed
 
 
 def test_they_are_of_servers_that_are_started() -> None:
