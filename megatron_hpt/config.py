@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Discriminator,
     Field,
     JsonValue,
@@ -101,6 +102,12 @@ def _host(given: str) -> str:
     return given
 
 
+def _as_text(given: Any) -> Any:
+    return str(given) if isinstance(given, int | float) and not isinstance(given, bool) else given
+
+
+Argument = typing.Annotated[str, BeforeValidator(_as_text)]
+"""A word of a command line; one that is a number need not be quoted."""
 Url = typing.Annotated[str, AfterValidator(_url_of_a_server)]
 Host = typing.Annotated[str, AfterValidator(_host)]
 Beta = typing.Annotated[Float, Field(ge=0, lt=1)]
@@ -490,6 +497,12 @@ class RolloutConfig(Section):
     """Engines on the trainer's GPUs give their memory back while it trains, and take it again for the next rollouts."""
     max_running: Samples = 256
     """Sequences that one server decodes at the same time; vllm: at least `samples_per_prompt`."""
+    seeded: bool | None = None
+    """Samples are functions of trainer.seed, as far as the engine computes the same twice: seeds in requests, no CUDA graphs,
+    no chunked prefill. Default: true on a host and for `urls`; false on GPUs, where it is slow (docs/gpu.md)."""
+    extra_arguments: list[Argument] = Field(default=[])
+    """Further arguments of the servers that are started, e.g. [--kv-cache-dtype, fp8]; the engine's own parser reads them
+    before anything starts."""
     max_restarts: NonNegativeInt = 3
     """Engine servers that may be started again in one run after they died; then the run ends."""
     cancel_decided: bool = True
@@ -503,6 +516,12 @@ class RolloutConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _extra_arguments_of_own_servers(self) -> RolloutConfig:
+        if self.extra_arguments and self.urls:
+            raise ValueError("extra_arguments are of servers that are started, and those of urls run already: leave one out")
+        return self
+
 
 class TransferConfig(Section):
     transport: Literal["shared_memory", "files", "gloo", "cuda_ipc", "nccl"] = "shared_memory"
@@ -511,7 +530,8 @@ class TransferConfig(Section):
     in_flight: Literal["keep", "recompute", "abort"] = "recompute"
     """What happens to the keys and values of requests that are under way when new weights arrive."""
     compare_every: PositiveInt = 50
-    """Engines compare their weights with what was sent at the first version, every k-th, and after an engine's restart."""
+    """Engines compare their weights with what was sent at the first version, every k-th, after an engine's restart, and
+    whenever they have slept."""
     host: Host = "127.0.0.1"
     """Address of the trainer's first rank that engines reach (gloo, nccl)."""
     folder: str = ""
@@ -690,7 +710,7 @@ class TrainerConfig(Section):
     prompts_per_step: typing.Annotated[Int, Field(gt=0, le=2**20)] = 128
     """Prompts a step."""
     seed: NonNegativeInt = 0
-    """Seed of the data order and of every sampling request."""
+    """Seed of the data order, and of every sampling request with rollout.seeded."""
     save_every: NonNegativeInt = 0
     """Write a checkpoint after every k-th step (0: only after the last)."""
     keep_checkpoints: PositiveInt = 2

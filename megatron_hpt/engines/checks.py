@@ -86,9 +86,14 @@ def check_started_engine(config: Config, head_dim: int | None, on_gpus: bool) ->
         head_dim: size of the model's attention heads; None: not known.
 
     Raises:
-        ConfigError: its environment is missing, or its attention; says what to do.
+        ConfigError: its environment is missing, or its attention, or it has no mode as fast as was asked for; says what to do.
     """
     interpreter(config)
+    if config.rollout.seeded is False and not on_gpus:
+        raise ConfigError(
+            "rollout.seeded: given false; engines on a host are started in the mode that heeds seeds, and have no faster one: "
+            "set rollout.seeded=true"
+        )
     allowed = () if on_gpus else engine_of(config).host_head_dims
     if allowed and head_dim is not None and head_dim not in allowed:
         raise ConfigError(
@@ -112,12 +117,18 @@ def check_sleep(config: Config, on_gpus: bool) -> None:
 
 
 def _check_engine_model(config: Config, shape: ModelShape) -> None:
-    """Refuse a folder of the engine's own that is not the actor's model, or whose form weights cannot be converted to."""
+    """Refuse a folder of the engine's own that is not the actor's model, or in whose form it cannot be sent weights."""
     if not config.rollout.model:
         return
-    from megatron_hpt.transfer.wire_format import fp8_format  # imports torch
+    from megatron_hpt.transfer.quantize import PER_TENSOR  # these import torch
+    from megatron_hpt.transfer.wire_format import fp8_format
 
-    fp8_format(read_config(config.rollout.model))
+    if fp8_format(read_config(config.rollout.model)) == PER_TENSOR and not engine_of(config).loads_fp8_per_tensor:
+        raise ConfigError(
+            f"rollout.model: {config.rollout.model} is an FP8 checkpoint with a scale for each tensor, which "
+            f"{config.rollout.engine} replaces after loading by weights without a loader, so that it could not be sent others; "
+            "give one with weight_block_size [128, 128], or another engine"
+        )
     if shape_of_any(config.rollout.model, config.model.overrides) != shape:
         raise ConfigError(
             f"rollout.model: the model in {config.rollout.model} has another shape than that in {config.model.path}"

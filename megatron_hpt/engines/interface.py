@@ -7,8 +7,8 @@ makes an `EngineKind`, imports neither torch nor an engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -103,14 +103,16 @@ class EngineKind:
     """Returns the interpreter of the engine's environment. Called before a start and by `megatron-hpt doctor`; a recipe's
     ``rollout.python`` goes before it. It may name a file that is not there: `registry.interpreter` then says so."""
     command: Callable[[Config, str, Start], list[str]]
-    """(configuration, interpreter, start) → command line of one server. Called once for each server by whoever starts it, by
-    `megatron-hpt check`, and by a Slurm job that only shows its plan. A server that is started again gets the same one."""
+    """(configuration, interpreter, start) → command line of one server, with `rollout.extra_arguments`. Called once for each
+    server by whoever starts it, by `launch.engine_arguments`, and by a Slurm job that only shows its plan, where the model's
+    folder may not be. A server that is started again gets the same one."""
     environment: Callable[[Config, bool], dict[str, str]]
     """(configuration, whether on GPUs) → the server's whole environment, inherited variables included
     (`environment.inherited_here`). Called where `command` is; launchers add TMPDIR and CUDA_VISIBLE_DEVICES."""
     argument_check: str
     """Python code that parses ``sys.argv[4:]`` as the server does, and raises what the server would. `megatron-hpt check` runs
-    it with the engine's interpreter: ``-c``, this code, and then the whole command line."""
+    it with the engine's interpreter, and so does a run or an evaluation with `rollout.extra_arguments` before it starts
+    anything: ``-c``, this code, and then the whole command line."""
     client: MakeClient
     """Called once for each server, by the coordinator and by evaluations."""
     control: Callable[[str, float, InFlight], EngineControl]
@@ -126,6 +128,11 @@ class EngineKind:
     workspace_bytes: Callable[[float], float]
     """(bytes of a GPU's memory that the server may have: `rollout.gpu_memory_share`) → bytes of them that are neither weights
     nor cache. Called by `megatron-hpt plan`, and before a run whose engines are on the trainer's GPUs."""
+    reserved_arguments: Mapping[str, str] = field(default_factory=dict)
+    """Options that `rollout.extra_arguments` may not have, beside those of `command`, → why: other names of these, and options
+    that a run cannot follow."""
+    loads_fp8_per_tensor: bool = True
+    """Whether a server that was started from an FP8 checkpoint with a scale for each tensor can be sent other weights."""
     host_head_dims: tuple[int, ...] = ()
     """Head sizes that the engine's attention supports without a GPU; empty means any."""
     started_with: str = "default"

@@ -162,7 +162,7 @@ class EnginePool:
 
     async def generate(self, request: SamplingRequest) -> list[Sample]:
         """Sample one prompt on the engine that `choose` chooses; if the request fails there, send it to another one, with the
-        same seeds and so for the same samples.
+        same seeds, which give the same samples if engines heed them (`rollout.seeded`).
 
         Raises:
             EngineError: the request failed `TRIES` times; carries the reason of each.

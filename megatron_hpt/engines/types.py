@@ -20,7 +20,7 @@ class Weights(Enum):
 
 
 SEEDS = 2**32
-"""Seeds that a server is started with are below this (numpy's limit). Every request has a seed of its own besides."""
+"""Seeds that a server is started with are below this (numpy's limit)."""
 OWN = 0
 """Version of the weights that a server was started with, where a client is told to accept samples of them."""
 
@@ -34,7 +34,8 @@ class SamplingRequest:
     samples: int
     """Number of samples."""
     seed: int
-    """Seed from which the engine derives one for each sample: the same request gives the same samples."""
+    """Seed from which the engine derives one for each sample. With `rollout.seeded` the same request gives the same samples;
+    otherwise the engine draws as it likes."""
     temperature: float
     top_p: float
     max_tokens: int

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +12,10 @@ from rich.table import Table
 from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config
 from megatron_hpt.data.prompts import Prompt
-from megatron_hpt.engines.interface import Start
-from megatron_hpt.engines.registry import engine_of, interpreter
-from megatron_hpt.errors import ConfigError
+from megatron_hpt.engines.seeding import settled
 from megatron_hpt.files import check_folder
-from megatron_hpt.launch import overridden_models, preflight
+from megatron_hpt.launch import preflight
+from megatron_hpt.launch.engine_arguments import check_engine_arguments
 from megatron_hpt.launch.launchers import gpus_here, on_this_machine
 from megatron_hpt.launch.train import prepare_inputs
 from megatron_hpt.launch.training_data import TrainingDataReport
@@ -27,10 +23,6 @@ from megatron_hpt.models.tokenizer import load_tokenizer
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.pool import GraderPool
-from megatron_hpt.run import RunDir
-
-ANSWER_S = 300
-"""That an engine may take to look at its arguments; importing it is nearly all of that."""
 
 
 def check_recipe(source: str, overrides: list[str], root: Path, console: Console) -> None:
@@ -45,7 +37,7 @@ def check_recipe(source: str, overrides: list[str], root: Path, console: Console
         ConfigError, ModelError, DataError: what `train` would refuse, in the same words.
     """
     recipe = recipes.load(source, overrides)
-    config = recipe.config
+    config = settled(recipe.config, bool(gpus_here()))
     check_folder(root)
     prepare_inputs(recipe, root)
     found = preflight.check(config)
@@ -60,41 +52,6 @@ def check_recipe(source: str, overrides: list[str], root: Path, console: Console
     for note in _notes(config, found):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"[green]nothing stands in the way[/green] of megatron-hpt train {source}", highlight=False, soft_wrap=True)
-
-
-def check_engine_arguments(config: Config) -> None:
-    """The engine takes the command line that it would be started with, and its model.
-
-    Raises:
-        ConfigError: it does not; ends with what it says.
-    """
-    kind, on_gpus = engine_of(config), bool(gpus_here())
-    with tempfile.TemporaryDirectory() as folder:
-        run = RunDir(Path(folder))
-        overridden_models.write(config, run)
-        start = Start(run.engine_model(config), 1, run.path, on_gpus)
-        command = kind.command(config, interpreter(config), start)
-        environment = {**kind.environment(config, on_gpus), "PYTHONUTF8": "1"}
-        try:
-            done = subprocess.run(
-                [command[0], "-c", kind.argument_check, *command],
-                env=environment,
-                capture_output=True,
-                timeout=ANSWER_S,
-                encoding="utf-8",
-                errors="replace",
-            )
-        except subprocess.TimeoutExpired:
-            raise ConfigError(f"{config.rollout.engine}: did not look at its arguments within {ANSWER_S} s") from None
-    if done.returncode != 0:
-        raise ConfigError(f"{config.rollout.engine} refuses its arguments:\n  " + "\n  ".join(_last_error(done.stderr)))
-
-
-def _last_error(stderr: str) -> list[str]:
-    """What a process said last, without the way to it: from the last line that names an error."""
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    named = [number for number, line in enumerate(lines) if re.match(r"\S*(Error|Exception|error)\b", line)]
-    return lines[named[-1] if named else -6 :][:6]
 
 
 def _told(config: Config, found: TrainingDataReport) -> Iterator[tuple[str, str]]:

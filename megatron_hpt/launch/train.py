@@ -13,11 +13,13 @@ from typing import Any
 from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config
 from megatron_hpt.data.source import check_same_files, files
+from megatron_hpt.engines.seeding import settled
 from megatron_hpt.environment import say_what_is_withheld
 from megatron_hpt.errors import ConfigError, DataError
 from megatron_hpt.files import check_folder, write_whole
 from megatron_hpt.launch import overridden_models, preflight
-from megatron_hpt.launch.launchers import Launcher, on_this_machine
+from megatron_hpt.launch.engine_arguments import check_extra_arguments
+from megatron_hpt.launch.launchers import Launcher, gpus_here, on_this_machine
 from megatron_hpt.models.checkpoints import damage
 from megatron_hpt.objective.algorithms import of_run, without_effect
 from megatron_hpt.overrides import apply_overrides, dump_yaml, load_yaml
@@ -36,14 +38,16 @@ def start_run(source: str, overrides: list[str], root: Path, launch: Launch = on
     recipe = recipes.load(source, overrides)
     check_folder(root)
     prepare_inputs(recipe, root)
-    preflight.check(recipe.config)
-    start = launch(recipe.config)
-    for key in without_effect(recipe.config):
-        logger.warning("note: %s has no effect on %s", key, recipe.config.algorithm.name)
+    config = settled(recipe.config, bool(gpus_here()))
+    preflight.check(config)
+    start = launch(config)
+    check_extra_arguments(config)
+    for key in without_effect(config):
+        logger.warning("note: %s has no effect on %s", key, config.algorithm.name)
     with in_words(root):
-        run = create(recipe.config, root)
-        write_whole(run.data, json.dumps(files(recipe.config), indent=1))
-    _supervise(recipe.config, run, 0, start(run))
+        run = create(config, root)
+        write_whole(run.data, json.dumps(files(config), indent=1))
+    _supervise(config, run, 0, start(run))
     return run
 
 
@@ -82,13 +86,14 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = o
         recipe = recipes.load(source, overrides)
         run, overrides = newest(recipe.config.name, root), list(recipe.overrides)
     saved = load_yaml(run.config)
-    config = apply_overrides(saved, overrides)
+    config = settled(apply_overrides(saved, overrides), bool(gpus_here()))
     _check_same_batches(saved, config)
     _check_steps(run, config.trainer.steps)
     preflight.check(config)
     if run.data.is_file():  # older runs have none
         check_same_files(_files_of(run), config)
     launcher = launch(config)(run)
+    check_extra_arguments(config)
     start = resume_point(run, config)
     if start == config.trainer.steps:
         raise ConfigError(f"{run.path} is complete ({start} steps); to train it further: --resume trainer.steps={2 * start}")

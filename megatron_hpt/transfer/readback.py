@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from megatron_hpt.errors import TransferError
 from megatron_hpt.transfer.boxes import Box
 
 _FUSED = {
@@ -30,6 +31,26 @@ Plain = Callable[[nn.Module, str], Tensor]
 def plain_parameter(module: nn.Module, parameter: str) -> Tensor:
     """Return a parameter as it is, for engines that keep their weights as they were loaded."""
     return getattr(module, parameter)
+
+
+def addresses(model: nn.Module) -> dict[str, int]:
+    """Return where the weights of a model lie on a device, by name; of a model on the host none."""
+    return {name: weight.data_ptr() for name, weight in model.named_parameters() if weight.device.type != "cpu"}
+
+
+def check_unmoved(before: Mapping[str, int], model: nn.Module) -> None:
+    """Refuse weights that an update has put elsewhere: CUDA graphs compute with what lies where they were captured, which a
+    comparison of the model's own tensors does not see.
+
+    Args:
+        before: `addresses` before the update.
+
+    Raises:
+        TransferError: names the first weight that has moved.
+    """
+    for name, place in addresses(model).items():
+        if before.get(name, place) != place:
+            raise TransferError(f"{name}: the engine has put it elsewhere in memory, where its CUDA graphs do not look")
 
 
 class EngineWeights:

@@ -189,6 +189,17 @@ class Receiver:
         return data.view(getattr(torch, dtype)).view(piece.box.extent)
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when a device has done all that was queued on it: what was sent may be overwritten once an engine has answered,
+    and its next forward pass must find the new weights. A host has no such queue.
+
+    Args:
+        device: where the engine's model is.
+    """
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def compare_only(seat: Seat, contents: Contents, manifest: Manifest, read: ReadBack) -> None:
     """Compare an engine with weights from elsewhere, without loading them or touching what a trainer agreed on.
 

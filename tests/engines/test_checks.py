@@ -1,21 +1,23 @@
 """What engines refuse or change, beside their own installed code."""
 
 import contextlib
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_hpt.config import Config, DataConfig, EvaluationConfig, ModelConfig, RolloutConfig
-from megatron_hpt.engines.checks import check_cache, check_sampling, check_temperature
+from megatron_hpt.engines.checks import _check_engine_model, check_cache, check_sampling, check_temperature
 from megatron_hpt.engines.interface import Start
 from megatron_hpt.engines.registry import ENGINES, interpreter
-from megatron_hpt.errors import ConfigError
+from megatron_hpt.errors import ConfigError, TransferError
 from megatron_hpt.launch.launchers import free_port
-from megatron_hpt.models.hf_config import ModelShape
+from megatron_hpt.models.hf_config import ModelShape, model_shape
 from megatron_hpt.plan.layout import _check_engine_tensor
 from tests.engine_servers import skip_without
 
@@ -116,6 +118,56 @@ def test_large_numbers_are_no_reason_to_refuse_a_server(engine: str, tmp_path: P
     assert command[command.index({"vllm": "--seed", "sglang": "--random-seed"}[engine]) + 1] == "3"
     if engine == "vllm":
         assert command[command.index("--max-num-batched-tokens") + 1] == "10000"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("blocks", [None, [128, 128]])
+def test_fp8_weights_that_an_engine_replaces_are_refused_by_name(
+    tmp_path: Path, tiny_model: Path, engine: str, blocks: list[int] | None
+) -> None:
+    """SGLang's quantization/fp8.py: `layer.weight = Parameter(weight.t())`, which has no loader."""
+    folder = tmp_path / "fp8"
+    folder.mkdir()
+    contents = json.loads((tiny_model / "config.json").read_text())
+    quantised = {"quant_method": "fp8", **({"weight_block_size": blocks} if blocks else {})}
+    (folder / "config.json").write_text(json.dumps({**contents, "quantization_config": quantised}))
+    wanted = config(engine=engine, model=str(folder))
+    wanted.model.path = str(tiny_model)
+    message = r"rollout\.model: .*fp8 is an FP8 checkpoint with a scale for each tensor, which sglang replaces .*\[128, 128\]"
+    refused = engine == "sglang" and blocks is None
+    with pytest.raises(ConfigError, match=message) if refused else contextlib.nullcontext():
+        _check_engine_model(wanted, model_shape(tiny_model))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "config_json", "refused"),
+    [
+        (None, {}, False),
+        ("fp8", {"quant_method": "fp8"}, True),
+        ("fp8", {}, True),
+        ("fp8", {"quant_method": "fp8", "weight_block_size": [128, 128]}, False),
+    ],
+)
+def test_a_server_of_somebodys_own_is_refused_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tiny_model: Path,
+    quantization: str | None,
+    config_json: dict,
+    refused: bool,
+) -> None:
+    from megatron_hpt.engines.sglang.plugin import Endpoint
+
+    parallel = SimpleNamespace(tp_size=1, pp_size=1, moe_ep_size=1, tp_rank=0, pp_rank=0)
+    for name in ("sglang", "sglang.srt", "sglang.srt.runtime_context"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(get_parallel=lambda: parallel))
+    contents = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**contents, **({"quantization_config": config_json} if config_json else {})})
+    )
+    model = SimpleNamespace(model_path=str(tmp_path), dtype="torch.bfloat16", quantization=quantization)
+    with pytest.raises(TransferError, match="weight_block_size") if refused else contextlib.nullcontext():
+        Endpoint(SimpleNamespace(model_config=model))
 
 
 def test_an_address_that_is_not_this_machines_is_named() -> None:

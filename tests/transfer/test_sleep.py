@@ -27,6 +27,8 @@ class Recorder(ThreadingHTTPServer):
         self.calls: list[str] = []
         self.version: str | None = None
         self.fails: set[str] = set()
+        self.compared: list[tuple[int, bool]] = []
+        """Versions that a vLLM server was sent, and whether it was told to compare its weights with them."""
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def take(self) -> list[str]:
@@ -44,6 +46,9 @@ class Recorder(ThreadingHTTPServer):
             return {"results": [{"failure": "", "open": False, "seconds": SECONDS}]}
         if route == "/update_weight_version":
             self.version = body["new_version"]
+        if route == "/update_weights":
+            manifest = body["update_info"]["manifest"]
+            self.compared.append((manifest["version"], manifest["compare"]))
         given = {**query, **{key: body[key] for key in ("tags", "mode") if key in body}}
         self.calls.append(" ".join([route, *(f"{key}={value}" for key, value in given.items())]))
         return {"success": True, "message": json.dumps(SECONDS)}
@@ -172,6 +177,20 @@ def test_one_that_is_gone_is_left_out_and_one_that_refuses_ends_the_run(trainer:
     other.fails.add(WEIGHTS[kind].split()[0])
     with pytest.raises(TransferError, match=rf"{other.url} failed {WEIGHTS[kind].split()[0]}"):
         trainer.sender.publish(3)
+
+
+@pytest.mark.parametrize(("sleep", "compared"), [(True, [1, 2, 3, 4]), (False, [1, 4])])
+def test_weights_are_compared_whenever_they_have_slept(
+    model: Path, recorders: list[Recorder], sleep: bool, compared: list[int]
+) -> None:
+    """Their memory was taken away and given back under CUDA graphs; else the first version is compared and every k-th."""
+    trainer = Trainer(engine_config("vllm", model), [recorders[0].url], sleep=sleep, compare_every=4)
+    for version in range(1, 5):
+        trainer.sender.publish(version)
+        trainer.sender.serve()
+        trainer.sender.sleep()
+    trainer.close()
+    assert recorders[0].compared == [(version, version in compared) for version in range(1, 5)]
 
 
 def test_without_sleep_nothing_of_it_is_said(model: Path, recorders: list[Recorder]) -> None:

@@ -20,8 +20,9 @@ from megatron_hpt.errors import HptError, TransferError
 from megatron_hpt.models.hf_config import read_config, shape_of_any
 from megatron_hpt.transfer.layouts import EngineLayout
 from megatron_hpt.transfer.manifest import Contents, Manifest
-from megatron_hpt.transfer.readback import EngineWeights, plain_parameter
-from megatron_hpt.transfer.receiver import Receiver, Seat, compare_only
+from megatron_hpt.transfer.quantize import PER_TENSOR
+from megatron_hpt.transfer.readback import EngineWeights, addresses, check_unmoved, plain_parameter
+from megatron_hpt.transfer.receiver import Receiver, Seat, compare_only, wait_for
 from megatron_hpt.transfer.wire_format import fp8_format
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,13 @@ class Endpoint:
         layout = EngineLayout(parallel.tp_size, parallel.pp_size, parallel.moe_ep_size)
         rank = parallel.tp_rank + parallel.tp_size * parallel.pp_rank
         folder, dtype = config.model_path, str(config.dtype).removeprefix("torch.")
-        self._seat = Seat(shape_of_any(folder), layout, rank, dtype, fp8_format(read_config(folder)))
+        fp8 = fp8_format(read_config(folder))
+        if fp8 == PER_TENSOR or (config.quantization and fp8 is None):
+            raise TransferError(
+                "SGLang replaces FP8 weights with a scale for each tensor, and those that it has quantised itself, by weights "
+                "without a loader: start it from an FP8 checkpoint with weight_block_size [128, 128], or unquantised"
+            )
+        self._seat = Seat(shape_of_any(folder), layout, rank, dtype, fp8)
         self._receiver = Receiver(self._seat)
         self._updater = updater
 
@@ -55,7 +62,11 @@ class Endpoint:
         """Check a version, load it, and compare it if the manifest asks for it; return the seconds of each step."""
         wanted = Manifest.from_json(manifest)
         self._receiver.take(wanted)
-        self._receiver.load(self._updater.get_model().load_weights)
+        model = self._updater.get_model()
+        before = addresses(model)
+        self._receiver.load(model.load_weights)
+        wait_for(next(model.parameters()).device)
+        check_unmoved(before, model)
         if wanted.compare and self._seat.fp8 is None:  # FP8 engines transpose and requantise what they load
             self._receiver.compare(self._weights().read)
         return self._receiver.seconds

@@ -18,11 +18,14 @@ import httpx
 
 from megatron_hpt.config import Config
 from megatron_hpt.engines.client import CONNECTIONS, HttpEngine, answer_of, connections_of
+from megatron_hpt.engines.experts import has_plain_experts
+from megatron_hpt.engines.extra_arguments import SET_BY_RUN, TENSOR_RANKS_ALONE
 from megatron_hpt.engines.host import cache_room, cores_of_ranks
 from megatron_hpt.engines.interface import EngineKind, RunningServer, SamplingLimits, Start
+from megatron_hpt.engines.seeding import is_seeded, server_seed
 from megatron_hpt.engines.sglang import host, site
 from megatron_hpt.engines.sglang.control import SglangControl
-from megatron_hpt.engines.types import SEEDS, Sample, SamplingRequest
+from megatron_hpt.engines.types import Sample, SamplingRequest
 from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import EngineError
 from megatron_hpt.files import write_private
@@ -34,6 +37,11 @@ ENVIRONMENT = ".venv-sglang"
 SPARE = 6
 """Tokens of its context that SGLang leaves unused: a response ends 2 tokens before the context does, and a prompt that comes
 within 6 tokens of it is refused (srt/managers/tp_worker.py, scheduler.py)."""
+SEEDED_ARGUMENTS = (
+    *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
+    *("--sampling-backend", "pytorch"),  # the only one of the deterministic mode
+)
+"""Arguments of a server that heeds seeds, beside its deterministic mode; it runs eagerly, as vLLM does then."""
 STATIC_SHARE = 0.9
 """Part of its share of a GPU's memory that SGLang holds all the time, for weights and KV cache; batches use the rest."""
 
@@ -49,6 +57,7 @@ def server_command(config: Config, python: str, start: Start) -> list[str]:
 
 
 def _arguments(config: Config, python: str, start: Start) -> list[str]:
+    seeded = is_seeded(config, start.on_gpus)
     return [
         *(python, "-m", "sglang.launch_server"),
         *("--model-path", start.model, "--served-model-name", config.name),
@@ -64,27 +73,27 @@ def _arguments(config: Config, python: str, start: Start) -> list[str]:
         *("--load-format", start.weights.value, "--skip-server-warmup", "--skip-tokenizer-init"),
         "--sleep-on-idle",  # else an idle server keeps a core of the trainer's busy
         # Seeds of requests are heeded in this mode only.
-        "--enable-deterministic-inference",
-        *("--random-seed", str(config.trainer.seed % SEEDS), "--grammar-backend", "none", "--log-level", "warning"),
-        # vLLM runs eagerly too, and a graph's memory would not sleep.
-        *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
-        *("--sampling-backend", "pytorch"),  # the only one of the deterministic mode
-        *(_gpu_arguments(config) if start.on_gpus else _host_arguments(cache_tokens(config))),
+        *(["--enable-deterministic-inference"] if seeded else []),
+        *("--random-seed", str(server_seed(config, start)), "--grammar-backend", "none", "--log-level", "warning"),
+        *(SEEDED_ARGUMENTS if seeded else ()),
+        *(_gpu_arguments(config, start) if start.on_gpus else _host_arguments(cache_tokens(config))),
+        *config.rollout.extra_arguments,
     ]
 
 
-def _gpu_arguments(config: Config) -> list[str]:
+def _gpu_arguments(config: Config, start: Start) -> list[str]:
     """Return the options of a server on GPUs.
 
     SGLang's share is of the memory that is free before it loads, and counts only what it holds all the time (srt/mem_cache/
     kv_cache_configurator.py, _profile_available_bytes): on a GPU that others use too it takes less than its share.
 
-    SGLang chooses the attention backend, one that can be deterministic on that GPU (srt/arg_groups/overrides.py,
-    _deterministic_attention_backend): fa3 up to Hopper, flashinfer on Blackwell, there without its prefix cache.
+    SGLang chooses the attention backend; with `rollout.seeded` one that can be deterministic on that GPU (srt/arg_groups/
+    overrides.py, _deterministic_attention_backend): fa3 up to Hopper, flashinfer on Blackwell, there without its prefix cache.
     """
     static = STATIC_SHARE * config.rollout.gpu_memory_share
     sleep = ["--enable-memory-saver"] if config.rollout.sleep else []
-    return ["--device", "cuda", "--mem-fraction-static", f"{static:.3g}", *sleep]
+    experts = ["--moe-runner-backend", "triton"] if has_plain_experts(start.model) else []
+    return ["--device", "cuda", "--mem-fraction-static", f"{static:.3g}", *sleep, *experts]
 
 
 def _host_arguments(cache_tokens: int) -> list[str]:
@@ -139,6 +148,9 @@ class SglangEngine(HttpEngine):
 
     def body(self, request: SamplingRequest) -> dict[str, Any]:
         """Return a batch of single samples, because the samples of one request would share its seed.
+
+        Each has a seed, whether or not the server heeds seeds: one in deterministic mode, as a user may have started, gives all
+        samples without a seed the same one, and any other ignores them at no cost (srt/sampling/sampling_batch_info.py).
 
         Raises:
             EngineError: a token is outside the vocabulary, which would end the server.
@@ -220,4 +232,12 @@ ServerArgs.from_cli_args(parser.parse_args(sys.argv[4:]))
     # srt/sampling/sampling_params.py (_SAMPLING_EPS).
     limits=SamplingLimits(coldest=1e-6),
     workspace_bytes=lambda share: (1 - STATIC_SHARE) * share,
+    reserved_arguments={
+        "--tensor-parallel-size": "rollout.tensor_parallel sets it",
+        "--quantization": "SGLang replaces weights that it has quantised by others without a loader (quantization/fp8.py)",
+        **dict.fromkeys(("--config", "--api-key"), SET_BY_RUN),
+        **dict.fromkeys(("--pp-size", "--pipeline-parallel-size", "--dp-size", "--data-parallel-size"), TENSOR_RANKS_ALONE),
+        **dict.fromkeys(("--ep-size", "--expert-parallel-size"), TENSOR_RANKS_ALONE),
+    },
+    loads_fp8_per_tensor=False,
 )

@@ -33,8 +33,8 @@ from megatron_hpt.errors import TransferError
 from megatron_hpt.models.hf_config import read_config, shape_of_any
 from megatron_hpt.transfer.layouts import EngineLayout
 from megatron_hpt.transfer.manifest import Contents, Manifest
-from megatron_hpt.transfer.readback import EngineWeights, plain_parameter
-from megatron_hpt.transfer.receiver import Receiver, Seat, compare_only
+from megatron_hpt.transfer.readback import EngineWeights, addresses, check_unmoved, plain_parameter
+from megatron_hpt.transfer.receiver import Receiver, Seat, compare_only, wait_for
 from megatron_hpt.transfer.wire_format import fp8_format
 
 BACKEND = "megatron_hpt"
@@ -105,6 +105,7 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._tied = self._seat.shape.tied_embeddings
         self._receiver = Receiver(self._seat)
         self._manifest: Manifest | None = None
+        self._addresses: dict[str, int] = {}
 
     @_kept
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -117,17 +118,21 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     @_kept
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # Overrides the base method, which synchronises an accelerator that a host does not have.
+        # As the base method, which synchronises an accelerator that a host does not have.
         self.receive_weights(self.parse_update_info(update_info))
+        wait_for(self.device)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Verify the whole version, then load it: a bad manifest or damaged bytes leave the old weights untouched."""
         manifest = Manifest.from_json(update_info.manifest)
         self._receiver.take(manifest)
         expected = {name for name, _ in self.model.named_parameters()}
+        self._addresses = addresses(self.model)
         self._forget_packing_of_experts()
         # The host's linear layers are repacked after loading; a layerwise reload undoes and redoes that.
         initialize_layerwise_reload(self.model)
+        # What a layer makes of its weights, such as the scales of --quantization fp8, is not there now and does not come.
+        expected &= {name for name, _ in self.model.named_parameters()}
         try:
             loaded = self._receiver.load(self.model.load_weights)
             if missed := expected - set(loaded):
@@ -158,7 +163,10 @@ class ManifestWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             # A tied output layer has no tensor of its own, so the reload leaves the copy that it packed for itself
             # from the last weights; pack it again from the embedding.
             self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
-        if self._manifest.compare and self._seat.fp8 is None:  # FP8 engines transpose and requantise what they load
+        wait_for(self.device)
+        check_unmoved(self._addresses, self.model)
+        # Quantised engines transpose and requantise what they load.
+        if self._manifest.compare and self._seat.fp8 is None and self.model_config.quantization is None:
             self._receiver.compare(self._weights().read)
         self._manifest = None
 

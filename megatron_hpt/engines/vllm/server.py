@@ -15,10 +15,13 @@ from typing import Any
 import httpx
 
 from megatron_hpt.config import Config
-from megatron_hpt.engines.client import HttpEngine, answer_of, connections_of
+from megatron_hpt.engines.client import CONNECTIONS, HttpEngine, answer_of, connections_of
+from megatron_hpt.engines.experts import has_plain_experts
+from megatron_hpt.engines.extra_arguments import SET_BY_RUN, TENSOR_RANKS_ALONE
 from megatron_hpt.engines.host import cores_of_ranks, threads_of_one_rank
 from megatron_hpt.engines.interface import EngineKind, RunningServer, SamplingLimits, Start
-from megatron_hpt.engines.types import SEEDS, Sample, SamplingRequest
+from megatron_hpt.engines.seeding import is_seeded, server_seed
+from megatron_hpt.engines.types import Sample, SamplingRequest
 from megatron_hpt.engines.vllm.completions import UNLABELLED, CompletionsEngine
 from megatron_hpt.engines.vllm.control import VllmControl
 from megatron_hpt.environment import inherited_here
@@ -27,10 +30,14 @@ ONE_PROCESS = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_execu
 """Names the executor's class, because vLLM replaces the word ``uni`` on a host (platforms/cpu.py)."""
 WORKSPACE_BYTES = 3 * 2**30
 """Bytes of a GPU that vLLM takes for activations and buffers."""
+SMALLEST_BATCH, LARGE_BATCH = 2048, 8192
+"""Tokens of a forward pass that vLLM chooses for a server's GPU: at least, and for an H100 (engine/arg_utils.py,
+get_batch_defaults)."""
 
 
 def server_command(config: Config, python: str, start: Start) -> list[str]:
     """Return the command line of one server."""
+    seeded = is_seeded(config, start.on_gpus)
     return [
         *(python, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", start.model, "--served-model-name", config.name),
@@ -38,29 +45,40 @@ def server_command(config: Config, python: str, start: Start) -> list[str]:
         *("--middleware", "megatron_hpt.engines.vllm.run_token.RequireRunToken"),
         *("--dtype", config.model.dtype, "--tensor-parallel-size", str(config.rollout.tensor_parallel)),
         *("--max-model-len", str(config.max_sequence_length), "--max-num-seqs", str(config.rollout.max_running)),
-        # vLLM 0.32 rewinds a seeded request's generator when it cuts a prompt in two, which the CPU generator cannot do.
-        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(_batched_tokens(config))),
+        *_prefill_arguments(config, seeded),
         # A trainer's weights come before the first request, so none are read here.
         *("--load-format", start.weights.value, "--weight-transfer-config", json.dumps({"backend": "megatron_hpt"})),
         *("--worker-extension-cls", "megatron_hpt.engines.vllm.plugin.Outcomes"),
-        # The log-probabilities of the distribution that was sampled from, temperature and nucleus applied.
+        # The log-probabilities of the distribution that was sampled from, temperature and nucleus applied. Rollouts lose no
+        # fast sampler by them: FlashInfer's, which has none, is for nuclei alone (v1/worker/gpu/sample/sampler.py).
         *("--logprobs-mode", "processed_logprobs"),
-        *("--generation-config", "vllm", "--skip-tokenizer-init", "--enable-scale-out", "--enforce-eager"),
-        *("--disable-uvicorn-access-log", "--seed", str(config.trainer.seed % SEEDS)),
-        *(_gpu_arguments(config) if start.on_gpus else _host_arguments(config)),
+        *("--generation-config", "vllm", "--skip-tokenizer-init", "--enable-scale-out"),
+        *(["--enforce-eager"] if seeded else []),
+        *("--disable-uvicorn-access-log", "--seed", str(server_seed(config, start))),
+        *(_gpu_arguments(config, start) if start.on_gpus else _host_arguments(config)),
+        *config.rollout.extra_arguments,
     ]
 
 
-def _batched_tokens(config: Config) -> int:
-    """Return the most tokens of a forward pass, in which vLLM wants room for a whole sequence, and for one token of each
-    sequence that it decodes (config/scheduler.py)."""
-    return max(4096, config.max_sequence_length, config.rollout.max_running)
+def _prefill_arguments(config: Config, seeded: bool) -> list[str]:
+    """Return how many tokens a forward pass may have, in which vLLM wants room for one token of each sequence that it decodes,
+    and for a whole sequence where prompts are not cut (config/scheduler.py).
+
+    vLLM 0.32 rewinds a seeded request's generator when it cuts a prompt in two, which the CPU generator cannot do. Unseeded
+    servers cut prompts, and have vLLM's own number for their GPU unless that is too small.
+    """
+    running = config.rollout.max_running
+    if seeded:
+        tokens = max(4096, config.max_sequence_length, running)
+        return ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(tokens)]
+    return ["--max-num-batched-tokens", str(max(LARGE_BATCH, running))] if running > SMALLEST_BATCH else []
 
 
-def _gpu_arguments(config: Config) -> list[str]:
+def _gpu_arguments(config: Config, start: Start) -> list[str]:
     # The share is of the GPU's whole memory; vLLM wants that much free when it starts (v1/worker/utils.py, request_memory).
     sleep = ["--enable-sleep-mode"] if config.rollout.sleep else []
-    return ["--gpu-memory-utilization", f"{config.rollout.gpu_memory_share:g}", *sleep]
+    experts = ["--moe-backend", "triton"] if has_plain_experts(start.model) else []
+    return ["--gpu-memory-utilization", f"{config.rollout.gpu_memory_share:g}", *sleep, *experts]
 
 
 def _host_arguments(config: Config) -> list[str]:
@@ -98,6 +116,23 @@ class VllmEngine(HttpEngine):
     version_route = "/weight_info"
     progress_route = "/metrics"
 
+    def __init__(
+        self,
+        url: str,
+        deadline_s: float,
+        silent_s: float,
+        connections: int = CONNECTIONS,
+        own: str | None = None,
+        seeded: bool = True,
+    ) -> None:
+        """
+        Args:
+            seeded: whether requests carry their seed, for which vLLM makes a random generator each on its first model runner
+                (v1/worker/gpu_model_runner.py).
+        """
+        super().__init__(url, deadline_s, silent_s, connections, own)
+        self._seeded = seeded
+
     def progress_of(self, answer: bytes) -> Hashable:
         """Return the tokens produced since the start (vllm/v1/metrics/loggers.py), or None if statistics are switched off."""
         lines = answer.decode(errors="replace").splitlines()
@@ -108,7 +143,7 @@ class VllmEngine(HttpEngine):
             "token_ids": request.tokens,
             "sampling_params": {
                 "n": request.samples,
-                "seed": request.seed,
+                **({"seed": request.seed} if self._seeded else {}),
                 "temperature": request.temperature,
                 "top_p": request.top_p,
                 "max_tokens": request.max_tokens,
@@ -132,7 +167,8 @@ class VllmEngine(HttpEngine):
 
 def client(config: Config, url: str, own: str | None = None) -> VllmEngine:
     """Return the client of a server of a run."""
-    return VllmEngine(url, config.deadlines.rollout_s, config.deadlines.silent_s, connections_of(config), own)
+    deadlines = config.deadlines
+    return VllmEngine(url, deadlines.rollout_s, deadlines.silent_s, connections_of(config), own, is_seeded(config))
 
 
 def recognise(url: str, http: httpx.Client) -> RunningServer | None:
@@ -184,5 +220,12 @@ AsyncEngineArgs.from_cli_args(make_arg_parser(FlexibleArgumentParser()).parse_ar
     # sampling_params.py (_MAX_TEMP, _verify_args), entrypoints/scale_out/token_in_token_out/serving.py.
     limits=SamplingLimits(coldest=0.01, hottest=2.0, samples_are_one_request=True),
     workspace_bytes=lambda share: WORKSPACE_BYTES,
+    reserved_arguments={
+        "-tp": "rollout.tensor_parallel sets it",
+        "--device-memory-utilization": "rollout.gpu_memory_share sets it",
+        **dict.fromkeys(("--config", "--api-key"), SET_BY_RUN),
+        **dict.fromkeys(("-pp", "--pipeline-parallel-size", "-dp", "--data-parallel-size"), TENSOR_RANKS_ALONE),
+        **dict.fromkeys(("-ep", "--enable-expert-parallel"), TENSOR_RANKS_ALONE),
+    },
     host_head_dims=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512),  # v1/attention/backends/cpu_attn.py
 )

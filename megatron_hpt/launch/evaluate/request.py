@@ -12,12 +12,14 @@ from megatron_hpt.engines.checks import check_started_engine, check_temperature
 from megatron_hpt.engines.interface import RunningServer
 from megatron_hpt.engines.registry import engine_of
 from megatron_hpt.engines.running import look
+from megatron_hpt.engines.seeding import settled
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.evaluation.benchmarks import Chosen, choose
 from megatron_hpt.evaluation.grading import checked_grader
 from megatron_hpt.evaluation.problems import EvaluationProblem, load_problems, sha256_of, system_prompt
 from megatron_hpt.evaluation.samples import Evaluation, Protocol, SetRecord
 from megatron_hpt.files import check_folder
+from megatron_hpt.launch.engine_arguments import check_extra_arguments
 from megatron_hpt.launch.evaluate.subject import Subject, dtype_of, resolve
 from megatron_hpt.launch.launchers import gpus_here
 from megatron_hpt.models.hf_config import read_config
@@ -83,6 +85,8 @@ def prepare(model: str, benchmarks: Sequence[str], options: EvaluationOptions) -
     longest = _check_context(sets, options.max_tokens, _context(config, servers))
     lengths = {"max_prompt_length": longest, "max_response_length": options.max_tokens}
     config = config.model_copy(update={"data": config.data.model_copy(update=lengths)})
+    if not servers:
+        check_extra_arguments(config)
     protocol = Protocol(
         temperature=options.temperature,
         top_p=options.top_p,
@@ -122,13 +126,15 @@ def _settings(subject: Subject, servers: Sequence[RunningServer], options: Evalu
         model = str(subject.path)
         # The engines of an evaluation have the GPUs for themselves, without a trainer beside them.
         share = RolloutConfig.model_fields["gpu_memory_share"].default
-        engine = {"urls": [], "model": "", "host": "127.0.0.1", "sleep": False, "gpu_memory_share": share}
+        engine = {"urls": [], "model": "", "host": "127.0.0.1", "sleep": False, "gpu_memory_share": share, "seeded": None}
     own = {"path": model, "overrides": {}}  # checkpoints and exports of a run have its overrides in them
     if subject.run is None and not servers:
         own["dtype"] = dtype_of(read_config(model))
     changes = {"model": config.model.model_copy(update=own), "rollout": config.rollout.model_copy(update=engine)}
     config = apply_overrides(config.model_copy(update=changes), list(options.overrides))
-    return config if servers else _placed(config, any(given.startswith("rollout.servers=") for given in options.overrides))
+    if servers:
+        return config
+    return _placed(settled(config, bool(gpus_here())), any(given.startswith("rollout.servers=") for given in options.overrides))
 
 
 def _placed(config: Config, chosen: bool) -> Config:

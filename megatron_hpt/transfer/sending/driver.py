@@ -136,7 +136,7 @@ class EngineDriver:
         if fresh:
             self._contents[engine] = replace(self._contents[engine], rendezvous=rendezvous)
             control.prepare(self._contents[engine])
-        compare = fresh or self.staged.version % options.compare_every == 0
+        compare = fresh or options.sleep or self.staged.version % options.compare_every == 0
         seconds[engine] = control.update(self.staged.manifest(self._contents[engine], compare=compare))
         if not options.sleep:  # else caches have no memory yet: `let_sample` comes when the trainer has given its own back
             control.resume()

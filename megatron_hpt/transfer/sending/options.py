@@ -27,7 +27,8 @@ class TransferOptions:
     transport: str = "shared_memory"
     """A row of `transports.TRANSPORTS`."""
     compare_every: int = 50
-    """Versions after which engines compare their weights with what was sent; they always compare the first one."""
+    """Versions after which engines compare their weights with what was sent; they always compare the first one, and each after
+    they have slept."""
     deadline_s: float = 60.0
     """Longest wait for one message."""
     host: str = "127.0.0.1"
