@@ -45,9 +45,11 @@ def transformer_engine(sizes: Sizes) -> Iterator[Measurement]:
         if name in FP8_RECIPES and (this_machine().capability or (0, 0)) < FP8_RECIPES[name].capability:
             yield Measurement("Transformer Engine", f"linear layer, {name}", note="this GPU is too old for the recipe")
             continue
+        # On normal numbers, rounded on the host: 0.037 with e4m3 on both sides, 0.059 with the gradient's e5m2 on one.
+        limits = (1e-2, 1e-2) if name == "bfloat16" else (6e-2, 8e-2)
         output, gradient, weight = _linear_errors(sizes, name)
-        limit = 1e-2 if name == "bfloat16" else 6e-2
-        for what, error in (("output", output), ("input gradient", gradient), ("weight gradient", weight)):
+        errors = (("output", output), ("input gradient", gradient), ("weight gradient", weight))
+        for (what, error), limit in zip(errors, (*limits, limits[1]), strict=True):
             yield Measurement("Transformer Engine", f"linear layer, {name}: {what}", error, "relative error", None, limit)
 
 
