@@ -185,9 +185,16 @@ def test_the_peers_model_is_of_its_size(tmp_path: Path) -> None:
 
 def test_the_quickstart_is_left_out_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "in a rehearsal" in markdown(quickstart.quickstart(on_host()))
-    monkeypatch.setattr(quickstart, "find_spec", lambda name: None)
-    (line,) = quickstart.quickstart(on_gpu())
-    assert (line.verdict, line.note) == ("left out", "vLLM is not installed here")
+
+    def absent(name: str) -> str:
+        raise quickstart.metadata.PackageNotFoundError(name)
+
+    for version, reason in ((absent, "vLLM is not installed here"), (lambda _: "0.26.0", "vLLM 0.26.0 is installed here, and")):
+        monkeypatch.setattr(quickstart.metadata, "version", version)
+        (line,) = quickstart.quickstart(on_gpu())
+        assert (line.verdict, line.note.startswith(reason)) == ("left out", True)
+    monkeypatch.setattr(quickstart.metadata, "version", lambda _: "0.32.0")
+    assert quickstart.missing() == ""
 
 
 def test_the_quickstart_fits_one_gpu() -> None:

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
+
+from packaging.version import Version
 
 from .measurement import Measurement
 from .sizes import Sizes
@@ -18,6 +20,9 @@ ON_ONE_GPU = (
     *("trainer.steps=40", "trainer.save_every=20", "evaluation.every=20"),
 )
 """The recipe's ranks and engine on the same GPU, which needs no memory back; as many steps as a visit has time for."""
+VLLM = Version("0.32")
+"""What `engines/vllm/` is written against. 0.26, the newest for torch 2.11, labels no weights (/weight_info) and has no
+``--enable-scale-out``."""
 
 
 def quickstart(sizes: Sizes) -> Iterator[Measurement]:
@@ -26,8 +31,8 @@ def quickstart(sizes: Sizes) -> Iterator[Measurement]:
     if sizes.device.type != "cuda":
         yield Measurement(check, "the run", note="an engine is not started in a rehearsal; `make train` trains it on the host")
         return
-    if find_spec("vllm") is None:
-        yield Measurement(check, "the run", note="vLLM is not installed here")
+    if reason := missing():
+        yield Measurement(check, "the run", note=reason)
         return
     started = time.monotonic()
     done = subprocess.run(command(), capture_output=True, text=True, encoding="utf-8", errors="replace")
@@ -36,6 +41,15 @@ def quickstart(sizes: Sizes) -> Iterator[Measurement]:
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
         yield Measurement(check, "the rest", note=f"failed: {' / '.join(lines[-3:])}")
+
+
+def missing() -> str:
+    """Return why no engine can be started here; empty where one can."""
+    try:
+        version = metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return "vLLM is not installed here"
+    return "" if Version(version) >= VLLM else f"vLLM {version} is installed here, and the engine's client needs {VLLM}"
 
 
 def command() -> list[str]:
