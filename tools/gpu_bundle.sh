@@ -5,9 +5,9 @@
 #   tools/gpu_bundle.sh build/gpu_bundle trainer            # one of them
 #   ARCHITECTURE=100 tools/gpu_bundle.sh build/gpu_b200     # for another GPU than an H100 or H200
 #
-# Needs python3.12 (PYTHON), xz, strip, and for Transformer Engine's extension g++ and CUDA 13's nvcc: 12 to 25 minutes on two
-# cores, once. Each folder is one archive with its checksum, of at most 60 MiB. There must be Python 3.12 and torch 2.11.0+cu130
-# with its usual companions (transformers, pyarrow, …): requirements/gpu_*.txt list what comes in addition.
+# Needs python3.12 (PYTHON), xz, strip, and for Transformer Engine's extension g++, CUDA 13 (CUDA_HOME), 6 GB of disk and 12 to 25
+# minutes of two cores, once. Each folder is one archive with its checksum, of at most 60 MiB. That machine has Python 3.12 and
+# torch 2.11.0+cu130 with its usual companions (transformers, pyarrow, …); requirements/gpu_*.txt list what comes in addition.
 set -euo pipefail
 PYTHON=${PYTHON:-python3.12} ARCHITECTURE=${ARCHITECTURE:-90} TORCH=2.11.0 MOST_MIB=60
 tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -51,8 +51,9 @@ extension() { # extension FOLDER VERSION: transformer-engine-torch, which comes 
     [ -d "$environment" ] || "$PYTHON" -m venv "$environment"
     "$environment/bin/pip" install -q "torch==$TORCH" numpy pybind11 ninja setuptools wheel packaging
     packages=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    env PATH="$PWD/$environment/bin:$environment/bin:$PATH" NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE \
-        NVTE_CUDA_ARCHS="$ARCHITECTURE" MAX_JOBS="$(nproc)" LIBRARY_PATH="$packages/nvidia/cu13/lib" \
+    # ninja is in that environment; cuBLAS, cuDNN and NCCL have their headers in the wheels that torch depends on.
+    env PATH="$(cd "$environment" && pwd)/bin:$PATH" CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}" NVTE_FRAMEWORK=pytorch \
+        NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_CUDA_ARCHS="$ARCHITECTURE" MAX_JOBS="$(nproc)" LIBRARY_PATH="$packages/nvidia/cu13/lib" \
         CPATH="$packages/nvidia/cu13/include:$packages/nvidia/cudnn/include:$packages/nvidia/nccl/include" \
         "$environment/bin/pip" wheel -q --no-build-isolation --no-deps --no-binary :all: -w "$1" "transformer-engine-torch==$2"
 }

@@ -93,6 +93,12 @@ def test_a_bundle_that_is_too_large_is_refused(bundle: Path, tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (1, "trainers: allowed are trainer and vllm\n")
 
 
+def test_the_extension_is_built_once_a_version(tmp_path: Path) -> None:
+    (tmp_path / "transformer_engine_torch-2.11.0-cp312-cp312-linux_x86_64.whl").touch()
+    for version, code in (("2.11.0", 0), ("2.12.0", 1)):  # the second would begin with an environment
+        assert bash(f"source {BUNDLE}; extension {tmp_path} {version}", PYTHON="false").returncode == code
+
+
 def test_what_the_bundles_bring_is_pinned_and_agrees() -> None:
     lists = {name: ROOT / "requirements" / f"{name}.txt" for name in ("host", "gpu_trainer", "gpu_vllm")}
     pins = {
