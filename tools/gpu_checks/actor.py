@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,20 @@ def parity(sizes: Sizes) -> Iterator[Measurement]:
             yield from _compared(variant, ENGINE.name, runs.get(variant), base, high=high, worst=FP8_WORST_GRADIENT, low=low)
 
 
-def _compared(variant: Variant, with_what: str, run: Any, base: Any, *, high: float, worst: float, low: float | None = None):
+def _compared(
+    variant: Variant,
+    with_what: str,
+    run: Future[dict[str, Any]] | None,
+    base: Future[dict[str, Any]] | None,
+    *,
+    high: float,
+    worst: float,
+    low: float | None = None,
+) -> Iterator[Measurement]:
     """Yield the differences of two runs that may still be under way, or why there are none.
 
     Args:
-        run, base: futures of what `_child` returns; None where the variant cannot run here.
+        run, base: what `_child` returns; None where a variant cannot run here.
         low, high: what the whole gradient may differ by; the loss at most by `high`.
         worst: what the gradient of one tensor may differ by.
     """
@@ -147,7 +156,7 @@ def memory(sizes: Sizes) -> Iterator[Measurement]:
     yield Measurement("memory", "a save keeps training, of its whole time", found["blocked"], "", None, 0.5)
 
 
-def _timed(check: str, variant: Variant, sizes: Sizes):
+def _timed(check: str, variant: Variant, sizes: Sizes) -> Generator[Measurement, None, dict[str, Any] | None]:
     """Return what a timed process found; yield why there is nothing and return None where it cannot run or has failed."""
     if reason := variant.missing():
         yield Measurement(check, variant.name, note=reason)

@@ -62,7 +62,7 @@ def _actor(variant: Variant, model: Path, load: Workload, **actor: Any):
     return build_actor(config)
 
 
-def _rows(load: Workload, vocab: int, ragged: bool = False):
+def _rows(load: Workload, vocab: int, ragged: bool = False) -> list[Any]:
     """Make rollouts and demonstrations of random tokens in turn; a quarter of each is its prompt. SFT has demonstrations alone,
     and trains every token."""
     from megatron_hpt.batch.rows import Row, Source
