@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-$PWD/build/gpu_visit} site=${TMPDIR:-/tmp}/gpu_site work=${TMPDIR:-/tmp}/gpu_check
 mkdir -p "$OUT" "$site" "$work"
+OUT=$(cd "$OUT" && pwd)
 for bundle in "$@"; do
     (cd "$bundle" && sha256sum -c --quiet SHA256 && xz -dc -T0 site.tar.xz | tar -x -C "$site")
 done
