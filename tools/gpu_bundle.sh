@@ -94,4 +94,4 @@ main() {
     done
 }
 
-[ "${BASH_SOURCE[0]}" != "$0" ] || { main "$@" && exit; } # read to its end before it begins
+[ "${BASH_SOURCE[0]}" != "$0" ] || { main "$@"; exit; } # read to its end before it begins

@@ -93,6 +93,11 @@ def test_a_bundle_that_is_too_large_is_refused(bundle: Path, tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (1, "trainers: allowed are trainer and vllm\n")
 
 
+def test_a_bundle_that_cannot_be_downloaded_is_not_made(tmp_path: Path) -> None:
+    assert bash(f"{BUNDLE} {tmp_path}/made trainer", PYTHON="false").returncode == 1
+    assert not (tmp_path / "made" / "trainer").exists()
+
+
 def test_the_extension_is_built_once_a_version(tmp_path: Path) -> None:
     (tmp_path / "transformer_engine_torch-2.11.0-cp312-cp312-linux_x86_64.whl").touch()
     for version, code in (("2.11.0", 0), ("2.12.0", 1)):  # the second would begin with an environment
