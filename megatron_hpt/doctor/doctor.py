@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -202,15 +201,30 @@ def nccl(_: CheckContext) -> HealthFinding:
 
 
 def apex(_: CheckContext) -> HealthFinding:
-    """Nobody's, or NVIDIA's: Megatron-Core imports what goes by this name. It is not imported here."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return ok("not installed, and not needed")
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if any((folder / "optimizers").is_dir() for folder in folders):
-        return ok(f"NVIDIA's, {folders[0]}")
-    where = folders[0] if folders else spec.origin
-    return broken(f"{where} is not NVIDIA Apex, and Megatron-Core would import it", "pip uninstall apex")
+    """NVIDIA's, nobody's, or a stranger's, which Megatron-Core would import: what goes by this name is not imported here."""
+    from megatron_hpt.actor.model.apex import KERNELS, MULTI_TENSOR, find_apex
+
+    package = find_apex()
+    if package is None:
+        return ok(f"not installed, and not needed; on GPUs NVIDIA's would add {_added(KERNELS)}")
+    if not package.is_nvidias:
+        return broken(f"{package.place} is not NVIDIA Apex, and Megatron-Core would import it", "pip uninstall apex")
+    lacking = [name for name in KERNELS if name not in package.kernels]
+    build = "build it from source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+    if MULTI_TENSOR in lacking and importlib.util.find_spec("transformer_engine") is None:
+        # Megatron-Core takes FusedAdam because it can be imported (optimizer/__init__.py); it raises when it is made.
+        found = f"NVIDIA's, {package.place}, without {MULTI_TENSOR}: Megatron-Core would choose its Adam, which needs it"
+        return broken(found, f"{build}, or pip uninstall apex")
+    if lacking:
+        return missing(f"NVIDIA's, {package.place}, without {', '.join(lacking)}", f"{build} for {_added(lacking)}")
+    return ok(f"NVIDIA's, {package.place}: {_added(KERNELS)}")
+
+
+def _added(kernels: Iterable[str]) -> str:
+    """Return what kernels of Apex add."""
+    from megatron_hpt.actor.model.apex import KERNELS
+
+    return "; ".join(KERNELS[name] for name in kernels)
 
 
 SOFTWARE: dict[str, Check] = {

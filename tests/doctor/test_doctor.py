@@ -1,5 +1,6 @@
 """megatron-hpt doctor on this machine as it is, and with parts of it broken."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_hpt.actor.model.apex import KERNELS, MULTI_TENSOR, WEIGHT_GRADIENT, Apex, find_apex, has_apex_kernel
 from megatron_hpt.doctor import doctor, health
 from megatron_hpt.doctor.health import Check, CheckContext, HealthFinding, examine
 from megatron_hpt.engines.registry import ENGINES
@@ -177,17 +179,48 @@ def test_a_torch_that_cannot_be_imported_or_sees_no_gpu(
     assert examine(health.computation, CheckContext(Path(), 8)).found == "torch sees 0 CUDA devices, 8 expected"
 
 
-def test_the_unrelated_apex_is_told_from_nvidias_without_running_it(
-    asked: CheckContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert examine(doctor.apex, asked).state == "ok"
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('it was run')")
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put an empty module, or a package's file that must not be run, where imports find it."""
     monkeypatch.syspath_prepend(str(tmp_path))
+
+    def install(name: str) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("raise SystemExit('it was run')")
+        importlib.invalidate_caches()
+
+    return install
+
+
+def test_the_unrelated_apex_is_told_from_nvidias_without_running_it(
+    asked: CheckContext, installed: Callable[[str], None], tmp_path: Path
+) -> None:
+    finding = examine(doctor.apex, asked)
+    assert (finding.state, "fused gradient accumulation" in finding.found) == ("ok", True)
+    assert find_apex() is None
+    installed("apex/__init__.py")
+    installed(f"{WEIGHT_GRADIENT}.py")
     finding = examine(doctor.apex, asked)
     assert (finding.state, finding.remedy) == ("broken", "pip uninstall apex")
-    (tmp_path / "apex" / "optimizers").mkdir()
-    assert examine(doctor.apex, asked).found == f"NVIDIA's, {tmp_path / 'apex'}"
+    assert not has_apex_kernel(WEIGHT_GRADIENT)  # somebody else's, beside a stranger's package
+    installed("apex/optimizers/__init__.py")
+    assert find_apex() == Apex(str(tmp_path / "apex"), True, frozenset({WEIGHT_GRADIENT}))
+    assert has_apex_kernel(WEIGHT_GRADIENT)
+    assert not has_apex_kernel(MULTI_TENSOR)
+
+
+def test_nvidias_apex_by_the_kernels_that_it_was_built_with(asked: CheckContext, installed: Callable[[str], None]) -> None:
+    installed("apex/optimizers/__init__.py")
+    finding = examine(doctor.apex, asked)  # its FusedAdam can be imported and not be made
+    assert (finding.state, "Megatron-Core would choose its Adam" in finding.found) == ("broken", True)
+    installed("transformer_engine/__init__.py")
+    finding = examine(doctor.apex, asked)
+    assert (finding.state, "fused Adam" in finding.remedy) == ("missing", True)
+    for kernel in KERNELS:
+        installed(f"{kernel}.py")
+    finding = examine(doctor.apex, asked)
+    assert finding.state == "ok", finding
+    assert finding.found.endswith("fused norms where Transformer Engine is absent")
 
 
 def test_versions_of_the_trainers_packages(asked: CheckContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

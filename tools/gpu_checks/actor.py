@@ -4,64 +4,84 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from megatron_hpt.actor.model.precision import this_machine
-from megatron_hpt.plan.timing import flops_per_token
 
 from .measurement import Measurement, relative_error
-from .sizes import Sizes, on_gpu, on_host, write_model
+from .sizes import Sizes, write_model
+from .variants import ENGINE, FLOAT32, FP8, OURS, Variant
 
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compute the same step."""
-
-    name: str
-    layers: str
-    """"transformer engine" or "ours"."""
-    dtype: str = "bfloat16"
-    fp8: str = "none"
-
-    def missing(self) -> str:
-        """Why the variant cannot run here; empty where it can."""
-        is_engine = this_machine().engine is not None and torch.cuda.is_available()
-        return "" if self.layers == "ours" or is_engine else "Transformer Engine is not installed here"
-
-
-OURS = Variant("our layers, bfloat16", "ours")
-ENGINE = Variant("Transformer Engine, bfloat16", "transformer engine")
-FP8 = [
-    Variant(f"Transformer Engine, FP8 {name}", "transformer engine", fp8=name)
-    for name in ("tensorwise", "delayed", "blockwise")
-]
-FLOAT32 = Variant("our layers, float32", "ours", dtype="float32")
+LEAST_FP8_DIFFERENCE = 1e-9
+"""Of the losses of one forward pass: equal to the last digit means that FP8 was ignored."""
+FP8_GRADIENT = (2e-2, 0.2)
+"""Of a whole gradient in FP8, beside the same layers' in bfloat16. FP8 emulated on the host in the parity model, whose other
+products stayed float32, gave 0.075 to 0.14, by recipe and by layers that stay in bfloat16; bfloat16 itself is below 0.02."""
+FP8_WORST_GRADIENT = 0.35
+"""Likewise of one tensor's: 0.13 to 0.22, of a projection to queries."""
+PRIME_RL = 26_005
+"""Tokens/s of prime-rl, Qwen3-0.6B, SFT, one H100: benchmarks/baselines at 559b447, two micro-batches of 8192 tokens a step,
+every layer computed again in the backward pass, FlashAttention 3; 16.8 % of the peak, 31.7 GiB."""
 
 
 def parity(sizes: Sizes) -> Iterator[Measurement]:
-    """Compare loss and gradient of one ragged batch with the host's in float32."""
-    host = _child("gradient", FLOAT32, sizes, {"CUDA_VISIBLE_DEVICES": ""})
-    for variant, limit in ((FLOAT32, 1e-4), (OURS, 3e-2), (ENGINE, 3e-2)):
-        if reason := variant.missing():
-            yield Measurement("parity with the host", variant.name, note=reason)
-            continue
-        found = _child("gradient", variant, sizes)
-        loss = abs(found["loss"] - host["loss"]) / abs(host["loss"])
-        yield Measurement("parity with the host", f"{variant.name}: loss", loss, "relative error", None, limit)
-        errors = {name: relative_error(found["gradient"][name], g) for name, g in host["gradient"].items()}
-        worst = max(errors, key=errors.get)
-        yield Measurement("parity with the host", f"{variant.name}: gradient of {worst}", errors[worst], "", None, limit)
+    """Compare loss and gradient of one ragged batch with the host's in float32, and FP8's with bfloat16 of the same layers.
+
+    The processes run side by side where the machine has room: nothing is timed here.
+    """
+    write_model(Path("parity"), sizes.parity.model)  # once, before they all want it
+    with ThreadPoolExecutor(sizes.processes) as pool:
+        host = pool.submit(_child, "gradient", FLOAT32, sizes, {"CUDA_VISIBLE_DEVICES": ""})
+        runs = {v: pool.submit(_child, "gradient", v, sizes) for v in (ENGINE, *FP8, OURS, FLOAT32) if not v.missing()}
+        for variant, limit in ((FLOAT32, 1e-4), (OURS, 3e-2), (ENGINE, 3e-2)):
+            yield from _compared(variant, "the host", runs.get(variant), host, high=limit, worst=limit)
+        for variant in FP8:
+            low, high = FP8_GRADIENT
+            base = runs.get(ENGINE)
+            yield from _compared(variant, ENGINE.name, runs.get(variant), base, high=high, worst=FP8_WORST_GRADIENT, low=low)
+
+
+def _compared(
+    variant: Variant,
+    with_what: str,
+    run: Future[dict[str, Any]] | None,
+    base: Future[dict[str, Any]] | None,
+    *,
+    high: float,
+    worst: float,
+    low: float | None = None,
+) -> Iterator[Measurement]:
+    """Yield the differences of two runs that may still be under way, or why there are none.
+
+    Args:
+        run, base: what `_child` returns; None where a variant cannot run here.
+        low, high: what the whole gradient may differ by; the loss at most by `high`, or 0.03 where that is less.
+        worst: what the gradient of one tensor may differ by.
+    """
+    check = f"parity with {with_what}"
+    if reason := variant.missing():
+        yield Measurement(check, variant.name, note=reason)
+        return
+    try:
+        found, expected = run.result(), base.result()
+    except RuntimeError as error:  # the others are still worth their time
+        yield Measurement(check, variant.name, note=str(error))
+        return
+    loss = abs(found["loss"] - expected["loss"]) / abs(expected["loss"])
+    least = None if low is None else LEAST_FP8_DIFFERENCE
+    yield Measurement(check, f"{variant.name}: loss", loss, "relative error", least, min(high, 3e-2))
+    pairs = {name: (found["gradient"][name], gradient) for name, gradient in expected["gradient"].items()}
+    whole = relative_error(*(torch.cat([pair[side].flatten() for pair in pairs.values()]) for side in (0, 1)))
+    yield Measurement(check, f"{variant.name}: gradient", whole, "relative error", low, high)
+    errors = {name: relative_error(*pair) for name, pair in pairs.items()}
+    name = max(errors, key=errors.get)
+    yield Measurement(check, f"{variant.name}: gradient of {name}", errors[name], "relative error", None, worst)
 
 
 def steps(sizes: Sizes, ceiling: float | None) -> Iterator[Measurement]:
@@ -70,32 +90,59 @@ def steps(sizes: Sizes, ceiling: float | None) -> Iterator[Measurement]:
     Args:
         ceiling: measured TFLOP/s of a bfloat16 matrix product.
     """
-    reference, engine_rate = None, None
-    for variant in (OURS, ENGINE, *FP8):
-        if reason := variant.missing():
-            yield Measurement("steps", variant.name, note=reason)
+    engine: Mapping[str, Any] | None = None
+    for variant in (ENGINE, *FP8, OURS):
+        found = yield from _timed("steps", variant, sizes)
+        if found is None:
             continue
-        try:
-            found = _child("steps", variant, sizes)
-        except RuntimeError as error:  # the others are still worth their time
-            yield Measurement("steps", variant.name, note=str(error))
-            continue
-        low, high = (20_000, 40_000) if variant.layers != "ours" else (12_000, 36_000)
         rate = found["tokens_per_second"]
-        if variant is ENGINE:
-            engine_rate = rate
         if variant.fp8 == "none":
+            low, high = (20_000, 40_000) if variant is ENGINE else (12_000, 36_000)
             yield Measurement("steps", variant.name, rate, "tokens/s", low, high)
-            if ceiling:
-                share = rate * found["flops_per_token"] / 1e12 / ceiling
-                yield Measurement("steps", f"{variant.name}: share of the bfloat16 ceiling", share, "", 0.2, 0.5)
-        elif engine_rate:
-            yield Measurement("steps", variant.name, rate / engine_rate, "times bfloat16", 0.9, 1.4)
+        else:
+            yield Measurement("steps", variant.name, rate, "tokens/s")
+            yield from _beside_bfloat16(variant, found, engine)
+        if ceiling:
+            share = rate * found["flops_per_token"] / 1e12 / ceiling
+            most = 0.5 if variant.fp8 == "none" else 0.7
+            yield Measurement("steps", f"{variant.name}: share of the bfloat16 ceiling", share, "", 0.2, most)
         yield Measurement("steps", f"{variant.name}: peak memory", found["peak_gib"], "GiB", None, 60)
-        reference = reference or found["loss"]
-        if variant.fp8 != "none":  # equal to the last digit: FP8 was ignored
-            difference = abs(found["loss"] - reference) / abs(reference)
-            yield Measurement("steps", f"{variant.name}: loss beside bfloat16", difference, "relative difference", 1e-9, 2e-2)
+        engine = found if variant is ENGINE else engine
+
+
+def _beside_bfloat16(variant: Variant, found: Mapping[str, Any], engine: Mapping[str, Any] | None) -> Iterator[Measurement]:
+    """Yield speed and loss of FP8 beside those of the same layers in bfloat16.
+
+    The loss of our own layers would not do: it differs by their rounding, also from that of an FP8 that was ignored.
+    """
+    if engine is None:
+        yield Measurement("steps", f"{variant.name}: beside bfloat16", note=f"{ENGINE.name} gave nothing to compare with")
+        return
+    ratio = found["tokens_per_second"] / engine["tokens_per_second"]
+    yield Measurement("steps", f"{variant.name}: speed", ratio, "times bfloat16", 0.9, 1.4)
+    difference = abs(found["loss"] - engine["loss"]) / abs(engine["loss"])
+    what = f"{variant.name}: loss beside bfloat16"
+    yield Measurement("steps", what, difference, "relative difference", LEAST_FP8_DIFFERENCE, 2e-2)
+
+
+def supervised(sizes: Sizes, ceiling: float | None) -> Iterator[Measurement]:
+    """Time supervised steps of Qwen3-0.6B's shape as a peer does, on the fastest layers that are sure to be right.
+
+    Args:
+        ceiling: as of `steps`.
+    """
+    variant = OURS if ENGINE.missing() else ENGINE
+    what = f"Qwen3-0.6B, rows of 8192 tokens, {variant.name}"
+    found = yield from _timed("supervised", variant, sizes)
+    if found is None:
+        return
+    rate = found["tokens_per_second"]
+    note = f"prime-rl: {PRIME_RL:,} on one H100 (its benchmarks/baselines of 2026-01-15)"
+    yield Measurement("supervised", what, rate, "tokens/s", PRIME_RL, note=note)
+    if ceiling:
+        share = rate * found["flops_per_token"] / 1e12 / ceiling
+        yield Measurement("supervised", f"{what}: share of the bfloat16 ceiling", share, "", 0.17, 0.6)
+    yield Measurement("supervised", f"{what}: peak memory", found["peak_gib"], "GiB", None, 32, "prime-rl: 31.7")
 
 
 def memory(sizes: Sizes) -> Iterator[Measurement]:
@@ -109,13 +156,29 @@ def memory(sizes: Sizes) -> Iterator[Measurement]:
     yield Measurement("memory", "a save keeps training, of its whole time", found["blocked"], "", None, 0.5)
 
 
+def _timed(check: str, variant: Variant, sizes: Sizes) -> Generator[Measurement, None, dict[str, Any] | None]:
+    """Return what a timed process found; yield why there is nothing and return None where it cannot run or has failed."""
+    if reason := variant.missing():
+        yield Measurement(check, variant.name, note=reason)
+        return None
+    try:
+        return _child(check, variant, sizes)
+    except RuntimeError as error:  # the others are still worth their time
+        yield Measurement(check, variant.name, note=str(error))
+        return None
+
+
 def _child(kind: str, variant: Variant, sizes: Sizes, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run a variant in a process of its own: Megatron's state is global, and memory is measured from zero."""
+    """Run a variant in a process of its own: Megatron's state is global, and memory is measured from zero.
+
+    Raises:
+        RuntimeError: the process failed; says its last line.
+    """
     with tempfile.TemporaryDirectory(dir=".") as folder:
         rehearse = [] if sizes.has_expectations else ["rehearse"]
         arguments = [kind, json.dumps(vars(variant)), folder, *rehearse]
         done = subprocess.run(
-            [sys.executable, "-m", "gpu_checks.actor", *arguments],
+            [sys.executable, "-m", "gpu_checks.actor_process", *arguments],
             env={**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True,
             text=True,
@@ -123,159 +186,6 @@ def _child(kind: str, variant: Variant, sizes: Sizes, environment: dict[str, str
             errors="replace",
         )
         if done.returncode:
-            raise RuntimeError(f"{variant.name} failed: {done.stderr.strip().splitlines()[-1]}")
+            last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            raise RuntimeError(f"{variant.name} failed: {last}")
         return torch.load(Path(folder) / "found.pt", weights_only=True)
-
-
-def _actor(variant: Variant, model: Path, sizes: Sizes, **actor: Any):
-    """Set up the product's own actor on one rank."""
-    from megatron_hpt.actor.platform import Platform
-    from megatron_hpt.actor.state import build_actor
-    from megatron_hpt.config import (
-        ActorConfig,
-        AlgorithmConfig,
-        Config,
-        DataConfig,
-        EntropyConfig,
-        ModelConfig,
-        OptimizerConfig,
-        TrainerConfig,
-    )
-
-    if variant.layers == "ours":
-        Platform.has_transformer_engine = False
-    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    config = Config(
-        name="gpu_check",
-        model=ModelConfig(path=str(model), dtype=variant.dtype),
-        data=DataConfig(train="none", max_prompt_length=sizes.row_tokens, max_response_length=sizes.row_tokens),
-        algorithm=AlgorithmConfig(name="hpt", entropy=EntropyConfig(coefficient=0.01)),
-        actor=ActorConfig(
-            micro_batch_tokens=sizes.micro_batch_tokens,
-            fp8=variant.fp8,
-            bf16_layers=0 if variant.fp8 in ("none", "delayed") else 1,
-            recompute="selective",
-            threads=os.cpu_count() or 1,
-            **actor,
-        ),
-        optimizer=OptimizerConfig(lr=1e-5),
-        trainer=TrainerConfig(steps=100),
-    )
-    return build_actor(config)
-
-
-def _rows(number: int, longest: int, vocab: int, ragged: bool):
-    """Make rollouts and demonstrations of random tokens; a quarter of each row is its prompt."""
-    from megatron_hpt.batch.rows import Row, Source
-
-    rng, rows = random.Random(0), []
-    for index in range(number):
-        length = rng.randint(longest // 3, longest) if ragged else longest
-        tokens, prompt = [rng.randrange(vocab) for _ in range(length)], length // 4
-        if index % 2:
-            rows.append(Row(str(index), index, Source.DEMONSTRATION, tokens, prompt, None, None, 1.0, 1.0, None))
-        else:
-            logprobs = [-9.0] * (length - prompt)
-            rows.append(
-                Row(str(index), index, Source.ROLLOUT, tokens, prompt, logprobs, 1.0, rng.uniform(-1, 1), 1.0, 0, "stop")
-            )
-    return rows
-
-
-def _gradient(variant: Variant, sizes: Sizes, model: Path) -> dict[str, Any]:
-    from megatron_hpt.actor.model.policy import contributed_views
-    from megatron_hpt.actor.train_step import accumulate
-    from megatron_hpt.models.hf_config import model_shape
-
-    actor = _actor(variant, model, sizes)
-    sums, _ = accumulate(actor, _rows(6, sizes.parity_tokens, actor.vocab, ragged=True))
-    views = contributed_views(actor.chunks, model_shape(model), actor.ranks, of=lambda parameter: parameter.main_grad)
-    gradient: dict[str, Tensor] = {}
-    for view in views:
-        whole = gradient.setdefault(view.name, torch.zeros(view.shape))
-        box = tuple(slice(o, o + e) for o, e in zip(view.offset, view.extent, strict=True))
-        whole[box] = view.read().float().cpu()
-    return {"loss": sums["loss"], "gradient": gradient}
-
-
-def _steps(variant: Variant, sizes: Sizes, model: Path) -> dict[str, Any]:
-    from megatron_hpt.actor.train_step import train_step
-    from megatron_hpt.models.hf_config import model_shape
-
-    actor = _actor(variant, model, sizes)
-    rows = _rows(sizes.rows, sizes.row_tokens, actor.vocab, ragged=False)
-    first = train_step(actor, rows, 0)
-    for step in range(1, sizes.steps):
-        train_step(actor, rows, step)
-    _synchronize()
-    started = time.perf_counter()
-    for step in range(sizes.steps):
-        train_step(actor, rows, sizes.steps + step)
-    _synchronize()
-    seconds = (time.perf_counter() - started) / sizes.steps
-    return {
-        "loss": first["train/loss"],
-        "tokens_per_second": sizes.rows * sizes.row_tokens / seconds,
-        "flops_per_token": flops_per_token(model_shape(model), sizes.row_tokens),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
-    }
-
-
-def _memory(variant: Variant, sizes: Sizes, model: Path) -> dict[str, Any]:
-    from megatron_hpt.actor.checkpoint import Saver
-    from megatron_hpt.actor.train_step import train_step
-
-    actor = _actor(variant, model, sizes, offload="all")
-    train_step(actor, _rows(2, sizes.row_tokens, actor.vocab, ragged=False), 0)
-    weights = [p.detach().clone().cpu() for chunk in actor.chunks for p in chunk.parameters()]
-    before = _held()
-    started = time.perf_counter()
-    given = actor.offload.sleep()
-    asleep = _held()
-    actor.offload.wake()
-    _synchronize()
-    seconds = time.perf_counter() - started
-    now = [p.detach().cpu() for chunk in actor.chunks for p in chunk.parameters()]
-    saver, times = Saver(actor.platform, actor.config.model.path), []
-    with tempfile.TemporaryDirectory(dir=".") as folder, actor.offload.optimizer():
-        for step in range(2):  # the first one starts helpers
-            saving = time.perf_counter()
-            saver.save(Path(folder) / f"step_{step:06}", step, actor.chunks, actor.optimizer)
-            blocked = time.perf_counter() - saving
-            saver.finish()
-            times.append(blocked / (time.perf_counter() - saving))
-    return {
-        "before_gib": before,
-        "asleep_gib": asleep,
-        "rate": 2 * given / seconds / 1e9,
-        "equal": float(all(torch.equal(a, b) for a, b in zip(weights, now, strict=True))),
-        "blocked": times[-1],
-    }
-
-
-def _held() -> float:
-    return torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-_KINDS = {"gradient": _gradient, "steps": _steps, "memory": _memory}
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Be the process of one variant; the arguments are KIND VARIANT FOLDER [rehearse]."""
-    kind, variant, folder, *rehearse = arguments
-    sizes = on_host() if rehearse else on_gpu()
-    name = "parity" if kind == "gradient" else "model"
-    model = write_model(Path(name), getattr(sizes, name))
-    torch.save(_KINDS[kind](Variant(**json.loads(variant)), sizes, model), Path(folder) / "found.pt")
-    from megatron_hpt.actor.parallel import shutdown
-
-    shutdown()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -19,12 +19,13 @@ BF16_CEILING = "bfloat16 matrix product"
 
 
 def ceilings(sizes: Sizes) -> Iterator[Measurement]:
-    """Measure memory rate and matrix products; expected are 95 % and 80 % of an H100 SXM's 3.35 TB/s and 989 TFLOP/s."""
+    """Measure memory rate and matrix products; expected are 80 % and more of an H100 SXM's 3.35 or an H200's 4.8 TB/s, and of
+    989 TFLOP/s."""
     device = sizes.device
     source = torch.zeros(sizes.copy_elements, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     seconds = milliseconds(lambda: target.copy_(source), device) / 1e3
-    yield Measurement("ceilings", "copy, read and write", 2 * source.nbytes / seconds / 1e12, "TB/s", 2.7, 3.35)
+    yield Measurement("ceilings", "copy, read and write", 2 * source.nbytes / seconds / 1e12, "TB/s", 2.7, 4.8)
     size = sizes.matrix
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in "ab")
     yield Measurement("ceilings", BF16_CEILING, _tflops(lambda: a @ b, size, device), "TFLOP/s", 700, 900)
@@ -45,9 +46,11 @@ def transformer_engine(sizes: Sizes) -> Iterator[Measurement]:
         if name in FP8_RECIPES and (this_machine().capability or (0, 0)) < FP8_RECIPES[name].capability:
             yield Measurement("Transformer Engine", f"linear layer, {name}", note="this GPU is too old for the recipe")
             continue
+        # On normal numbers, rounded on the host: 0.037 with e4m3 on both sides, 0.059 with the gradient's e5m2 on one.
+        limits = (1e-2, 1e-2) if name == "bfloat16" else (6e-2, 8e-2)
         output, gradient, weight = _linear_errors(sizes, name)
-        limit = 1e-2 if name == "bfloat16" else 6e-2
-        for what, error in (("output", output), ("input gradient", gradient), ("weight gradient", weight)):
+        errors = (("output", output), ("input gradient", gradient), ("weight gradient", weight))
+        for (what, error), limit in zip(errors, (*limits, limits[1]), strict=True):
             yield Measurement("Transformer Engine", f"linear layer, {name}: {what}", error, "relative error", None, limit)
 
 
@@ -100,7 +103,7 @@ def shared_memory(sizes: Sizes) -> Iterator[Measurement]:
     receiver.join()
     wall, copying = rounds[-1]
     # Read and write at the rate of the memory, and the exchange of handles.
-    yield Measurement("IPC", "copy out of another process's memory", 2 * nbytes / copying / 1e12, "TB/s", 2.0, 3.35)
+    yield Measurement("IPC", "copy out of another process's memory", 2 * nbytes / copying / 1e12, "TB/s", 2.0, 4.8)
     yield Measurement("IPC", "whole exchange", nbytes / wall / 1e9, "GB/s", 50, None)
 
 

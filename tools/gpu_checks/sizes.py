@@ -5,13 +5,29 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatron_hpt.files import whole_folder
 from megatron_hpt.models.hf_config import model_shape
 from megatron_hpt.models.mapping import hf_tensor_shapes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, and the rows that it trains in one step."""
+
+    model: dict[str, Any]
+    """Its config.json."""
+    rows: int
+    row_tokens: int
+    micro_batch_tokens: int
+    steps: int = 4
+    """Number of timed steps."""
+    algorithm: str = "hpt"
+    entropy: float = 0.01
+    recompute: Literal["none", "selective", "full"] = "selective"
 
 
 @dataclass(frozen=True)
@@ -25,16 +41,14 @@ class Sizes:
     """Tokens, inputs, outputs of one layer."""
     logprob: tuple[int, int, int]
     """Tokens, hidden units, rows of vocabulary."""
-    model: dict[str, Any]
-    """config.json of the timed model."""
-    parity: dict[str, Any]
-    """config.json of the model whose gradient is compared with the host's."""
-    rows: int
-    row_tokens: int
-    micro_batch_tokens: int
-    parity_tokens: int
-    steps: int
-    """Number of timed steps; as many go before them untimed."""
+    hybrid: Workload
+    """Timed; rollouts and demonstrations."""
+    supervised: Workload
+    """Timed beside a peer's."""
+    parity: Workload
+    """Its gradient is compared with the host's; rows have up to this many tokens."""
+    processes: int
+    """Processes that may run side by side where nothing is timed."""
     has_expectations: bool
 
 
@@ -58,40 +72,48 @@ def _llama(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab:
     }
 
 
+def _qwen3(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int) -> dict[str, Any]:
+    return {
+        **_llama(layers, hidden, heads, kv_heads, ffn, vocab, 40960),
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": head_dim,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+    }
+
+
 def on_gpu() -> Sizes:
-    """Return sizes for a GPU: a model of Llama-3.2-1B's shape on rows of 4096 tokens, 64k tokens a step."""
+    """Return sizes for a GPU: Llama-3.2-1B's shape on rows of 4096 tokens, 64k a step; Qwen3-0.6B's as prime-rl times it."""
+    llama, small = _llama(16, 2048, 32, 8, 8192, 128256, 4096), _llama(4, 512, 8, 4, 1408, 8192, 512)
+    qwen3 = _qwen3(28, 1024, 16, 8, 128, 3072, 151936)
     return Sizes(
         device=torch.device("cuda"),
         copy_elements=2**30,
         matrix=8192,
         linear=(4096, 2048, 4096),
         logprob=(16384, 1536, 151936),
-        model=_llama(16, 2048, 32, 8, 8192, 128256, 4096),
-        parity=_llama(4, 512, 8, 4, 1408, 8192, 512),
-        rows=16,
-        row_tokens=4096,
-        micro_batch_tokens=16384,
-        parity_tokens=192,
-        steps=4,
+        hybrid=Workload(llama, rows=16, row_tokens=4096, micro_batch_tokens=16384),
+        supervised=Workload(qwen3, 2, 8192, 8192, steps=16, algorithm="sft", entropy=0.0, recompute="full"),
+        parity=Workload(small, rows=6, row_tokens=192, micro_batch_tokens=16384),
+        processes=8,
         has_expectations=True,
     )
 
 
 def on_host() -> Sizes:
     """Return sizes at which the same code runs in seconds on the host; the numbers say nothing."""
+    small = _llama(4, 64, 4, 2, 128, 256, 64)  # layers between those that stay in bfloat16 under FP8
     return Sizes(
         device=torch.device("cpu"),
         copy_elements=2**12,
         matrix=64,
         linear=(32, 16, 32),
         logprob=(64, 32, 256),
-        model=_llama(2, 64, 4, 2, 128, 256, 64),
-        parity=_llama(2, 64, 4, 2, 128, 256, 64),
-        rows=6,
-        row_tokens=32,
-        micro_batch_tokens=64,
-        parity_tokens=24,
-        steps=1,
+        hybrid=Workload(small, rows=6, row_tokens=32, micro_batch_tokens=64, steps=1),
+        supervised=Workload(_qwen3(2, 64, 4, 2, 32, 128, 256), 2, 32, 32, 1, "sft", 0.0, "full"),
+        parity=Workload(small, rows=6, row_tokens=24, micro_batch_tokens=64),
+        processes=1,
         has_expectations=False,
     )
 
