@@ -59,7 +59,8 @@ def build_actor(config: Config) -> Actor:
     """Join the process group and build this rank's part of the actor, with the weights of `config.model.path`.
 
     Raises:
-        ConfigError: another number of ranks was started, or the machine cannot compute in the FP8 or by the kernel that is asked for.
+        ConfigError: another number of ranks was started, or the machine lacks what the FP8 or the kernel that is asked
+            for needs.
         ModelError: the weights cannot be read.
     """
     where = platform.detect(config.actor.threads)

@@ -1,19 +1,20 @@
 """The passes of `logprob` in Triton, for GPUs: statistics and gradients of logits, each in one reading of them.
 
-Chosen by `actor.logprob_kernel=triton` and not imported otherwise, because hosts have no Triton. No GPU has run it yet.
+Imported only where `actor.logprob_kernel=triton` asks for it, because hosts have no Triton. No GPU has run it yet.
 
-**What is fused, and what is not.** The matrix products stay cuBLAS's. For each logit, with 4096 hidden units, a product takes about
-10 ps of an H100 (8192 FLOPs at 800 TFLOP/s), and writing it in float32 and reading it once 2.4 ps (8 bytes at 3.35 TB/s);
-torch's operations read and write 48 bytes for the statistics and 58 for the gradient, 14 and 17 ps. A kernel that multiplies
-and keeps the statistics alone would save those 2.4 ps, and lose more by being slower than cuBLAS at the product.
+**What is fused.** The matrix products stay cuBLAS's. With 4096 hidden units a product takes about 10 ps of an H100 for each
+logit (8192 FLOPs at 800 TFLOP/s). Torch's operations move 48 bytes for its statistics and 58 for its gradient, 14 and 17 ps at
+3.35 TB/s; these kernels move 8 and 10 with what the products write and read, 2.4 and 3 ps. A kernel that multiplies too would
+save those 2.4 ps, and lose more where it multiplies slower than cuBLAS; the gradient must be written anyway, for two products.
 
-**Precision.** Logits are the float32 sums of the product, as in the reference: rounded to bfloat16, one of 32 would be off by up to
-1/16 nat. The gradient overwrites them in the precision of the products that follow (bfloat16 in the first half of each row), so
-a tile takes `CHUNK_BYTES` and nothing beside it, where torch's passes take two and a half times as much.
+**Precision.** Logits are the float32 sums of the product, as in the reference: rounded to bfloat16, one of 32 would be off by
+up to 1/16 nat. The gradient overwrites them in the precision of the products that follow (bfloat16 in the first half of each
+row), so a tile takes `CHUNK_BYTES` and nothing beside it, where torch's passes take two and a half times as much; what the
+products of a tile's gradient add takes as much again.
 
-**Tiles** are cut along the vocabulary, where the reference's chunks have all of it: a tile of all tokens gives the output layer's
-gradient of its rows at once, whereas chunks of a few hundred tokens add to all rows in float32 each time (about 12 bytes for each
-row and hidden unit, at 450 tokens three times as long as the product itself), and need a float32 copy of the output layer.
+**Tiles** are cut along the vocabulary; the reference's chunks have all of it. A tile of all tokens gives the output layer's
+gradient of its rows at once. Chunks of 450 tokens add to all rows each time (12 bytes a weight, three times as long as their
+product) and need a float32 gradient of the whole output layer.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _statistics(hidden: Tensor, weight: Tensor, columns: Tensor, vocabulary: Voc
     matrix = real_rows(weight, vocabulary)
     into.copy_(into.new_tensor([LOWEST, 0, 0, 0]))
     for tokens in _slices(len(hidden), TILE_TOKENS):
-        for rows in _slices(len(matrix), _tile_columns(len(hidden[tokens]))):
+        for rows in _slices(len(matrix), _tile_columns(*hidden[tokens].shape)):
             _add_statistics(hidden[tokens], matrix[rows], columns[tokens] - rows.start, vocabulary, into[tokens])
 
 
@@ -65,7 +66,7 @@ def _gradients(
     for tokens in _slices(len(hidden), TILE_TOKENS):
         states = hidden[tokens].to(matrix.dtype)
         grad_states = torch.zeros(states.shape, dtype=per_token.dtype, device=states.device)
-        for rows in _slices(len(matrix), _tile_columns(len(states))):
+        for rows in _slices(len(matrix), _tile_columns(*states.shape)):
             grad = _gradient_of_tile(states, matrix[rows], columns[tokens] - rows.start, vocabulary, per_token[tokens])
             grad_states += product(grad, matrix[rows])
             grad_weight[rows] += product(grad.T, states)
@@ -74,9 +75,7 @@ def _gradients(
     return grad_hidden, grad_weight.to(weight.dtype)
 
 
-def _gradient_of_tile(
-    states: Tensor, rows: Tensor, columns: Tensor, vocabulary: Vocabulary, per_token: Tensor
-) -> Tensor:
+def _gradient_of_tile(states: Tensor, rows: Tensor, columns: Tensor, vocabulary: Vocabulary, per_token: Tensor) -> Tensor:
     """Compute a tile's gradient by the logits before the temperature, [tokens, rows] in the precision of `states`.
 
     It lies where the logits were, so its rows are as far apart as theirs.
@@ -105,9 +104,9 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _tile_columns(tokens: int) -> int:
-    """Return how many columns of logits take `CHUNK_BYTES`, in float32."""
-    return max(ALIGNMENT, logprob.CHUNK_BYTES // (4 * tokens) // ALIGNMENT * ALIGNMENT)
+def _tile_columns(tokens: int, hidden: int) -> int:
+    """Return of how many columns logits, and gradients of the output layer, take at most `CHUNK_BYTES` each, in float32."""
+    return max(ALIGNMENT, logprob.CHUNK_BYTES // (4 * max(tokens, hidden)) // ALIGNMENT * ALIGNMENT)
 
 
 @triton.jit
@@ -148,9 +147,7 @@ def statistics_kernel(logits, columns, into, row_stride, width, inverse_temperat
 
 
 @triton.jit
-def gradient_kernel(
-    logits, grad, columns, per_token, row_stride, grad_stride, width, inverse_temperature, BLOCK: tl.constexpr
-):
+def gradient_kernel(logits, grad, columns, per_token, row_stride, grad_stride, width, inverse_temperature, BLOCK: tl.constexpr):
     """Write the gradient of a row of logits, which may lie over the row itself; one program a row.
 
     Args:
