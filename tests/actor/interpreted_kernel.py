@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_hpt.actor.model import logprob, logprob_kernel
-from megatron_hpt.actor.model.logprob import TORCH, Vocabulary, logprob_and_entropy, passes_by
-from megatron_hpt.actor.model.logprob_kernel import LOWEST, gradient_kernel, statistics_kernel
+from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy, passes_by
+from megatron_hpt.actor.model.logprob_kernel import LOWEST, TRITON, gradient_kernel, statistics_kernel
 from tests.actor.test_logprob import check_two_ranks
 
 INFINITE = float("inf")
@@ -33,13 +33,17 @@ def tiles(monkeypatch):
 def both_passes(hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> list[list[Tensor]]:
     """Values and gradients by torch and by Triton."""
     results = []
-    factors = torch.rand(2, len(hidden), generator=torch.Generator().manual_seed(5)) - 0.3
     for kernel in ("torch", "triton"):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         values = torch.stack(logprob_and_entropy(*leaves, targets, vocabulary, passes_by(kernel)))
-        (values * factors).sum().backward()
+        (values * factors(len(hidden))).sum().backward()
         results.append([values.detach(), *(leaf.grad for leaf in leaves)])
     return results
+
+
+def factors(tokens: int) -> Tensor:
+    """How much each value counts in the loss, [2, tokens]."""
+    return torch.rand(2, tokens, generator=torch.Generator().manual_seed(5)) - 0.3
 
 
 def problem(tokens: int, rows: int, real: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,8 +148,9 @@ def test_statistics_do_not_depend_on_tiles(data, width: int, rows: int, temperat
 
 
 @pytest.mark.parametrize("cuts", [[], [32]])
-def test_impossible_tokens_before_the_first_possible_one(cuts: list[int]) -> None:
-    logits = torch.full((1, 48), -INFINITE)
+@pytest.mark.parametrize("impossible", [-INFINITE, -1e38])
+def test_impossible_tokens_before_the_first_possible_one(cuts: list[int], impossible: float) -> None:
+    logits = torch.full((1, 48), impossible)
     logits[0, 40:] = torch.arange(8.0)
     found = statistics(logits, cuts, torch.tensor([47]))
     assert torch.isfinite(found).all()
@@ -171,8 +176,7 @@ def test_gradients_over_the_logits_equal_those_beside_them(data, width: int, row
     logits = torch.randn(rows, width, generator=generator) * data.draw(st.sampled_from([0.1, 3.0, 100.0]))
     columns = torch.randint(width, (rows, 1), generator=generator)
     logp = logits.log_softmax(1)
-    factors = torch.randn(rows, 3, generator=generator).unbind(1)
-    per_token = torch.stack([logits.logsumexp(1), -(logp.exp() * logp).sum(1), *factors], 1)
+    per_token = torch.stack([logits.logsumexp(1), -(logp.exp() * logp).sum(1), *torch.randn(3, rows, generator=generator)], 1)
     expected = logits.clone()
     logprob._to_gradient_(expected, per_token, columns, 1.0)
     beside = gradient(logits, columns[:, 0], per_token, torch.float32, over_logits=False)
@@ -182,21 +186,38 @@ def test_gradients_over_the_logits_equal_those_beside_them(data, width: int, row
     torch.testing.assert_close(narrow.float(), beside, rtol=2**-7, atol=1e-30)
 
 
-def test_a_model_in_bfloat16(group, tiles, monkeypatch) -> None:
-    """The host multiplies bfloat16 after widening it; here it is kept, as on GPUs, and products give float32."""
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """Keeps weights in bfloat16, as on GPUs, with float32 products; the host itself widens weights first."""
     for module in (logprob, logprob_kernel):
         monkeypatch.setattr(module, "product", lambda left, right: left.float() @ right.float())
         monkeypatch.setattr(module, "real_rows", lambda weight, vocabulary: weight[: vocabulary.size])
+
+
+def test_a_model_in_bfloat16(group, tiles, bfloat16) -> None:
     hidden, weight, targets = (t if t.dtype is torch.long else t.bfloat16() for t in problem(19, 301, 299))
     vocabulary = Vocabulary(299, 0, group)
     _, found = both_passes(hidden, weight, targets, vocabulary)
-    monkeypatch.undo()
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    factors = torch.rand(2, 19, generator=torch.Generator().manual_seed(5)) - 0.3
-    values = torch.stack(logprob_and_entropy(*exact, targets, vocabulary, TORCH))
-    (values * factors).sum().backward()
+    logp = (exact[0] @ exact[1][:299].T).log_softmax(1)
+    values = torch.stack([logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(1)])
+    (values * factors(19)).sum().backward()
     torch.testing.assert_close(found[0].double(), values.detach(), rtol=1e-5, atol=1e-5)
     for ours, leaf in zip(found[1:], exact, strict=True):
         assert ours.dtype is torch.bfloat16
         error = float((ours.double() - leaf.grad).norm() / leaf.grad.norm())
         assert error < 8e-3  # the interpreter cuts bits off where GPUs round
+
+
+def test_many_tiles_of_tokens_are_added_up_in_float32(group, bfloat16, monkeypatch) -> None:
+    """In bfloat16 a sum of equal numbers stops growing at 256 of them."""
+    monkeypatch.setattr(logprob_kernel, "BLOCK", 16)
+    hidden, weight = torch.ones(600, 2).bfloat16(), torch.tensor([[0.0, 1.0], [2.0, -1.0]]).bfloat16()
+    gradients = []
+    for tokens in (1, 600):
+        monkeypatch.setattr(logprob_kernel, "TILE_TOKENS", tokens)
+        leaf = weight.clone().requires_grad_()
+        values = logprob_and_entropy(hidden, leaf, torch.zeros(600, dtype=torch.long), Vocabulary(2, 0, group), TRITON)
+        values[0].sum().backward()
+        gradients.append(leaf.grad.float())
+    torch.testing.assert_close(*gradients, rtol=2**-7, atol=0)
