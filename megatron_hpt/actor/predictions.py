@@ -11,7 +11,8 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from torch import Tensor
 
 from megatron_hpt.actor.microbatch import MicroBatch
-from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy, passes_by
+from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy
+from megatron_hpt.actor.model.logprob_choice import passes_by
 from megatron_hpt.actor.model.policy import PolicyModel
 from megatron_hpt.actor.state import Actor
 

@@ -10,7 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_hpt.actor import parallel, platform
 from megatron_hpt.actor.microbatch import MicroBatchLayout
 from megatron_hpt.actor.model import policy, routing
-from megatron_hpt.actor.model.logprob import check_kernel
+from megatron_hpt.actor.model.logprob_choice import check_kernel
 from megatron_hpt.actor.model.precision import check_fp8, this_machine, token_multiple
 from megatron_hpt.actor.optimizer import optimizer
 from megatron_hpt.actor.optimizer.offload import Offload

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_hpt.actor.model import logprob, logprob_kernel
-from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy, passes_by
+from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy
+from megatron_hpt.actor.model.logprob_choice import passes_by
 from megatron_hpt.actor.model.logprob_kernel import LOWEST, TRITON, gradient_kernel, statistics_kernel
 from tests.actor.test_logprob import check_two_ranks
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_hpt.actor.model import logprob
-from megatron_hpt.actor.model.logprob import Vocabulary, check_kernel, logprob_and_entropy, passes_by
+from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy
+from megatron_hpt.actor.model.logprob_choice import check_kernel, passes_by
 from megatron_hpt.errors import ConfigError
 
 

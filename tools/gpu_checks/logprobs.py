@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hpt.actor.model import logprob
+from megatron_hpt.actor.model.logprob_choice import passes_by
 
 from .measurement import Measurement, milliseconds, relative_error
 from .sizes import Sizes
@@ -45,7 +46,7 @@ def log_probabilities(sizes: Sizes) -> Iterator[Measurement]:
         return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(dim=-1)
 
     def ours(kernel: str) -> tuple[Tensor, Tensor]:
-        return logprob.logprob_and_entropy(states, weight, targets, vocabulary, logprob.passes_by(kernel))
+        return logprob.logprob_and_entropy(states, weight, targets, vocabulary, passes_by(kernel))
 
     expected, dense_ms, dense_gib = _measure(lambda: step(dense), device)
     yield Measurement(CHECK, "dense", dense_ms, "ms")

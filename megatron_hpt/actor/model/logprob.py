@@ -4,12 +4,11 @@ The matrix of tokens × vocabulary never exists: both passes go over it in chunk
 of a chunk again. That costs 8 instead of 6 FLOPs for each token, hidden unit and vocabulary row.
 
 What tensor parallel ranks add up is here. What one rank does with its chunks is one of two `Passes`: those of this module,
-in torch, which are the reference and run everywhere, and those of `logprob_kernel`, in Triton.
+in torch, which are the reference and run everywhere, and those of `logprob_kernel`, in Triton; `logprob_choice` chooses.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from megatron_hpt.errors import ConfigError
 
 CHUNK_BYTES = 256 * 2**20
 """Bytes of one chunk's logits in float32: large enough for the matrix product, small beside the model."""
@@ -138,33 +135,6 @@ def _gradients_of_chunks(
 
 
 TORCH = Passes(_statistics_of_chunks, _gradients_of_chunks)
-
-
-def passes_by(kernel: str) -> Passes:
-    """Return the passes that `actor.logprob_kernel` names; Triton is imported where it is chosen, because hosts have none."""
-    if kernel == "torch":
-        return TORCH
-    from megatron_hpt.actor.model import logprob_kernel
-
-    return logprob_kernel.TRITON
-
-
-def check_kernel(kernel: str) -> None:
-    """Check that `actor.logprob_kernel` can run on this machine.
-
-    Raises:
-        ConfigError: something is missing; it names everything that is.
-    """
-    needs = {
-        "a GPU, found none": torch.cuda.is_available(),
-        "Triton (package triton), found none": importlib.util.find_spec("triton") is not None,
-    }
-    missing = [what for what, is_there in needs.items() if not is_there]
-    if kernel == "triton" and missing:
-        raise ConfigError(
-            f"actor.logprob_kernel: given 'triton', which needs {'; '.join(missing)}. Install or change that, or set "
-            "actor.logprob_kernel=torch"
-        )
 
 
 def logprob_and_entropy(

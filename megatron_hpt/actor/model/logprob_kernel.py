@@ -41,7 +41,7 @@ LOWEST = float(torch.finfo(torch.float32).min)
 def _statistics(hidden: Tensor, weight: Tensor, columns: Tensor, vocabulary: Vocabulary, into: Tensor) -> None:
     """Do what `Passes.statistics` says."""
     matrix = real_rows(weight, vocabulary)
-    into.copy_(into.new_tensor([LOWEST, 0, 0, 0]))
+    into.zero_()[:, 0] = LOWEST
     for tokens in _slices(len(hidden), TILE_TOKENS):
         for rows in _slices(len(matrix), _tile_columns(*hidden[tokens].shape)):
             _add_statistics(hidden[tokens], matrix[rows], columns[tokens] - rows.start, vocabulary, into[tokens])
