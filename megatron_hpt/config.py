@@ -620,6 +620,9 @@ class ActorConfig(Section):
     """Weights are kept and gathered in FP8 too."""
     bf16_layers: NonNegativeInt = 1
     """Layers at each end of the model that stay in bfloat16 under FP8; 0 with the delayed recipe."""
+    logprob_kernel: Literal["torch", "triton"] = "torch"
+    """What computes log-probabilities and entropies from logits: torch's operations, or a Triton kernel that reads the logits
+    once (GPUs only). tools/gpu_check.py measures both."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What rests in host memory while nothing needs it: main weights and moments between optimizer steps; all: weights and
     gradients too while the trainer waits for rollouts, for engines on the same GPUs."""

@@ -22,6 +22,7 @@ SKIPS = {
     "there is a real nvidia-smi": "a machine with GPUs cannot show what one without does",
     "this machine has a GPU": "likewise",
     "there is a GPU": "likewise",
+    "Triton is not installed": "hosts have no use for its gigabyte; `make gpu-rehearsal` has it",
     "the reference's vectors are not": "shared/ lies beside the project of its developers, and is not a part of it",
     "the seven test sets are not on this machine": "likewise",
     "the benchmark files (shared/data/benchmarks) are not here": "likewise",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_hpt.actor.microbatch import MicroBatch
 from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy
+from megatron_hpt.actor.model.logprob_choice import passes_by
 from megatron_hpt.actor.model.policy import PolicyModel
 from megatron_hpt.actor.state import Actor
 
@@ -41,7 +42,8 @@ def model_logprobs(hidden: Tensor, batch: MicroBatch, model: PolicyModel, actor:
         hidden = gather_from_sequence_parallel_region(hidden)  # its gradient is summed over the vocabulary's shards
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden)
-    predicted = logprob_and_entropy(hidden[batch.predicted, 0], weight, batch.targets[batch.predicted], vocabulary)
+    passes = passes_by(actor.config.actor.logprob_kernel)
+    predicted = logprob_and_entropy(hidden[batch.predicted, 0], weight, batch.targets[batch.predicted], vocabulary, passes)
     # One tensor of both, so that context parallel ranks exchange it in one message.
     both = hidden.new_zeros(len(batch.tokens[0]), 2, dtype=predicted[0].dtype)
     both = both.index_put((batch.predicted,), torch.stack(predicted, 1))

@@ -12,6 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_hpt.actor import parallel, platform
 from megatron_hpt.actor.microbatch import MicroBatchLayout
 from megatron_hpt.actor.model import policy, routing
+from megatron_hpt.actor.model.logprob_choice import check_kernel
 from megatron_hpt.actor.model.precision import check_bf16_layers, check_fp8, this_machine, token_multiple
 from megatron_hpt.actor.optimizer import optimizer
 from megatron_hpt.actor.optimizer.offload import Offload
@@ -62,11 +63,13 @@ def build_actor(config: Config) -> Actor:
     """Join the process group and build this rank's part of the actor, with the weights of `config.model.path`.
 
     Raises:
-        ConfigError: another number of ranks was started, or the machine cannot compute in the FP8 that is asked for.
+        ConfigError: another number of ranks was started, or the machine lacks what the FP8 or the kernel that is asked
+            for needs.
         ModelError: the weights cannot be read.
     """
     where = platform.detect(config.actor.threads)
     check_fp8(config.actor.fp8, config.model.dtype, this_machine())
+    check_kernel(config.actor.logprob_kernel)
     ranks = parallel.initialize(config.parallel, where, config.trainer.seed, config.deadlines.step_s)
     shape = run_shape(config)
     check_bf16_layers(config.actor.fp8, config.actor.bf16_layers, shape.layers)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_hpt.actor.model import precision
+from megatron_hpt.actor.model import kernels, precision
+from megatron_hpt.actor.model.logprob_choice import check_kernel
 from megatron_hpt.config import Config
 from megatron_hpt.data.prompts import load_prompts
 from megatron_hpt.data.source import held_out_limits
@@ -43,6 +44,8 @@ def check(config: Config) -> TrainingDataReport:
     layout.check_layout(config, shape)
     precision.check_fp8(config.actor.fp8, config.model.dtype, precision.this_machine())
     precision.check_bf16_layers(config.actor.fp8, config.actor.bf16_layers, shape.layers)
+    check_kernel(config.actor.logprob_kernel)
+    kernels.check(config, shape)
     layout.check_lengths(config, shape)
     engine_checks.check(config, shape, torch.cuda.is_available())
     check_transport(config.transfer.transport)

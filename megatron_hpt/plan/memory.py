@@ -21,6 +21,8 @@ STATE_BYTES = {"float32": 8, "bfloat16": 12}
 """Adam's two moments in float32, and the main weights where the weights are not float32 themselves."""
 LOGITS_BYTES = 256 * 2**20
 """Float32 logits of one chunk (actor/model/logprob.py: CHUNK_BYTES)."""
+TILE_TOKENS = 16384
+"""Tokens whose logits Triton's kernel has at once (actor/model/logprob_kernel.py: TILE_TOKENS)."""
 WINDOW_BYTES = 2**30
 """Where a rank's boxes wait for engines (transfer.transport=nccl: a window of 1 GiB a rank)."""
 ALLOWANCE_BYTES = 6 * GIB
@@ -218,9 +220,17 @@ def _pieces_in_flight(parallel: ParallelConfig, stage: int) -> int:
 
 def _logprob(shape: ModelShape, config: Config) -> float:
     """The backward pass over a chunk: logits, probabilities, their gradient in the weights' precision; then the output layer's
-    gradient in float32, one product that is added to it, and its copy in the weights' precision."""
+    gradient in float32, one product that is added to it, and its copy in the weights' precision.
+
+    With Triton's kernel: a tile of logits, which becomes their gradient; the hidden states' gradient in float32; one product
+    that is added to it; the output layer's gradient, in float32 too where there are several tiles of tokens.
+    """
     rows, item = embedding_rows(shape, config.parallel), ITEM_BYTES[config.model.dtype]
-    chunk = min(LOGITS_BYTES, 4 * rows * rank_tokens(config))
+    tokens = rank_tokens(config)
+    chunk = min(LOGITS_BYTES, 4 * rows * tokens)
+    if config.actor.logprob_kernel == "triton":
+        states = 4 * min(tokens, TILE_TOKENS) * shape.hidden
+        return chunk + states + max(chunk, states) + rows * shape.hidden * (item if tokens <= TILE_TOKENS else 4 + item)
     return chunk * (2 + item / 4) + rows * shape.hidden * (4 + 2 * item)
 
 

@@ -1,7 +1,10 @@
 """Log-probabilities and entropy against a dense float64 softmax, values and gradients."""
 
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ import torch.distributed as dist
 
 from megatron_hpt.actor.model import logprob
 from megatron_hpt.actor.model.logprob import Vocabulary, logprob_and_entropy
+from megatron_hpt.actor.model.logprob_choice import check_kernel, passes_by
+from megatron_hpt.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +90,14 @@ def test_memory_does_not_grow_with_the_tokens() -> None:
     assert int(done.stdout) < 3 * logprob.CHUNK_BYTES  # the dense logits are nine
 
 
-def _one_of_two_ranks(rank: int, folder: str) -> None:
+def _one_of_two_ranks(rank: int, folder: str, kernel: str) -> None:
     """Half of a vocabulary of 17 rows and one that pads; keeps what this rank computed."""
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     hidden, whole, targets, weights = _problem()
     weight = whole.chunk(2)[rank].float().clone().requires_grad_()
     hidden = hidden.float().requires_grad_()
-    found = torch.stack(logprob_and_entropy(hidden, weight, targets, Vocabulary(17, 9 * rank, dist.group.WORLD, 0.7)))
+    vocabulary = Vocabulary(17, 9 * rank, dist.group.WORLD, 0.7)
+    found = torch.stack(logprob_and_entropy(hidden, weight, targets, vocabulary, passes_by(kernel)))
     (found * weights).sum().backward()
     torch.save({"found": found.detach(), "hidden": hidden.grad, "weight": weight.grad}, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -106,8 +112,13 @@ def _problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.slow
 def test_two_ranks_of_a_vocabulary_equal_the_dense_computation(tmp_path) -> None:
-    torch.multiprocessing.spawn(_one_of_two_ranks, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    check_two_ranks(tmp_path, "torch")
+
+
+def check_two_ranks(folder: Path, kernel: str) -> None:
+    """Compare two processes, whose passes are the kernel's, with the whole vocabulary in one matrix."""
+    torch.multiprocessing.spawn(_one_of_two_ranks, (str(folder), kernel), nprocs=2)
+    ranks = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
     hidden, weight, targets, weights = _problem()
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -118,3 +129,47 @@ def test_two_ranks_of_a_vocabulary_equal_the_dense_computation(tmp_path) -> None
     gradients = ranks[0]["hidden"] + ranks[1]["hidden"], torch.cat([rank["weight"] for rank in ranks])
     for ours, theirs in zip((ranks[0]["found"], *gradients), (expected, hidden.grad, weight.grad), strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "has_triton", "message"),
+    [
+        (False, False, r"'triton', which needs a GPU, found none; Triton \(package triton\), found none\. Install"),
+        (False, True, r"needs a GPU, found none\. Install or change that, or set actor\.logprob_kernel=torch"),
+        (True, False, r"needs Triton \(package triton\), found none\. Install"),
+    ],
+)
+def test_what_the_kernel_lacks_is_named(monkeypatch, has_gpu: bool, has_triton: bool, message: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_triton else None)
+    check_kernel("torch")
+    with pytest.raises(ConfigError, match=message):
+        check_kernel("triton")
+
+
+def test_the_kernel_runs_where_nothing_is_missing(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    check_kernel("triton")
+
+
+@pytest.mark.slow
+def test_predictions_are_made_by_the_kernel_of_the_settings(monkeypatch) -> None:
+    from megatron_hpt.actor import predictions
+
+    passes = []
+    monkeypatch.setattr(predictions, "passes_by", lambda kernel: f"passes of {kernel}")
+    monkeypatch.setattr(predictions, "logprob_and_entropy", lambda *given: passes.append(given[-1]) or (torch.ones(2),) * 2)
+    monkeypatch.setattr(predictions, "copy_to_tensor_model_parallel_region", lambda hidden: hidden)
+    monkeypatch.setattr(predictions.parallel_state, "get_tensor_model_parallel_group", lambda: None)
+    settings = SimpleNamespace(actor=SimpleNamespace(logprob_kernel="triton"), rollout=SimpleNamespace(temperature=1.0))
+    ranks = SimpleNamespace(tensor=SimpleNamespace(rank=0))
+    model = SimpleNamespace(output_weight=torch.zeros(5, 4), config=SimpleNamespace(sequence_parallel=False))
+    batch = SimpleNamespace(
+        predicted=torch.tensor([0, 2]),
+        targets=torch.tensor([1, 2, 3]),
+        tokens=torch.zeros(1, 3),
+        packing=SimpleNamespace(context_size=1),
+    )
+    predictions.model_logprobs(torch.zeros(3, 1, 4), batch, model, SimpleNamespace(config=settings, vocab=5, ranks=ranks))
+    assert passes == ["passes of triton"]

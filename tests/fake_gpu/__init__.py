@@ -5,9 +5,17 @@ import os
 import sys
 import sysconfig
 from pathlib import Path
+import sysconfig
+from pathlib import Path
 
 IS_REHEARSAL = importlib.util.find_spec("fake_gpu_startup") is not None
 """Whether this interpreter's environment is the one that build.py has prepared."""
+
+
+def preloaded() -> dict[str, str]:
+    """Return the environment of a process whose forks use the fake GPU; empty on other machines."""
+    library = Path(sysconfig.get_path("purelib")) / "fake_gpu" / "no_at_fork.so"
+    return {"LD_PRELOAD": str(library)} if IS_REHEARSAL else {}
 
 
 def preloaded() -> dict[str, str]:

@@ -80,6 +80,7 @@ def test_a_run_starts_from_a_checkpoint_that_is_whole(config: Config, tmp_path: 
         ("parallel", {"sequence": True}, r"parallel\.sequence: .* parallel\.tensor must be above 1"),
         ("parallel", {"expert": 2, "data": 2}, r"parallel\.expert: given 2, .* has no experts: leave both out"),
         ("actor", {"fp8": "tensorwise"}, r"actor\.fp8: given 'tensorwise', .*Transformer Engine .* 2\.2 or newer, found none"),
+        ("actor", {"logprob_kernel": "triton"}, r"actor\.logprob_kernel: given 'triton', which needs a GPU, found none"),
         (
             "rollout",
             {"samples_per_prompt": 9, "max_running": 8},

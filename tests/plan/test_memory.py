@@ -136,6 +136,18 @@ def test_what_buys_memory_buys_it() -> None:
     assert kl.reference == kl.weights
 
 
+def test_the_triton_kernel_needs_no_float32_gradient_of_the_output_layer() -> None:
+    def workspace(**actor) -> float:
+        config = recipe(ParallelConfig(tensor=8, pipeline=4, data=3, sequence=True), actor=ActorConfig(**actor))
+        return trainer_memory(LLAMA_70B, config, 3, 16).logprob
+
+    layer = 128256 / 8 * 8192
+    assert workspace() == pytest.approx(2.5 * 2**28 + 8 * layer)
+    states = 4 * 8192 * 8192
+    assert workspace(logprob_kernel="triton") == pytest.approx(2**28 + 2 * states + 2 * layer)
+    assert workspace(logprob_kernel="triton", micro_batch_tokens=2**15) == pytest.approx(2**28 + 4 * 2**14 * 2**14 + 6 * layer)
+
+
 def test_early_stages_keep_more_micro_batches_and_few_micro_batches_keep_less() -> None:
     config = recipe(ParallelConfig(tensor=8, pipeline=4, data=3, sequence=True))
     first, second = (trainer_memory(LLAMA_70B, config, stage, 16).activations for stage in (0, 1))

@@ -127,3 +127,14 @@ def choose(situation: Situation, asked: Mapping[str, bool]) -> dict[str, bool]:
             raise ConfigError(f"actor.kernels: {flag} needs {missing}; leave it out, or set it to false")
     runs = {flag: not kernel.missing(situation) and not kernel.useless(situation) for flag, kernel in KERNELS.items()}
     return {**runs, **asked}
+
+
+def check(config: Config, shape: ModelShape) -> None:
+    """Refuse kernels that are asked for and cannot run on this machine; called before a run starts.
+
+    Raises:
+        ConfigError: as of `choose`.
+    """
+    machine = this_machine()
+    engine = machine.engine if machine.capability is not None and config.model.dtype != "float32" else None
+    choose(Situation.of(config, shape, machine.capability is not None, engine), config.actor.kernels)

@@ -1,12 +1,15 @@
 """Log-probabilities and entropy of a vocabulary-parallel softmax, from hidden states, with exact gradients of both.
 
-The matrix of tokens × vocabulary never exists: both passes go over the tokens in chunks, and the backward pass computes
-the logits of a chunk again. That costs 8 instead of 6 FLOPs for each token, hidden unit and vocabulary row.
+The matrix of tokens × vocabulary never exists: both passes go over it in chunks, and the backward pass computes the logits
+of a chunk again. That costs 8 instead of 6 FLOPs for each token, hidden unit and vocabulary row.
+
+What tensor parallel ranks add up is here. What one rank does with its chunks is one of two `Passes`: those of this module,
+in torch, which are the reference and run everywhere, and those of `logprob_kernel`, in Triton; `logprob_choice` chooses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +44,22 @@ class Vocabulary:
             raise ValueError(f"a tensor parallel rank has no row of a vocabulary of {self.size}: set parallel.tensor lower")
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What one rank computes over its part of the vocabulary, chunk by chunk.
+
+    `columns` are the targets' rows of this rank's part, [tokens]; a target that another rank holds has some row of this one.
+    """
+
+    statistics: Callable[[Tensor, Tensor, Tensor, Vocabulary, Tensor], None]
+    """Called in the forward pass as statistics(hidden, weight, columns, vocabulary, into): writes m = max z, Σ exp(z - m),
+    Σ (z - m) · exp(z - m) and the target's logit z[t] of each token into a tensor [tokens, 4]."""
+    gradients: Callable[[Tensor, Tensor, Tensor, Vocabulary, Tensor], tuple[Tensor, Tensor]]
+    """Called in the backward pass as gradients(hidden, weight, columns, vocabulary, per_token): returns the gradients of
+    hidden states and of the output layer. `per_token` is [tokens, 5]: log-partition, entropy, gradients of entropy and
+    log-probability, and the latter once more with zeros where another rank holds the target."""
+
+
 class _FusedLogprob(torch.autograd.Function):
     """Computes log p[target] and H = -Σ p log p of each token.
 
@@ -48,17 +67,14 @@ class _FusedLogprob(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        matrix, is_local = _matrix(weight, vocabulary), _is_local(targets, weight, vocabulary)
-        # A target that another rank holds reads some logit of this rank, which is_local takes out below.
-        columns = (targets - vocabulary.first).clamp(0, len(matrix) - 1)[:, None]
-        # Made before the loops: small tensors that stay, made between large ones that go, would keep the heap from shrinking.
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary, passes: Passes
+    ) -> tuple[Tensor, Tensor]:
+        # Made before the passes: small tensors that stay, made between large ones that go, would keep the heap from shrinking.
         statistics = hidden.new_empty(len(hidden), 4, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for tokens in _chunks(hidden, weight):
-            for block in _blocks(_logits(hidden[tokens], matrix, vocabulary), columns[tokens], statistics[tokens]):
-                _statistics(*block)
+        passes.statistics(hidden, weight, _columns(targets, weight, vocabulary), vocabulary, statistics)
         maximum, normaliser, weighted, target = statistics.T.contiguous()
-        target = torch.where(is_local, target, 0.0)
+        target = torch.where(_is_local(targets, weight, vocabulary), target, 0.0)
         overall = maximum.clone()
         dist.all_reduce(overall, dist.ReduceOp.MAX, group=vocabulary.group)
         # A rank's sums are relative to its own maximum m. Relative to the maximum M of all ranks, with d = m - M, they are
@@ -75,34 +91,55 @@ class _FusedLogprob(torch.autograd.Function):
         entropy = log_normaliser - sums[1] / sums[0]
         log_partition = overall + log_normaliser
         ctx.save_for_backward(hidden, weight, targets, log_partition, entropy)
-        ctx.vocabulary = vocabulary
+        ctx.vocabulary, ctx.passes = vocabulary, passes
         return sums[2] - log_partition, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, targets, log_partition, entropy = ctx.saved_tensors
-        vocabulary, matrix = ctx.vocabulary, _matrix(weight, ctx.vocabulary)
-        columns = (targets - vocabulary.first).clamp(0, len(matrix) - 1)[:, None]
-        is_local = _is_local(targets, weight, vocabulary)
-        grad_hidden = torch.empty_like(hidden)
-        # Summed over the chunks in float32; the rows that only pad keep their zeros.
-        grad_weight = torch.zeros(weight.shape, dtype=log_partition.dtype, device=weight.device)
-        grad_matrix = grad_weight[: len(matrix)]
-        per_token = torch.stack([log_partition, entropy, grad_entropy, grad_logprobs, grad_logprobs * is_local], 1)
-        for tokens in _chunks(hidden, weight):
-            grad = _logits(hidden[tokens], matrix, vocabulary)
-            for logits, of_tokens, of_targets in _blocks(grad, per_token[tokens], columns[tokens]):
-                _to_gradient_(logits, of_tokens, of_targets, vocabulary.temperature)
-            grad = grad.to(matrix.dtype)
-            grad_hidden[tokens] = (grad @ matrix).to(hidden.dtype)
-            if grad.dtype is grad_matrix.dtype:
-                grad_matrix.addmm_(grad.T, hidden[tokens].to(grad.dtype))
-            else:
-                grad_matrix += grad.T @ hidden[tokens]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        grad_targets = grad_logprobs * _is_local(targets, weight, ctx.vocabulary)
+        per_token = torch.stack([log_partition, entropy, grad_entropy, grad_logprobs, grad_targets], 1)
+        columns = _columns(targets, weight, ctx.vocabulary)
+        return *ctx.passes.gradients(hidden, weight, columns, ctx.vocabulary, per_token), None, None, None
 
 
-def logprob_and_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+def _statistics_of_chunks(hidden: Tensor, weight: Tensor, columns: Tensor, vocabulary: Vocabulary, into: Tensor) -> None:
+    """Do what `Passes.statistics` says, in chunks of tokens with this rank's whole vocabulary."""
+    matrix = real_rows(weight, vocabulary)
+    for tokens in _chunks(hidden, weight):
+        for block in _blocks(_logits(hidden[tokens], matrix, vocabulary), columns[tokens, None], into[tokens]):
+            _statistics(*block)
+
+
+def _gradients_of_chunks(
+    hidden: Tensor, weight: Tensor, columns: Tensor, vocabulary: Vocabulary, per_token: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Do what `Passes.gradients` says, in chunks of tokens with this rank's whole vocabulary."""
+    matrix, grad_hidden = real_rows(weight, vocabulary), torch.empty_like(hidden)
+    # Summed over the chunks in float32; the rows that only pad keep their zeros.
+    grad_weight = torch.zeros(weight.shape, dtype=per_token.dtype, device=weight.device)
+    grad_matrix = grad_weight[: len(matrix)]
+    for tokens in _chunks(hidden, weight):
+        grad = _logits(hidden[tokens], matrix, vocabulary)
+        for logits, of_tokens, of_targets in _blocks(grad, per_token[tokens], columns[tokens, None]):
+            _to_gradient_(logits, of_tokens, of_targets, vocabulary.temperature)
+        grad = grad.to(matrix.dtype)
+        grad_hidden[tokens] = (grad @ matrix).to(hidden.dtype)
+        if grad.dtype is grad_matrix.dtype:
+            grad_matrix.addmm_(grad.T, hidden[tokens].to(grad.dtype))
+        else:
+            grad_matrix += grad.T @ hidden[tokens]
+    return grad_hidden, grad_weight.to(weight.dtype)
+
+
+TORCH = Passes(_statistics_of_chunks, _gradients_of_chunks)
+
+
+def logprob_and_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary, passes: Passes = TORCH
+) -> tuple[Tensor, Tensor]:
     """Compute the log-probability of each target and the entropy of each distribution, at the sampling temperature.
 
     Collective over `vocabulary.group`.
@@ -116,7 +153,7 @@ def logprob_and_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocabul
     Returns:
         Two tensors [tokens], nats, float32 (float64 where `hidden` is); the same on every rank of the group.
     """
-    return _FusedLogprob.apply(hidden, weight, targets, vocabulary)
+    return _FusedLogprob.apply(hidden, weight, targets, vocabulary, passes)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -163,13 +200,18 @@ def _to_gradient_(logits: Tensor, of_tokens: Tensor, targets: Tensor, temperatur
     logp.scatter_add_(1, targets, grad_targets / temperature)
 
 
-def _matrix(weight: Tensor, vocabulary: Vocabulary) -> Tensor:
+def real_rows(weight: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Return the output layer's real rows, in the precision of their matrix products.
 
     On the host that is at least float32: it has no product of bfloat16 with a float32 result.
     """
     weight = weight[: vocabulary.size - vocabulary.first]
     return weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _columns(targets: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Return the targets' rows of this rank's part, [tokens]; some real row for a target that another rank holds."""
+    return (targets - vocabulary.first).clamp(0, min(len(weight), vocabulary.size - vocabulary.first) - 1)
 
 
 def _is_local(targets: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
@@ -179,8 +221,10 @@ def _is_local(targets: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor
 
 def _logits(hidden: Tensor, matrix: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Compute logits divided by the temperature, [tokens, local real vocabulary] in float32 (float64 where `matrix` is)."""
-    if matrix.dtype is torch.bfloat16:
-        logits = torch.mm(hidden, matrix.T, out_dtype=torch.float32)
-    else:
-        logits = hidden.to(matrix.dtype) @ matrix.T
+    logits = product(hidden.to(matrix.dtype), matrix.T)
     return logits if vocabulary.temperature == 1 else logits.div_(vocabulary.temperature)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply two matrices of one dtype; on CUDA the result of two in bfloat16 is float32."""
+    return torch.mm(left, right, out_dtype=torch.float32) if left.dtype is torch.bfloat16 else left @ right
