@@ -56,7 +56,7 @@ def run_ranks(script: Path, *arguments: object, ranks: int, timeout: float = 300
 @cache
 def _server() -> subprocess.Popen:
     # Megatron asks for devices when it is imported; by the driver's library that leaves forks able to use them.
-    devices = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", **fake_gpu.preloaded()}
+    devices = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **devices}
     command = [sys.executable, "-W", "ignore", str(Path(__file__))]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -124,7 +124,7 @@ def _rank(
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         }
         tempfile.tempdir = None
-        fake_gpu.choose_layers()
+        fake_gpu.prepare_rank()
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")
         code = 0

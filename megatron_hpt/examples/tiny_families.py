@@ -49,7 +49,7 @@ def write(folder: Path, model_type: str, *, seed: int = 0, **config: Any) -> Non
     }
     keys = {**usual, **config}
     keys = {key: value for key, value in keys.items() if (key, value) != ("head_dim", None)}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **keys))
         for name, parameter in model.named_parameters():

@@ -47,7 +47,7 @@ def write(
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     with whole_folder(folder) as temporary:

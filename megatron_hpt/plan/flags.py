@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from megatron_hpt.config import Config, ParallelConfig
+from megatron_hpt.config import Config, KernelFlag, ParallelConfig
 from megatron_hpt.plan.memory import runs_fused
 
 FORWARD_SCATTERS = 2
@@ -56,7 +56,7 @@ class Flags:
 
 
 def flags_of(config: Config) -> Flags:
-    """Return what the actor has on GPUs.
+    """Return what the actor has on GPUs (actor/model/kernels.py).
 
     Three overlaps that pre-training has are off. Weights leave for the engines right after an optimizer step, so they have
     been gathered by then. Userbuffers have one static shape, and packed micro-batches differ in length ("it doesn't support
@@ -64,16 +64,20 @@ def flags_of(config: Config) -> Flags:
     hide only in a schedule that runs two micro-batches at a time, which the actor does not have.
     """
     parallel, fused = config.parallel, runs_fused(config)
+
+    def is_on(kernel: KernelFlag) -> bool:
+        return fused and config.actor.kernels.get(kernel, True)
+
     return Flags(
         hopper_attention=fused,
-        activation=fused,
-        rope=fused,
-        gradients=fused,
-        grouped=fused,
-        permute=fused,
-        reduce=fused and parallel.data * parallel.context > 1,
+        activation=is_on("bias_activation_fusion"),
+        rope=is_on("apply_rope_fusion"),
+        gradients=is_on("gradient_accumulation_fusion"),
+        grouped=is_on("moe_grouped_gemm"),
+        permute=is_on("moe_permute_fusion"),
+        reduce=is_on("overlap_grad_reduce") and parallel.data * parallel.context > 1,
         context=fused and parallel.context > 1,
-        pipeline=fused and parallel.virtual_pipeline > 1,
+        pipeline=is_on("overlap_p2p_comm") and parallel.virtual_pipeline > 1,
     )
 
 

@@ -15,8 +15,8 @@ from megatron_hpt.plan.memory import (
     stage_parameters,
 )
 
-PINNED_PIECE_BYTES = 256 * 2**20
-"""What the actor pins of the host's memory at a time, at most (actor/optimizer/offload.py)."""
+LAST_PIECE_BYTES = 2**20
+"""Below this the actor pins what is left in one piece (actor/optimizer/offload.py: pinned_sizes)."""
 
 
 def host_bytes(shape: ModelShape, config: Config, stage: int) -> float:
@@ -48,10 +48,10 @@ def resting_bytes(shape: ModelShape, config: Config, stage: int) -> float:
 
 
 def pinned(nbytes: float) -> int:
-    """Return what pinning so many bytes takes: the actor pins pieces, and torch rounds each up to a power of two
-    (CachingHostAllocator)."""
-    whole, rest = divmod(math.ceil(nbytes), PINNED_PIECE_BYTES)
-    return whole * PINNED_PIECE_BYTES + (1 << (rest - 1).bit_length() if rest else 0)
+    """Return what pinning so many bytes takes. Torch rounds each piece up to a power of two (CachingHostAllocator); the actor's
+    pieces are such powers, but for the last."""
+    pieces, rest = divmod(math.ceil(nbytes), LAST_PIECE_BYTES)
+    return pieces * LAST_PIECE_BYTES + (1 << (rest - 1).bit_length() if rest else 0)
 
 
 def _tensors(shape: ModelShape, parallel: ParallelConfig, stage: int) -> list[tuple[int, int, float]]:

@@ -1,10 +1,6 @@
 """A machine with eight GPUs that has none: the rehearsal of the GPU path (docs/gpu.md, build.py)."""
 
 import importlib.util
-import os
-import sys
-import sysconfig
-from pathlib import Path
 import sysconfig
 from pathlib import Path
 
@@ -18,28 +14,17 @@ def preloaded() -> dict[str, str]:
     return {"LD_PRELOAD": str(library)} if IS_REHEARSAL else {}
 
 
-def preloaded() -> dict[str, str]:
-    """Return the environment of a process whose forks use the fake GPU; empty on other machines."""
-    library = Path(sysconfig.get_path("purelib")) / "fake_gpu" / "no_at_fork.so"
-    return {"LD_PRELOAD": str(library)} if IS_REHEARSAL else {}
-
-
-def choose_layers() -> None:
+def prepare_rank() -> None:
     """Have this rank build layers of Transformer Engine in float32 too; called in each rank of a test before its script.
 
     The product never does so, because Transformer Engine's fused attention computes in half precision. The functions that stand
-    in for it compute in float32, and then a gradient through its layers is compared to 1e-5. A test that starts ranks with
-    ``LAYERS="ours"`` has them as on a machine with GPUs and without Transformer Engine.
+    in for it compute in float32, and then a gradient through its layers is compared to 1e-5.
     """
-    if not IS_REHEARSAL:
-        return
-    _interpret_triton()
-    if os.environ.get("LAYERS") == "ours":
-        sys.modules["transformer_engine"] = None
-        return
-    from megatron_hpt.actor.model import policy
+    if IS_REHEARSAL:
+        from megatron_hpt.actor.model import policy
 
-    policy.uses_transformer_engine = lambda platform, dtype: platform.has_transformer_engine
+        _interpret_triton()
+        policy.uses_transformer_engine = lambda platform, dtype: platform.has_transformer_engine
 
 
 def _interpret_triton() -> None:

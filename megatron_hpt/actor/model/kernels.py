@@ -6,13 +6,13 @@ ones; what cannot run is refused. This module imports no Megatron.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 from packaging.version import Version
 
+from megatron_hpt.actor.model import apex
+from megatron_hpt.actor.model.precision import this_machine
 from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.models.hf_config import ModelShape
@@ -28,8 +28,8 @@ class Situation:
     has_apex: bool
     """Whether NVIDIA Apex has its kernel of weight gradients (`fused_weight_gradient_mlp_cuda`)."""
     has_experts: bool
-    data: int
-    """Data parallel ranks."""
+    replicas: int
+    """Ranks that have the same parameters and add up their gradients: data times context parallel ones."""
     pipeline: int
     virtual_pipeline: int
 
@@ -37,14 +37,8 @@ class Situation:
     def of(cls, config: Config, shape: ModelShape, on_gpus: bool, engine: Version | None) -> Situation:
         """Return the situation of a run on this machine."""
         parallel = config.parallel
-        layouts = parallel.data, parallel.pipeline, parallel.virtual_pipeline
-        return cls(on_gpus, engine, has_apex_kernel(), bool(shape.experts), *layouts)
-
-
-@cache
-def has_apex_kernel() -> bool:
-    """Return whether Apex's fused accumulation of weight gradients is installed; the package is not imported."""
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+        layouts = parallel.data * parallel.context, parallel.pipeline, parallel.virtual_pipeline
+        return cls(on_gpus, engine, apex.has_apex_kernel(apex.WEIGHT_GRADIENT), bool(shape.experts), *layouts)
 
 
 @dataclass(frozen=True)
@@ -103,7 +97,7 @@ KERNELS = {
         Kernel(
             "overlap_grad_reduce",
             _no_gpu,
-            lambda s: "" if s.data > 1 else "one data parallel rank has nothing to reduce",
+            lambda s: "" if s.replicas > 1 else "one data parallel rank has nothing to reduce",
         ),
         Kernel("overlap_p2p_comm", _virtual),
         Kernel("batch_p2p_comm", _plain_pipeline),
