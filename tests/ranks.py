@@ -35,7 +35,7 @@ def run_ranks(script: Path, *arguments: object, ranks: int, timeout: float = 300
             "arguments": [str(argument) for argument in arguments],
             "ranks": ranks,
             "timeout": timeout,
-            "environment": {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": own, **environment},
+            "environment": {**fake_gpu.with_devices(), "OMP_NUM_THREADS": "1", "TMPDIR": own, **environment},
             "folder": str(Path.cwd()),
             "log": log.name,
         }
@@ -56,8 +56,8 @@ def run_ranks(script: Path, *arguments: object, ranks: int, timeout: float = 300
 @cache
 def _server() -> subprocess.Popen:
     # Megatron asks for devices when it is imported; by the driver's library that leaves forks able to use them.
-    devices = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **devices}
+    devices = {**fake_gpu.with_devices(), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment = {**devices, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(Path(__file__))]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     atexit.register(_end, server)

@@ -37,13 +37,17 @@ class Platform:
         return host.as_accelerator()
 
 
-def detect(threads: int) -> Platform:
+def detect(threads: int, deterministic: bool = False) -> Platform:
     """Return the platform of this process, and prepare it: choose the device, or install the host facade without CUDA.
 
     Args:
         threads: torch threads of a rank on the host.
+        deterministic: use deterministic kernels; the host's are so anyway.
     """
     _complete_router()
+    if deterministic:
+        os.environ.update(_DETERMINISTIC)
+        torch.use_deterministic_algorithms(True)
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
@@ -54,6 +58,14 @@ def detect(threads: int) -> Platform:
     torch.set_num_threads(threads)
     host.install()
     return Platform(torch.device("cpu"), "gloo")
+
+
+_DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # docs.nvidia.com, cuBLAS, "Results reproducibility"; torch refuses without
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine's choice of attention kernels
+    "NCCL_ALGO": "Ring",  # one order of sums, whatever NCCL measures when it starts
+}
+"""Variables that are read when libraries make their first handle; set before that. Megatron-LM asks for the same three."""
 
 
 def _complete_router() -> None:

@@ -67,7 +67,7 @@ def build_actor(config: Config) -> Actor:
             for needs.
         ModelError: the weights cannot be read.
     """
-    where = platform.detect(config.actor.threads)
+    where = platform.detect(config.actor.threads, config.actor.deterministic)
     check_fp8(config.actor.fp8, config.model.dtype, this_machine())
     check_kernel(config.actor.logprob_kernel)
     ranks = parallel.initialize(config.parallel, where, config.trainer.seed, config.deadlines.step_s)

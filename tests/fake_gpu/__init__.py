@@ -1,6 +1,7 @@
 """A machine with eight GPUs that has none: the rehearsal of the GPU path (docs/gpu.md, build.py)."""
 
 import importlib.util
+import os
 import sysconfig
 from pathlib import Path
 
@@ -8,10 +9,15 @@ IS_REHEARSAL = importlib.util.find_spec("fake_gpu_startup") is not None
 """Whether this interpreter's environment is the one that build.py has prepared."""
 
 
-def preloaded() -> dict[str, str]:
-    """Return the environment of a process whose forks use the fake GPU; empty on other machines."""
+def with_devices() -> dict[str, str]:
+    """Return the environment of a process that sees the machine's GPUs, and whose forks do.
+
+    The rehearsal runs pytest itself without them (Makefile): it is a fork, and a process that is one cannot use CUDA.
+    """
+    if not IS_REHEARSAL:
+        return dict(os.environ)
     library = Path(sysconfig.get_path("purelib")) / "fake_gpu" / "no_at_fork.so"
-    return {"LD_PRELOAD": str(library)} if IS_REHEARSAL else {}
+    return {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | {"LD_PRELOAD": str(library)}
 
 
 def prepare_rank() -> None:

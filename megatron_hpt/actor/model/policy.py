@@ -106,6 +106,7 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         # Packed micro-batches differ in length. An interleaved schedule of two stages would confuse the shapes of the two
         # directions (both go to the same rank), so there all micro-batches of a step are padded to one length.
         variable_seq_lengths=parallel.virtual_pipeline == 1,
+        deterministic_mode=config.actor.deterministic,
         calculate_per_token_loss=True,  # the loss is already divided by its global denominators
         persist_layer_norm=False,
         masked_softmax_fusion=False,  # of Megatron's own attention, which is not used
