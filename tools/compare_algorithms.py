@@ -16,9 +16,10 @@ import typer
 
 from megatron_hpt import command
 from megatron_hpt.comparison.runs import draw, reached, table
-from megatron_hpt.config import Config
+from megatron_hpt.engines.seeding import settled
 from megatron_hpt.errors import ConfigError, Interrupted
 from megatron_hpt.files import check_folder, write_whole
+from megatron_hpt.launch.launchers import gpus_here
 from megatron_hpt.launch.train import resume_point, resume_run, start_run
 from megatron_hpt.recipe import load
 from megatron_hpt.run import RunDir, newest
@@ -94,8 +95,8 @@ def _finish(recipe: str, name: str, settings: list[str], out: Path) -> RunDir:
         run = newest(name, out)
     except ConfigError:
         return start_run(recipe, settings, out)
-    config: Config = load(str(run.path), []).config
-    wanted = load(recipe, settings).config
+    on_gpus = bool(gpus_here())
+    config, wanted = (settled(load(*source).config, on_gpus) for source in ((str(run.path), []), (recipe, settings)))
     if config != wanted:
         raise ConfigError(f"{run.path} has other settings than asked for; name another folder with --out")
     return run if resume_point(run, config) == config.trainer.steps else resume_run(str(run.path), [], out)

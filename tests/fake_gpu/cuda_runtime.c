@@ -2,7 +2,7 @@
 // and events are done at once, a handle for another process opens that process's memory, and kernels are counted and not run:
 // host_operators.cpp computes in their place. Whatever is not written here is a stub that returns cudaSuccess (build.py).
 //
-// FAKE_GPU_DEVICES: number of devices (1). CUDA_VISIBLE_DEVICES is heeded, as by the real one.
+// FAKE_GPU_DEVICES: number of devices (8). CUDA_VISIBLE_DEVICES is heeded, as by the real one.
 // FAKE_GPU_STUCK: names a file; while it exists, no event happens, as when a peer of a collective operation hangs.
 // FAKE_GPU_TRACE: tells of each kernel that is launched and of each stub that is called.
 #define _GNU_SOURCE
@@ -33,7 +33,7 @@ static __thread int device = 0;
 
 static int devices(void) {
     const char *visible = getenv("CUDA_VISIBLE_DEVICES"), *all = getenv("FAKE_GPU_DEVICES");
-    if (!visible) return all ? atoi(all) : 1;
+    if (!visible) return all ? atoi(all) : 8;
     int count = *visible != 0;
     for (; *visible; visible++) count += *visible == ',';
     return count;
