@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_hpt.actor.optimizer.offload import Resting
+from megatron_hpt.actor.optimizer.offload import Resting, pinned_sizes
 from megatron_hpt.config import ActorConfig, AlgorithmConfig, KlConfig, ModelConfig
 
 from .test_actor import Layouts
@@ -55,3 +57,11 @@ def test_an_offloaded_actor_trains_saves_and_resumes_bit_for_bit(layouts: Layout
     layouts.run(f"before_{kind}", "--save", saved, last=2, sections=sections(kind), data=2)
     found = layouts.run(f"offload_{kind}", "--load", saved, first=2, sections=sections(kind), data=2)
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in plain.weights.items())
+
+
+@given(st.integers(0, 1 << 44))
+def test_pinned_pieces_are_powers_of_two_and_waste_less_than_a_mebibyte(nbytes: int) -> None:
+    sizes = pinned_sizes(nbytes)
+    assert sum(sizes) == nbytes
+    assert all(size & (size - 1) == 0 for size in sizes[:-1])
+    assert sum(1 << (size - 1).bit_length() for size in sizes) - nbytes < 1 << 20

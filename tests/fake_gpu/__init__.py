@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 IS_REHEARSAL = importlib.util.find_spec("fake_gpu_startup") is not None
@@ -27,10 +28,13 @@ def prepare_rank() -> None:
     in for it compute in float32, and then a gradient through its layers is compared to 1e-5.
     """
     if IS_REHEARSAL:
-        from megatron_hpt.actor.model import policy
+        from megatron_hpt.actor.model import kernels, policy
 
         _interpret_triton()
         policy.uses_transformer_engine = lambda platform, dtype: platform.has_transformer_engine
+        if "ALL_KERNELS" not in os.environ:  # minutes a test; those that are about it ask for it
+            slow = kernels.KERNELS["moe_permute_fusion"]
+            kernels.KERNELS[slow.flag] = replace(slow, useless=lambda situation: "its Triton kernels are interpreted here")
 
 
 def _interpret_triton() -> None:
