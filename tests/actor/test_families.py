@@ -11,7 +11,7 @@ from megatron_hpt.examples.tiny_families import MODELS
 
 from .test_actor import Layouts, Outcome, make_rows, reference_loss
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.gpu]
 TOLERANCE = 1e-5
 
 

@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 
 from .test_actor import WORKER, Layouts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.gpu]
 TOLERANCE = 1e-5
 
 DENSE: dict[str, dict] = {

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from megatron_hpt.actor.model import logprob_kernel  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.gpu]
 ROOT = Path(__file__).parents[2]
 ALIGNED = re.compile(r"\*|.*stride$|width$")
 """Of a type or a name: what is a multiple of 16 for every tile but the last, so that the runtime compiles for that."""

@@ -44,6 +44,7 @@ def test_contents_that_nobody_needs_are_not_kept() -> None:
     assert gradient.fill_(2).tolist() == [2] * 7
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["optimizer", "all"])
 def test_an_offloaded_actor_trains_saves_and_resumes_bit_for_bit(layouts: Layouts, kind: str) -> None:

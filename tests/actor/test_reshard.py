@@ -12,7 +12,7 @@ from megatron_hpt.models.conversion import ToHf
 
 from .test_actor import STEPS, Layouts, Outcome
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.gpu]
 
 DENSE = ({"tensor": 2, "pipeline": 2}, {"pipeline": 2, "context": 2, "virtual_pipeline": 2}, {"data": 3})
 SPARSE = ({"pipeline": 2, "data": 2, "expert": 2}, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1}, {})

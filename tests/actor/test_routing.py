@@ -96,12 +96,14 @@ def one_rank(layouts: Layouts) -> Outcome:
     return layouts.run("one", ledger="routed", budget=10_000)
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_rollouts_go_through_the_recorded_experts_as_in_transformers(layouts: Layouts, one_rank: Outcome) -> None:
     assert one_rank.metrics[0]["mismatch/logprob_gap"] < 1e-5
     assert layouts.run("live", ledger="forgotten", last=1).metrics[0]["mismatch/logprob_gap"] > 1e-3
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_replay_is_the_same_in_every_layout(layouts: Layouts, one_rank: Outcome, layout: str) -> None:

@@ -24,7 +24,7 @@ def start() -> None:
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
 
 
-os.environ.update({name: value for name, value in _VARIABLES.items() if name not in os.environ})
 # pip is left alone: it replaces files of packages, which must not be loaded then.
 if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and "pip" not in " ".join(sys.orig_argv):
+    os.environ.update({name: value for name, value in _VARIABLES.items() if name not in os.environ})
     start()
