@@ -74,7 +74,7 @@ def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Process:
 
 
 def timed(loss: float) -> dict[str, float]:
-    return {"loss": loss, "tokens_per_second": 30_000.0, "flops_per_token": 8e9, "peak_gib": 20.0}
+    return {"loss": loss, "tokens_per_second": 30_000.0, "flops_per_token": 8e9, "peak_gib": 20.0, "kernels": "none"}
 
 
 def verdicts(measurements: Iterator[Measurement], what: str) -> dict[str, str]:

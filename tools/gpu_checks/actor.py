@@ -98,9 +98,9 @@ def steps(sizes: Sizes, ceiling: float | None) -> Iterator[Measurement]:
         rate = found["tokens_per_second"]
         if variant.fp8 == "none":
             low, high = (20_000, 40_000) if variant is ENGINE else (12_000, 36_000)
-            yield Measurement("steps", variant.name, rate, "tokens/s", low, high)
+            yield Measurement("steps", variant.name, rate, "tokens/s", low, high, found["kernels"])
         else:
-            yield Measurement("steps", variant.name, rate, "tokens/s")
+            yield Measurement("steps", variant.name, rate, "tokens/s", note=found["kernels"])
             yield from _beside_bfloat16(variant, found, engine)
         if ceiling:
             share = rate * found["flops_per_token"] / 1e12 / ceiling

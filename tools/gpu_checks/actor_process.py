@@ -105,6 +105,7 @@ def _gradient(variant: Variant, load: Workload, model: Path) -> dict[str, Any]:
 
 
 def _steps(variant: Variant, load: Workload, model: Path) -> dict[str, Any]:
+    from megatron_hpt.actor.model.policy import kernels_of_run
     from megatron_hpt.actor.train_step import train_step
     from megatron_hpt.models.hf_config import model_shape
 
@@ -118,9 +119,11 @@ def _steps(variant: Variant, load: Workload, model: Path) -> dict[str, Any]:
         train_step(actor, rows, 1 + step)
     _synchronize()
     seconds = (time.perf_counter() - started) / load.steps
+    used = kernels_of_run(model_shape(model), actor.config, actor.platform)
     return {
         "loss": loss,
         "tokens_per_second": load.rows * load.row_tokens / seconds,
+        "kernels": ", ".join(flag for flag, on in used.items() if on) or "none of Megatron-Core's fused ones",
         "flops_per_token": flops_per_token(model_shape(model), load.row_tokens),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
     }
