@@ -630,6 +630,8 @@ class ActorConfig(Section):
     """What recompute=selective computes again, by Megatron-Core's names."""
     kernels: dict[KernelFlag, bool] = Field(default={})
     """Fused kernels and overlaps switched on or off, by Megatron-Core's names; default: what can run (docs/gpu.md)."""
+    expert_dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    """How tokens go to their experts on other ranks: by NCCL, or by DeepEP's kernels (package deep_ep, GPUs)."""
     deterministic: bool = False
     """Kernels that give the same bits for the same batch on GPUs too, for a bitwise resume there; slower."""
     threads: Threads = 1

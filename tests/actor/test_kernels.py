@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from megatron_hpt.actor.model.kernels import KERNELS, Situation, choose
+from megatron_hpt.actor.model.kernels import KERNELS, Situation, choose, dispatcher
 from megatron_hpt.config import KernelFlag
 from megatron_hpt.errors import ConfigError
 
@@ -18,7 +18,9 @@ GPU = Situation(
     on_gpus=True,
     engine=Version("2.11"),
     has_apex=False,
+    has_deepep=False,
     has_experts=True,
+    expert_ranks=4,
     replicas=8,
     pipeline=4,
     virtual_pipeline=1,
@@ -29,7 +31,9 @@ SITUATIONS = st.builds(
     on_gpus=st.booleans(),
     engine=st.sampled_from([None, Version("1.8"), Version("2.2"), Version("2.11")]),
     has_apex=st.booleans(),
+    has_deepep=st.booleans(),
     has_experts=st.booleans(),
+    expert_ranks=st.integers(1, 2),
     replicas=st.integers(1, 4),
     pipeline=st.integers(1, 4),
     virtual_pipeline=st.integers(1, 3),
@@ -83,3 +87,13 @@ def test_a_setting_is_followed_or_refused(situation: Situation, asked: dict[str,
     used = choose(situation, asked)
     assert asked.items() <= used.items()
     assert not any(on and KERNELS[flag].missing(situation) for flag, on in used.items())
+
+
+@given(SITUATIONS)
+def test_deepep_is_taken_where_it_runs_and_refused_elsewhere(situation: Situation) -> None:
+    assert dispatcher(situation, "alltoall") == {"moe_token_dispatcher_type": "alltoall"}
+    if situation.on_gpus and situation.has_experts and situation.has_deepep and situation.expert_ranks > 1:
+        assert dispatcher(situation, "deepep")["moe_flex_dispatcher_backend"] == "deepep"
+        return
+    with pytest.raises(ConfigError, match=r"actor\.expert_dispatcher: given 'deepep', which needs"):
+        dispatcher(situation, "deepep")

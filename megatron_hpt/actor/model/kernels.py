@@ -6,6 +6,7 @@ ones; what cannot run is refused. This module imports no Megatron.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -27,7 +28,10 @@ class Situation:
     """Transformer Engine whose layers the model has; None for our own layers."""
     has_apex: bool
     """Whether NVIDIA Apex has its kernel of weight gradients (`fused_weight_gradient_mlp_cuda`)."""
+    has_deepep: bool
     has_experts: bool
+    expert_ranks: int
+    """Ranks that share a layer's experts."""
     replicas: int
     """Ranks that have the same parameters and add up their gradients: data times context parallel ones."""
     pipeline: int
@@ -37,8 +41,17 @@ class Situation:
     def of(cls, config: Config, shape: ModelShape, on_gpus: bool, engine: Version | None) -> Situation:
         """Return the situation of a run on this machine."""
         parallel = config.parallel
-        layouts = parallel.data * parallel.context, parallel.pipeline, parallel.virtual_pipeline
-        return cls(on_gpus, engine, apex.has_apex_kernel(apex.WEIGHT_GRADIENT), bool(shape.experts), *layouts)
+        return cls(
+            on_gpus=on_gpus,
+            engine=engine,
+            has_apex=apex.has_apex_kernel(apex.WEIGHT_GRADIENT),
+            has_deepep=importlib.util.find_spec("deep_ep") is not None,
+            has_experts=bool(shape.experts),
+            expert_ranks=parallel.expert * (parallel.expert_tensor or parallel.tensor),
+            replicas=parallel.data * parallel.context,
+            pipeline=parallel.pipeline,
+            virtual_pipeline=parallel.virtual_pipeline,
+        )
 
 
 @dataclass(frozen=True)
@@ -123,12 +136,36 @@ def choose(situation: Situation, asked: Mapping[str, bool]) -> dict[str, bool]:
     return {**runs, **asked}
 
 
-def check(config: Config, shape: ModelShape) -> None:
-    """Refuse kernels that are asked for and cannot run on this machine; called before a run starts.
+def dispatcher(situation: Situation, name: str) -> dict[str, str]:
+    """Return Megatron's settings of the dispatcher of tokens to experts.
+
+    Args:
+        name: `actor.expert_dispatcher`.
 
     Raises:
-        ConfigError: as of `choose`.
+        ConfigError: DeepEP is asked for and cannot run here; it says what is missing.
+    """
+    if name == "alltoall":
+        return {"moe_token_dispatcher_type": "alltoall"}  # Megatron's default refuses variable lengths, even in a dense model
+    needs = {
+        "a GPU": situation.on_gpus,
+        "a mixture of experts": situation.has_experts,
+        "experts on several ranks (parallel.expert, parallel.tensor)": situation.expert_ranks > 1,
+        "the package deep_ep": situation.has_deepep,
+    }
+    if missing := [what for what, is_there in needs.items() if not is_there]:
+        raise ConfigError(f"actor.expert_dispatcher: given {name!r}, which needs {', '.join(missing)}; or set it to alltoall")
+    return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": name}
+
+
+def check(config: Config, shape: ModelShape) -> None:
+    """Refuse kernels and a dispatcher that are asked for and cannot run on this machine; called before a run starts.
+
+    Raises:
+        ConfigError: as of `choose` and `dispatcher`.
     """
     machine = this_machine()
     engine = machine.engine if machine.capability is not None and config.model.dtype != "float32" else None
-    choose(Situation.of(config, shape, machine.capability is not None, engine), config.actor.kernels)
+    situation = Situation.of(config, shape, machine.capability is not None, engine)
+    choose(situation, config.actor.kernels)
+    dispatcher(situation, config.actor.expert_dispatcher)

@@ -56,8 +56,12 @@ def kernels_of_run(shape: ModelShape, config: Config, platform: Platform) -> dic
     Raises:
         ConfigError: `actor.kernels` asks for one that cannot run here.
     """
+    return kernels.choose(_situation(shape, config, platform), config.actor.kernels)
+
+
+def _situation(shape: ModelShape, config: Config, platform: Platform) -> kernels.Situation:
     engine = this_machine().engine if uses_transformer_engine(platform, getattr(torch, config.model.dtype)) else None
-    return kernels.choose(kernels.Situation.of(config, shape, platform.is_cuda, engine), config.actor.kernels)
+    return kernels.Situation.of(config, shape, platform.is_cuda, engine)
 
 
 _OF_MODEL = (
@@ -71,7 +75,7 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
     """Return Megatron's configuration of the model.
 
     Raises:
-        ConfigError: `actor.kernels` asks for a kernel that cannot run here.
+        ConfigError: `actor.kernels` or `actor.expert_dispatcher` asks for what cannot run here.
     """
     dtype, parallel = getattr(torch, config.model.dtype), config.parallel
     used = kernels_of_run(shape, config, platform)
@@ -114,7 +118,8 @@ def transformer_config(shape: ModelShape, config: Config, platform: Platform) ->
         **{flag: used[flag] for flag in _OF_MODEL},
         **_recompute(config.actor),
         **_fp8(config.actor),
-        **_experts(shape, parallel),
+        **kernels.dispatcher(_situation(shape, config, platform), config.actor.expert_dispatcher),
+        **(_experts(shape, parallel) if shape.experts else {}),
     )
 
 
@@ -132,11 +137,7 @@ def _fp8(actor: ActorConfig) -> dict[str, Any]:
 
 
 def _experts(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
-    dispatch = {"moe_token_dispatcher_type": "alltoall"}  # the default refuses variable lengths, even in a dense model
-    if not shape.experts:
-        return dispatch
     return {
-        **dispatch,
         "num_moe_experts": shape.experts,
         "moe_router_topk": shape.experts_per_token,
         "moe_ffn_hidden_size": shape.ffn,
