@@ -5,7 +5,7 @@ import torch
 from packaging.version import Version
 from pydantic import ValidationError
 
-from megatron_hpt.actor.model.precision import FP8_RECIPES, Machine, check_fp8, prove_fp8, this_machine
+from megatron_hpt.actor.model.precision import FP8_RECIPES, Machine, check_bf16_layers, check_fp8, prove_fp8, this_machine
 from megatron_hpt.config import ActorConfig
 from megatron_hpt.errors import ConfigError
 
@@ -53,6 +53,14 @@ def test_a_model_without_fp8_layers_is_not_trained_under_an_fp8_flag() -> None:
     assert prove_fp8("none", layers.modules()) == 0
     with pytest.raises(ConfigError, match="would train in bfloat16"):
         prove_fp8("tensorwise", layers.modules())
+
+
+@pytest.mark.parametrize(("bf16_layers", "layers"), [(1, 2), (2, 4), (2, 3), (40, 80)])
+def test_bfloat16_layers_that_leave_none_in_fp8_are_refused(bf16_layers: int, layers: int) -> None:
+    with pytest.raises(ConfigError, match=rf"leave none in FP8: at most {(layers - 1) // 2}, or set actor\.fp8=none"):
+        check_bf16_layers("tensorwise", bf16_layers, layers)
+    check_bf16_layers("tensorwise", (layers - 1) // 2, layers)
+    check_bf16_layers("none", bf16_layers, layers)
 
 
 @pytest.mark.parametrize(
