@@ -348,6 +348,17 @@ def fused_topk_with_score_function_bwd(
     return (weights * (grad - (grad * weights).sum(-1, keepdim=True))).to(torch.float32)
 
 
+def fused_multi_row_padding(values, out, rows, padded_rows):
+    """Copy groups of rows, each to the beginning of a longer group whose other rows are zero."""
+    for group, room in zip(values.split(rows), out.split(padded_rows), strict=True):
+        room.zero_()[: len(group)].copy_(group)
+
+
+def fused_multi_row_unpadding(values, out, padded_rows, rows):
+    for room, group in zip(values.split(padded_rows), out.split(rows), strict=True):
+        group.copy_(room[: len(group)])
+
+
 # Attention over packed rows
 
 

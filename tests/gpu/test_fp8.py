@@ -26,6 +26,14 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
     return Layouts(folder, folder / "model")
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
+    """The same of a mixture of experts."""
+    folder = tmp_path_factory.mktemp("mixture")
+    tiny_families.write(folder / "model", "mixtral", vocab_size=256, num_local_experts=4, num_experts_per_tok=2)
+    return Layouts(folder, folder / "model")
+
+
 def built(layouts: Layouts, name: str, model: Path | None = None, steps: int = 0, **actor) -> dict:
     """What `weights.py` says of an actor in FP8."""
     sections = {
@@ -59,3 +67,11 @@ def test_weights_kept_in_fp8_are_those_of_a_checkpoint_without_optimizer(layouts
 def test_fp8_computes_something_else_than_bfloat16_and_nearly_the_same(layouts: Layouts) -> None:
     plain, fp8 = (built(layouts, f"loss_{recipe}", fp8=recipe, steps=1)["losses"][0] for recipe in ("none", "tensorwise"))
     assert 0 < abs(fp8 - plain) / abs(plain) < 2e-2
+
+
+@pytest.mark.parametrize("gathers", [False, True], ids=["", "weights in FP8"])
+def test_experts_compute_in_fp8_on_padded_groups_of_tokens(mixture: Layouts, gathers: bool) -> None:
+    plain = built(mixture, f"experts_none_{gathers}", fp8="none", steps=2)
+    fp8 = built(mixture, f"experts_{gathers}", fp8="tensorwise", fp8_param_gather=gathers, steps=2)
+    assert fp8["main"] < 3e-3
+    assert all(0 < abs(a - b) / abs(b) < 5e-2 for a, b in zip(fp8["losses"], plain["losses"], strict=True))
