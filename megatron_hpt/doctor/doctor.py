@@ -7,7 +7,6 @@ that itself, and nothing is imported here.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import shutil
@@ -16,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.machinery import PathFinder
 
 from rich import box
 from rich.console import Console
@@ -211,7 +211,7 @@ def apex(_: CheckContext) -> HealthFinding:
         return broken(f"{package.place} is not NVIDIA Apex, and Megatron-Core would import it", "pip uninstall apex")
     lacking = [name for name in KERNELS if name not in package.kernels]
     build = "build it from source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
-    if MULTI_TENSOR in lacking and importlib.util.find_spec("transformer_engine") is None:
+    if MULTI_TENSOR in lacking and PathFinder.find_spec("transformer_engine") is None:
         # Megatron-Core takes FusedAdam because it can be imported (optimizer/__init__.py); it raises when it is made.
         found = f"NVIDIA's, {package.place}, without {MULTI_TENSOR}: Megatron-Core would choose its Adam, which needs it"
         return broken(found, f"{build}, or pip uninstall apex")

@@ -21,11 +21,12 @@ def recipe(parallel: ParallelConfig, offload: str, **sections) -> Config:
 def test_pinned_memory_is_rounded_up_piece_by_piece() -> None:
     assert pinned(0) == 0
     assert pinned(1) == 1
-    assert pinned(3 * MIB) == 4 * MIB
+    assert pinned(3 * MIB) == 3 * MIB
+    assert pinned(3 * MIB + 2**18 + 1) == 3 * MIB + 2**19
     assert pinned(256 * MIB) == 256 * MIB
     assert pinned(257 * MIB) == 257 * MIB
     # In one piece torch took 2.15 GB for these 1.10 GB.
-    assert 1.10e9 < pinned(1.10e9) < 1.12e9
+    assert 1.10e9 < pinned(1.10e9) < 1.10e9 + MIB
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_all_optimizer_state_is_counted_tensor_by_tensor(monkeypatch: pytest.Mon
     config = recipe(parallel, "optimizer")
     for stage in range(parallel.pipeline):
         state = optimizer_bytes(shape, config, stage)
-        assert state < resting_bytes(shape, config, stage) < 2 * state
+        assert resting_bytes(shape, config, stage) == pytest.approx(state, rel=2e-3)
         with monkeypatch.context() as patched:
             patched.setattr(host_memory, "pinned", lambda nbytes: nbytes)
             # Norms, biases and routers are left out.
@@ -61,4 +62,4 @@ def test_weights_that_rest_take_host_memory_and_gradients_none() -> None:
     weights = trainer_memory(shape, recipe(parallel, "all"), 0, 1).weights
     assert optimizer > none
     assert everything - optimizer == pytest.approx(weights, rel=0.02)
-    assert reference - everything > weights
+    assert reference - everything == pytest.approx(weights, rel=0.02)

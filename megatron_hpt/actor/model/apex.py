@@ -7,8 +7,8 @@ would run a stranger's code. This module imports no Megatron, because `doctor` r
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
@@ -38,12 +38,12 @@ class Apex:
 
 def find_apex() -> Apex | None:
     """Return the package that ``import apex`` would import, or None where there is none."""
-    spec = importlib.util.find_spec("apex")
+    spec = PathFinder.find_spec("apex")  # not by sys.modules, in which a host hides it from Megatron-Core (actor/__init__.py)
     if spec is None:
         return None
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     is_nvidias = any((folder / "optimizers").is_dir() for folder in folders)
-    kernels = frozenset(name for name in KERNELS if is_nvidias and importlib.util.find_spec(name) is not None)
+    kernels = frozenset(name for name in KERNELS if is_nvidias and PathFinder.find_spec(name) is not None)
     return Apex(str(folders[0] if folders else spec.origin), is_nvidias, kernels)
 
 
