@@ -130,13 +130,13 @@ def shell(words: list[str], redirection: str, **environment: str) -> subprocess.
     )
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_that_nobody_reads_ends_a_command_as_it_ends_others(unbuffered: str) -> None:
-    closed = shell(CONFIG, "| true", PYTHONUNBUFFERED=unbuffered)
+@pytest.mark.parametrize(("unbuffered", "writes"), [("", CONFIG), ("1", [*CONFIG[:3], "--help"])], ids=["", "unbuffered"])
+def test_output_that_nobody_reads_ends_a_command_as_it_ends_others(unbuffered: str, writes: list[str]) -> None:
+    closed = shell(writes, "| true", PYTHONUNBUFFERED=unbuffered)
     assert (closed.returncode in (0, 141), closed.stderr) == (True, "")  # 0: all of it was written before `true` ended
-    full = shell(CONFIG, ">/dev/full", PYTHONUNBUFFERED=unbuffered)
+    full = shell(writes, ">/dev/full", PYTHONUNBUFFERED=unbuffered)
     assert (full.returncode, full.stderr) == (1, "error: standard output: No space left on device\n")
-    none = shell(CONFIG, ">&- 2>&- <&-", PYTHONUNBUFFERED=unbuffered)
+    none = shell(writes, ">&- 2>&- <&-", PYTHONUNBUFFERED=unbuffered)
     assert (none.returncode, none.stderr) == (0, "")
 
 
