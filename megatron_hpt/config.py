@@ -584,6 +584,11 @@ class ParallelConfig(Section):
         return self
 
     @property
+    def expert_tensor_ranks(self) -> int:
+        """Ranks that share the matrices of one expert."""
+        return self.expert_tensor or self.tensor
+
+    @property
     def row_multiple(self) -> int:
         """Tokens that a row is padded to a multiple of: its two mirrored pieces on every context parallel rank are equal."""
         return 2 * self.context if self.context > 1 else 1

@@ -19,6 +19,8 @@ from megatron_hpt.launch.launchers import free_port
 from tests import fake_gpu
 
 ROOT = Path(__file__).parent.parent
+ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""Environment of a rank that a test starts as a process of its own."""
 
 
 def run_ranks(script: Path, *arguments: object, ranks: int, timeout: float = 300, **environment: str) -> None:

@@ -164,7 +164,7 @@ def _fill(chunk: GPTModel, state: dict[str, Any]) -> None:
     result = chunk.load_state_dict(state, strict=False)
     for name, parameter in chunk.named_parameters():
         if name in state:
-            fp8_weights.fill(parameter, state[name])
+            fp8_weights.keep_initial(parameter, state[name])
     wrong = [key for key in (*result.missing_keys, *result.unexpected_keys) if not key.endswith(_EXTRA)]
     if wrong:
         raise CheckpointError(f"the checkpoint and the model do not have the same weights: {', '.join(wrong[:3])}")

@@ -90,7 +90,7 @@ def chunks_by_rank(shape: ModelShape, layout: ParallelConfig) -> list[list[Chunk
     Raises:
         ModelError: the ranks do not divide a tensor.
     """
-    expert_tensor = layout.expert_tensor or layout.tensor
+    expert_tensor = layout.expert_tensor_ranks
     width = max(layout.tensor, expert_tensor * layout.expert)
     layers_a_piece = shape.layers // (layout.pipeline * layout.virtual_pipeline)
     ranks: list[list[Chunk]] = [[] for _ in range(layout.pipeline * width)]

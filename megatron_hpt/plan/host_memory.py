@@ -7,12 +7,12 @@ import math
 from megatron_hpt.config import Config, ParallelConfig
 from megatron_hpt.models.hf_config import ModelShape
 from megatron_hpt.plan.memory import (
-    ITEM_BYTES,
     STATE_BYTES,
     checkpoint_bytes,
     embedding_rows,
     optimizer_bytes,
     stage_parameters,
+    weight_bytes,
 )
 
 LAST_PIECE_BYTES = 2**20
@@ -38,10 +38,8 @@ def resting_bytes(shape: ModelShape, config: Config, stage: int) -> float:
     state = sum(count * kinds * pinned(float32 * size) / replicas for size, count, replicas in _tensors(shape, parallel, stage))
     if kind == "optimizer":
         return state
-    held, item = (
-        stage_parameters(shape, parallel, stage),
-        1 if config.actor.fp8_param_gather else ITEM_BYTES[config.model.dtype],
-    )
+    held = stage_parameters(shape, parallel, stage)
+    item = weight_bytes(config)
     buffers = pinned(held.dense * item) + pinned(held.expert * item)
     reference = sum(count * pinned(item * size) for size, count, _ in _tensors(shape, parallel, stage))
     return state + buffers + (reference if config.algorithm.kl.coefficient else 0)
@@ -58,7 +56,7 @@ def _tensors(shape: ModelShape, parallel: ParallelConfig, stage: int) -> list[tu
     """Return the tensors of a pipeline stage's rank, norms and biases left out: elements of each, how many there are, and how
     many ranks share their optimizer state."""
     tensor, replicas = parallel.tensor, parallel.data * parallel.context
-    width = parallel.expert_tensor or tensor
+    width = parallel.expert_tensor_ranks
     layers, last = shape.layers // parallel.pipeline, stage == parallel.pipeline - 1
     queries = shape.hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim // tensor
     output = shape.hidden * shape.heads * shape.head_dim // tensor

@@ -25,7 +25,7 @@ def check_layout(config: Config, shape: ModelShape) -> None:
     _check_engine_tensor(config.rollout.tensor_parallel, shape)
     if shape.experts:
         _divides("parallel.expert", parallel.expert, {"experts": shape.experts})
-        _divides("parallel.expert_tensor", parallel.expert_tensor or parallel.tensor, {"expert ffn size": shape.ffn})
+        _divides("parallel.expert_tensor", parallel.expert_tensor_ranks, {"expert ffn size": shape.ffn})
         if parallel.tensor > 1 and not parallel.sequence:
             raise ConfigError(
                 "parallel.sequence: Megatron-Core trains a mixture of experts with tensor parallelism only under sequence "
@@ -53,7 +53,7 @@ def check_ranks(config: Config) -> None:
         )
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence: cuts over tensor parallel ranks, so parallel.tensor must be above 1")
-    _divides_ranks(parallel, parallel.expert_tensor or parallel.tensor)
+    _divides_ranks(parallel, parallel.expert_tensor_ranks)
     _check_sleep(config)
 
 

@@ -68,7 +68,7 @@ def embedding_rows(shape: ModelShape, parallel: ParallelConfig) -> int:
 def stage_parameters(shape: ModelShape, parallel: ParallelConfig, stage: int) -> Parameters:
     """What a rank of one pipeline stage holds."""
     layers, last = shape.layers // parallel.pipeline, stage == parallel.pipeline - 1
-    expert_tensor = parallel.expert_tensor or parallel.tensor
+    expert_tensor = parallel.expert_tensor_ranks
     cut = _attention(shape) + (0 if shape.experts else _feed_forward(shape))
     experts = layers * shape.experts * _feed_forward(shape) // (parallel.expert * expert_tensor)
     # A tied output layer is the embedding itself, where both are on one stage.
@@ -132,15 +132,20 @@ class TrainerMemory:
         return self.transfer + RESTING_ALLOWANCE_BYTES + (0 if self.rests else self.optimizer)
 
 
+def weight_bytes(config: Config) -> int:
+    """Return the bytes of one weight of the actor, as it computes with it and gathers it."""
+    return 1 if config.actor.fp8_param_gather else ITEM_BYTES[config.model.dtype]
+
+
 def trainer_memory(shape: ModelShape, config: Config, stage: int, micro_batches: int) -> TrainerMemory:
     """The peak of a rank of one pipeline stage.
 
     Args:
         micro_batches: of a step, a rank; fewer than the pipeline is deep keep fewer activations.
     """
-    parallel, item = config.parallel, ITEM_BYTES[config.model.dtype]
+    parallel = config.parallel
     held = stage_parameters(shape, parallel, stage)
-    weights = held.total * (1 if config.actor.fp8_param_gather else item)
+    weights = held.total * weight_bytes(config)
     return TrainerMemory(
         weights=weights,
         gradients=held.total * GRADIENT_BYTES,
@@ -166,7 +171,7 @@ def optimizer_bytes(shape: ModelShape, config: Config, stage: int) -> float:
     over those that hold the same ones."""
     parallel = config.parallel
     replicas = parallel.data * parallel.context
-    share = parallel.expert * (parallel.expert_tensor or parallel.tensor)
+    share = parallel.expert * parallel.expert_tensor_ranks
     held = stage_parameters(shape, parallel, stage)
     return STATE_BYTES[config.model.dtype] * (held.dense / replicas + held.expert * share / (replicas * parallel.tensor))
 
@@ -193,7 +198,7 @@ def layer_bytes(shape: ModelShape, config: Config) -> float:
     whole = 4 * shape.hidden / (parallel.tensor if parallel.sequence else 1)
     heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim / parallel.tensor
     networks = shape.experts_per_token or 1
-    width = parallel.expert_tensor or parallel.tensor
+    width = parallel.expert_tensor_ranks
     dispatched = 2 * networks * shape.hidden * width / parallel.tensor if shape.experts else 0
     inner = (3 if runs_fused(config) else 4) * networks * shape.ffn / parallel.tensor
     return item * (whole + heads + dispatched + inner) + 4 * shape.heads / parallel.tensor

@@ -231,7 +231,7 @@ def _bytes_by_link(
     parallel, size = config.parallel, cluster.gpus_per_node
     one = message_bytes(shape, config, batch.micro_batch_tokens / parallel.context)
     scale = batch.micro_batches * parallel.ranks
-    expert = parallel.expert * (parallel.expert_tensor or parallel.tensor)
+    expert = parallel.expert * parallel.expert_tensor_ranks
     kinds = (
         ("tensor parallel", one.tensor * scale, parallel.tensor <= size),
         ("context parallel", one.context * scale, parallel.tensor * parallel.context <= size),

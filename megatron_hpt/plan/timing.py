@@ -16,6 +16,7 @@ from megatron_hpt.plan.memory import (
     embedding_rows,
     optimizer_bytes,
     stage_parameters,
+    weight_bytes,
 )
 from megatron_hpt.plan.peaks import KERNEL_S, Peaks
 
@@ -95,7 +96,7 @@ def micro_batch_s(
     alone = {
         "tensor": sent.tensor / peak.ring(1, parallel.tensor),
         "context": sent.context / peak.link(parallel.tensor * parallel.context),
-        "expert": sent.expert / peak.exchange(parallel.expert_tensor or parallel.tensor, parallel.expert),
+        "expert": sent.expert / peak.exchange(parallel.expert_tensor_ranks, parallel.expert),
         "pipeline": sent.pipeline / peak.link(parallel.ranks),
     }
     load = _load(shape, config, micro_batches)
@@ -123,7 +124,7 @@ def _experts_s(shape: ModelShape, config: Config, cluster: ClusterConfig, flags:
     its weights once a pass, or adds to their float32 gradients.
     """
     parallel, peak = config.parallel, Peaks(config, cluster)
-    width = parallel.expert_tensor or parallel.tensor
+    width = parallel.expert_tensor_ranks
     experts = shape.experts // parallel.expert
     rows = tokens / parallel.tensor * parallel.expert * width * shape.experts_per_token / shape.experts
     weights = 3 * shape.hidden * shape.ffn / width
@@ -164,11 +165,8 @@ def message_bytes(shape: ModelShape, config: Config, tokens: float) -> Messages:
     layers, hidden = shape.layers / parallel.pipeline, item * shape.hidden * tokens
     forwards = forward_passes(config)
     # Half of them are around the feed-forward network.
-    around, width, others = (
-        tensor_messages(forwards, parallel) / 2,
-        parallel.expert_tensor or parallel.tensor,
-        parallel.tensor - 1,
-    )
+    around = tensor_messages(forwards, parallel) / 2
+    width, others = parallel.expert_tensor_ranks, parallel.tensor - 1
     beside = others + (shape.experts_per_token * (width - 1) if shape.experts else others)
     keys = 2 * shape.kv_heads * shape.head_dim / parallel.tensor * item * tokens
     share = 1 / parallel.tensor if parallel.sequence else 1.0
@@ -248,28 +246,24 @@ def _reductions(shape: ModelShape, config: Config, peak: Peaks) -> dict[str, flo
     """Return the seconds of scattering gradients and of gathering weights, nothing beside them."""
     parallel = config.parallel
     dense, experts = _sent_parameters(shape, parallel)
-    width = parallel.expert * (parallel.expert_tensor or parallel.tensor)
+    width = parallel.expert * parallel.expert_tensor_ranks
     replicas = parallel.data * parallel.context
     element = dense / peak.ring(parallel.tensor, replicas)
     if experts:
         element += experts / peak.ring(width, replicas * parallel.tensor // width)
-    return {"reduce": element * GRADIENT_BYTES, "gather": element * _weight_bytes(config)}
+    return {"reduce": element * GRADIENT_BYTES, "gather": element * weight_bytes(config)}
 
 
 def reduce_bytes(shape: ModelShape, config: Config) -> float:
     """Return the bytes that one rank sends for a step: gradients scattered in float32, weights gathered."""
-    return sum(_sent_parameters(shape, config.parallel)) * (GRADIENT_BYTES + _weight_bytes(config))
-
-
-def _weight_bytes(config: Config) -> int:
-    return 1 if config.actor.fp8_param_gather else ITEM_BYTES[config.model.dtype]
+    return sum(_sent_parameters(shape, config.parallel)) * (GRADIENT_BYTES + weight_bytes(config))
 
 
 def _sent_parameters(shape: ModelShape, parallel: ParallelConfig) -> tuple[float, float]:
     """Return how many elements a rank sends in a ring of all that hold the same: dense ones, and those of experts."""
     held = stage_parameters(shape, parallel, parallel.pipeline - 1)
     replicas = parallel.data * parallel.context
-    same_experts = replicas * parallel.tensor / (parallel.expert * (parallel.expert_tensor or parallel.tensor))
+    same_experts = replicas * parallel.tensor / (parallel.expert * parallel.expert_tensor_ranks)
     return held.dense * (1 - 1 / replicas), held.expert * (1 - 1 / same_experts)
 
 

@@ -110,7 +110,7 @@ def actor_holdings(tensors: dict[str, tuple[int, ...]], shape: ModelShape, layou
         tensors: Hugging Face name → shape (`hf_tensor_shapes`).
     """
     stage = layout.tensor * layout.context * layout.data
-    expert_tensor = layout.expert_tensor or layout.tensor
+    expert_tensor = layout.expert_tensor_ranks
     replicas = layout.context * layout.data
     layers_a_piece = shape.layers // (layout.pipeline * layout.virtual_pipeline)
     cache: dict[tuple, Held] = {}

@@ -10,6 +10,7 @@ import pytest
 from megatron_hpt.overrides import dump_yaml
 from tests.actor.test_actor import STEPS, WORKER, Layouts
 from tests.actor.test_reshard import update_error
+from tests.ranks import ONE_RANK
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -25,8 +26,7 @@ def on_host(layouts: Layouts, name: str, *options: str, first: int, last: int) -
     out.mkdir()
     (out / "config.yaml").write_text(dump_yaml(layouts.config(64)))
     command = [WORKER, out / "config.yaml", layouts.folder / "ledger", out, first, last, *options]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    environment = {**os.environ, **ranks, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, **ONE_RANK, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 

@@ -12,6 +12,7 @@ from megatron_hpt.examples.tiny_families import MODELS
 from megatron_hpt.overrides import dump_yaml
 from tests import fake_gpu
 from tests.actor.test_actor import WORKER, Layouts
+from tests.ranks import ONE_RANK
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 WITHOUT = """
@@ -28,10 +29,9 @@ def test_a_mixture_trains_on_our_own_layers(tmp_path: Path) -> None:
     out.mkdir()
     (out / "config.yaml").write_text(dump_yaml(layouts.config(64)))
     command = [sys.executable, "-c", WITHOUT, WORKER, out / "config.yaml", tmp_path / "ledger", out, 0, 1]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     environment = {
         **fake_gpu.with_devices(),
-        **ranks,
+        **ONE_RANK,
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "TMPDIR": os.fspath(tmp_path),
     }

@@ -26,8 +26,12 @@ def fill(parameter: Tensor, values: Tensor) -> None:
     Args:
         values: what `writable` returned, or a tensor of the parameter's shape.
     """
-    if not is_float8tensor(parameter):
-        return
-    parameter.copy_(values)
+    if is_float8tensor(parameter):
+        parameter.copy_(values)
+        keep_initial(parameter, values)
+
+
+def keep_initial(parameter: Tensor, values: Tensor) -> None:
+    """Have the optimizer that is made later begin from the values of a parameter in FP8, which it has been given already."""
     if hasattr(parameter, "_high_precision_init_val"):  # the optimizer has not been made yet
         parameter._high_precision_init_val = values.detach().cpu()

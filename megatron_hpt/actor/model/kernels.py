@@ -47,7 +47,7 @@ class Situation:
             has_apex=apex.has_apex_kernel(apex.WEIGHT_GRADIENT),
             has_deepep=importlib.util.find_spec("deep_ep") is not None,
             has_experts=bool(shape.experts),
-            expert_ranks=parallel.expert * (parallel.expert_tensor or parallel.tensor),
+            expert_ranks=parallel.expert * parallel.expert_tensor_ranks,
             replicas=parallel.data * parallel.context,
             pipeline=parallel.pipeline,
             virtual_pipeline=parallel.virtual_pipeline,

@@ -147,7 +147,7 @@ def _experts(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
         # No auxiliary loss: it would pull the policy away from what the objective asks for.
         "moe_router_load_balancing_type": "none",
         "expert_model_parallel_size": parallel.expert,
-        "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
+        "expert_tensor_parallel_size": parallel.expert_tensor_ranks,
     }
 
 

@@ -45,9 +45,8 @@ class Resting:
             return
         if self._keep:
             self._host = self._host or [_host_buffer(storage) for storage in self._storages]
-            for host, storage in zip(self._host, self._storages, strict=True):
-                for piece, of_storage in zip(host, _bytes(storage).split([len(p) for p in host]), strict=True):
-                    piece.copy_(of_storage, non_blocking=True)
+            for resting, of_storage in self._pieces():
+                resting.copy_(of_storage, non_blocking=True)
             _synchronize(self._storages)  # copies must have ended before their memory is given back
         for storage in self._storages:
             storage.resize_(0)
@@ -60,10 +59,14 @@ class Resting:
             return
         for storage, size in zip(self._storages, self._sizes, strict=True):
             storage.resize_(size)
-        for host, storage in zip(self._host, self._storages, strict=self._keep):
-            for piece, of_storage in zip(host, _bytes(storage).split([len(p) for p in host]), strict=True):
-                of_storage.copy_(piece, non_blocking=True)
+        for resting, of_storage in self._pieces():
+            of_storage.copy_(resting, non_blocking=True)
         self._away = False
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each piece of host memory with the bytes of a storage that rest in it; none if contents are not kept."""
+        for host, storage in zip(self._host, self._storages, strict=self._keep):
+            yield from zip(host, _bytes(storage).split([len(piece) for piece in host]), strict=True)
 
 
 class Offload:
