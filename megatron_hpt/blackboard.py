@@ -5,6 +5,7 @@ The docstring of `rollout.coordinator` lists every key, with who writes it and w
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import socket
@@ -94,3 +95,16 @@ class Blackboard:
         except DistStoreError:
             raise DeadlineError(f"{late} is late: {key!r} did not come within {seconds:.0f} s") from None
         return json.loads(self._store.get(key))
+
+    async def wait_beside(self, key: str, seconds: float, late: str) -> Any:
+        """As `wait`, while the event loop goes on.
+
+        Raises:
+            DeadlineError: it was not set in time.
+        """
+        deadline = time.monotonic() + seconds
+        while (value := self.get(key)) is None:
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"{late} is late: {key!r} did not come within {seconds:.0f} s")
+            await asyncio.sleep(_POLL_S)
+        return value

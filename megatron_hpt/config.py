@@ -79,6 +79,7 @@ Threads = typing.Annotated[Int, Field(gt=0, le=1024)]
 Workers = typing.Annotated[Int, Field(gt=0, le=4096)]
 """Processes beside each other on one machine."""
 MOST_GIB = 2**20
+MOST_LAG = 1000
 Gibibytes = typing.Annotated[Float, Field(gt=0, le=MOST_GIB)]
 Mebibytes = typing.Annotated[Int, Field(gt=0, le=2**30)]
 Temperature = typing.Annotated[Float, Field(gt=0, le=100)]
@@ -507,6 +508,15 @@ class RolloutConfig(Section):
     """Engine servers that may be started again in one run after they died; then the run ends."""
     cancel_decided: bool = True
     """Rollouts of a prompt are cancelled once they cannot change that the gate sends it to its demonstration."""
+    max_lag: typing.Annotated[NonNegativeInt, Field(le=MOST_LAG)] = 0
+    """How many steps the weights that sample a batch may be older than those that it trains. 0: engines and trainer take turns;
+    1 and more: engines sample the next batches while the trainer works (docs/throughput.md)."""
+
+    @model_validator(mode="after")
+    def _sleeps_between_turns(self) -> RolloutConfig:
+        if self.sleep and self.max_lag:
+            raise ValueError(f"max_lag {self.max_lag}: with sleep the engines and the trainer take turns, so it must be 0")
+        return self
 
     @model_validator(mode="after")
     def _there_is_such_a_machine(self) -> RolloutConfig:
@@ -788,6 +798,16 @@ class Config(Section):
     def engine_model(self) -> str:
         """Folder that engines are started with."""
         return self.rollout.model or self.model.path
+
+    def evaluates(self, version: int) -> bool:
+        """Whether a version of the weights is evaluated before the batch that is the first to need it; the last always is.
+
+        The line of metrics of the last step has the evaluation of the last version, so there is none before its batch.
+        """
+        every, batch = self.evaluation.every, version + self.rollout.max_lag
+        if not self.evaluation.held_out:
+            return False
+        return version == 0 or bool(every and version % every == 0 and batch + 1 < self.trainer.steps)
 
     @property
     def max_sequence_length(self) -> int:

@@ -56,6 +56,10 @@ class EngineGone(EngineError):
     """An engine that nobody answers for: it died, or was never there."""
 
 
+class RequestAborted(EngineError):
+    """A request that an engine ended because it was given new weights (`transfer.in_flight`); the engine is well."""
+
+
 class Interrupted(HptError):
     """SIGINT ended the run, or a second notice."""
 

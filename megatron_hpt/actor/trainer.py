@@ -2,12 +2,13 @@
 
 A step: wait until the coordinator has written a batch to the ledger, take the GPU memory back from engines that share it,
 train the batch or skip it (`train_step`), save a checkpoint where one is due, report the metrics, and send the new weights
-to the engines, which sample the next batch.
+to the engines, which sample the batches to come.
 
 Keys of the blackboard that all ranks wait for:
     ``engines`` (the supervisor's): URLs of the engines that listen.
     ``asleep`` (rank 0's): engines that share the GPUs have given up their memory, so the model may be built.
     ``batch/<step>`` (the coordinator's): the step's batch is in the ledger.
+    ``scored/<version>`` (the coordinator's): the version has been evaluated, where `Config.evaluates` it.
     ``evaluated`` (the coordinator's): the last evaluation has ended.
     ``notice`` (the supervisor's), and keys about engines that died: see `waiting`.
 Keys that rank 0 writes, besides those of `waiting`:
@@ -25,6 +26,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from megatron_hpt.actor.state import build_actor
 from megatron_hpt.actor.train_step import train_step
 from megatron_hpt.actor.waiting import Waiting
 from megatron_hpt.batch.ledger import Ledger
+from megatron_hpt.batch.rows import Row
 from megatron_hpt.blackboard import Blackboard, ready
 from megatron_hpt.engines import registry
 from megatron_hpt.files import whole, write_whole
@@ -62,6 +65,7 @@ class Trainer:
         self._config = load_yaml(run.config)
         self._folder = run.actor_model(self._config)
         self._ledger = Ledger(run.batches)
+        self._needed = self._oldest_needed()
         self._targets = self._await_sleeping_engines()
         self._actor = build_actor(self._config)
         self._saver = checkpoint.Saver(self._actor.platform, self._folder)
@@ -82,11 +86,13 @@ class Trainer:
         self._publish(self._start)
         for step in range(self._start, self._config.trainer.steps):
             self._actor.offload.sleep()
+            started = time.monotonic()
             has_batch = self._waiting.until(f"batch/{step}")
+            waited = time.monotonic() - started
             self._take_memory()
             if not has_batch:
                 return self._stop(step)
-            metrics = self._train(step)
+            metrics = {**self._train(step), "time/trainer_idle_s": waited}
             self._saver.finish(wait=False)
             self._save_if_due(step + 1)
             self._announce(f"trained/{step}", metrics)
@@ -109,11 +115,21 @@ class Trainer:
             HptError: the engine samples from another distribution, or too many steps in a row were skipped (`guard`).
         """
         started = time.monotonic()
-        metrics: dict[str, Any] = train_step(self._actor, self._ledger.read(step).rows, step)
+        rows = self._ledger.read(step).rows
+        metrics: dict[str, Any] = train_step(self._actor, rows, step)
         metrics["time/train_s"] = time.monotonic() - started
-        self._check_first_mismatch(step, metrics["mismatch/k3_kl"])
+        self._check_first_mismatch(step, metrics["mismatch/k3_kl"], rows)
         self._keep_if_skipped(step, metrics)
         return metrics
+
+    def _oldest_needed(self) -> int:
+        """Return the oldest version that a batch may be sampled from which is not in the ledger.
+
+        All ranks find the same, because they look before a version is published, without which the coordinator makes no batch.
+        """
+        steps = self._config.trainer.steps
+        first_missing = next((step for step in range(self._start, steps) if not self._ledger.has(step)), steps)
+        return first_missing - self._config.rollout.max_lag
 
     def _await_sleeping_engines(self) -> list[Target]:
         """Wait until engines on the same GPUs have started and sleep; called before anything is built on the device.
@@ -157,12 +173,15 @@ class Trainer:
         self._actor.offload.wake()
 
     def _publish(self, version: int) -> None:
-        """Send a version of the weights, unless the ledger has the batch that would be sampled from it.
+        """Send a version of the weights, unless the ledger had all batches that could be sampled from it when the run began.
 
-        The last version is always sent, because the final evaluation samples from it.
+        The last version is always sent, because the final evaluation samples from it. The version before stays with the engines
+        until it has been evaluated.
         """
+        if version > self._start and self._config.evaluates(version - 1):
+            self._waiting.until(f"scored/{version - 1}", heeds_notice=False)
         started, transfer = time.monotonic(), {"weights/bytes": 0}
-        if version == self._config.trainer.steps or not self._ledger.has(version):
+        if version >= self._needed or version == self._config.trainer.steps:
             transfer = self._sender.publish(version)
             self._actor.offload.sleep()  # caches take the memory that this rank needs for a step
             self._sender.serve()
@@ -215,9 +234,12 @@ class Trainer:
         if actor.ranks.is_lead:
             self._run.note_export(config.trainer.steps)
 
-    def _check_first_mismatch(self, step: int, k3: float | None) -> None:
-        """Look at the mismatch of the first batch with rollouts, before anything has been saved since the start."""
-        if k3 is None or self._has_measured:
+    def _check_first_mismatch(self, step: int, k3: float | None, rows: Sequence[Row]) -> None:
+        """Look at the mismatch of the first batch with rollouts of the weights that it trains.
+
+        That is the first one of a run, before anything has been saved. Older weights differ from those by what they have learnt.
+        """
+        if k3 is None or self._has_measured or any(row.policy_version not in (step, None) for row in rows):
             return
         self._has_measured = True
         config = self._config

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_hpt.batch.ledger import Ledger
@@ -16,15 +17,27 @@ def last_choices(decisions: Sequence[dict[str, Any]]) -> dict[str, Choice]:
     return {prompt_id: choice for prompt_id, choice in choices.items() if choice is not Choice.SKIPPED}
 
 
+@dataclass(frozen=True)
+class Remembered:
+    """What is known of the steps before some time."""
+
+    choices: Mapping[str, Choice]
+    """Prompt id → what the prompt last learnt from."""
+    streaks: Mapping[str, int]
+    """Prompt id → its streak of solved or failed visits (`curriculum.advance`)."""
+
+
 class History:
     """What is remembered of the steps before the current one; made of the steps before `start`."""
 
     def __init__(self, ledger: Ledger, start: int) -> None:
         self._ledger = ledger
         self.choices: dict[str, Choice] = {}
-        """Prompt id → what the prompt last learnt from."""
+        """As `Remembered.choices`."""
         self.streaks: dict[str, int] = {}
-        """Prompt id → its streak of solved or failed visits (`curriculum.advance`)."""
+        """As `Remembered.streaks`."""
+        self.steps = 0
+        """How many steps it knows."""
         self.next_prompt = 0
         """Position in the data where the next step goes on."""
         for step in range(start):
@@ -35,4 +48,8 @@ class History:
         decisions, metrics = self._ledger.read_meta(step)
         self.choices |= last_choices(decisions)
         curriculum.advance(self.streaks, decisions)
-        self.next_prompt = metrics["data/next_prompt"]
+        self.steps, self.next_prompt = step + 1, metrics["data/next_prompt"]
+
+    def snapshot(self) -> Remembered:
+        """Return what it knows now; steps that are added later do not change it."""
+        return Remembered(dict(self.choices), dict(self.streaks))

@@ -12,7 +12,7 @@ import httpx
 
 from megatron_hpt.config import Config
 from megatron_hpt.engines.types import OWN, Sample, SamplingRequest
-from megatron_hpt.errors import DeadlineError, EngineError, EngineGone
+from megatron_hpt.errors import DeadlineError, EngineError, EngineGone, RequestAborted
 from megatron_hpt.process import token_header
 from megatron_hpt.transfer.manifest import as_version
 
@@ -170,8 +170,14 @@ class HttpEngine:
             versions: labels of the weights that sampled its tokens.
 
         Raises:
+            RequestAborted: the engine ended the request.
             EngineError: the sample is incomplete, or weights of several versions or of none made it.
         """
+        if finish_reason == "abort":
+            raise RequestAborted(
+                f"engine {self.url} ended a request before it was whole, as it does for new weights under "
+                "transfer.in_flight=abort: with keep or recompute requests go on"
+            )
         if len(logprobs) != len(tokens) or not tokens:
             raise EngineError(f"engine {self.url} answered {len(tokens)} tokens with {len(logprobs)} log-probabilities")
         if len(versions) != 1 or (version := self._version_of(min(versions))) is None:

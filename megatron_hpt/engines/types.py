@@ -40,6 +40,23 @@ class SamplingRequest:
     top_p: float
     max_tokens: int
     stop_token: int
+    version: int | None = None
+    """The weights that the server is known to serve. Keys and values of a prefix that were computed for requests with another
+    number are not used again, so none are older than this."""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """The versions of the weights that a batch or an evaluation takes, from the oldest to the newest, both included."""
+
+    oldest: int
+    newest: int
+
+    def __contains__(self, version: int | None) -> bool:
+        return version is not None and self.oldest <= version <= self.newest
+
+    def __str__(self) -> str:
+        return str(self.oldest) if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,10 @@ class Sample:
     """``stop`` where end-of-sequence was sampled, ``length`` where the response reached `SamplingRequest.max_tokens`."""
     version: int
     """Version of the weights that sampled every one of the tokens."""
+
+    @property
+    def spans(self):
+        return ((self.version, len(self.tokens)),)
 
 
 class Sampler(Protocol):

@@ -178,6 +178,32 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float | None]:
     }
 
 
+def lag_metrics(step: int, groups: Sequence[Group], max_lag: int) -> dict[str, float | None]:
+    """Measure by how many steps the weights that sampled each response token are older than those that will train it.
+
+    Args:
+        max_lag: `rollout.max_lag`; for each lag up to it there is the share of the tokens.
+
+    Returns:
+        Metrics; averages and shares are None where nothing was generated.
+    """
+    tokens: Counter[int] = Counter()
+    for group in groups:
+        for sample in group.samples:
+            for version, length in sample.spans:
+                tokens[step - version] += length
+    total = tokens.total()
+    shares = {f"rollout/lag_{lag}_share": tokens[lag] / total if total else None for lag in range(max_lag + 1)}
+    mean = sum(lag * number for lag, number in tokens.items()) / total if total else None
+    oldest = max(tokens, default=None)
+    return {
+        "rollout/policy_version": None if oldest is None else step - oldest,
+        "rollout/lag": mean,
+        "rollout/lag_max": oldest,
+        **(shares if max_lag else {}),
+    }
+
+
 def _cancelled_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Count the cancelled samples, and estimate how many tokens were saved.
 

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.engines.types import Sample, Sampler, SamplingRequest, seed_of
-from megatron_hpt.errors import EngineError
 from megatron_hpt.rewards.grades import Answer
 from megatron_hpt.rewards.pool import GraderPool
 from megatron_hpt.rollout.assembly import Group
@@ -82,14 +81,12 @@ async def sample(
     prompts: Sequence[Prompt],
     settings: SamplingSettings,
     seed: Sequence[object],
-    version: int,
     early: Early | None = None,
 ) -> list[Group]:
     """Sample every prompt.
 
     Args:
         seed: what the seeds depend on beside the prompt's place (run seed, purpose, step).
-        version: the weights that must have been used.
         early: given, prompts that may be decided early are graded sample by sample, and samples that change nothing are
             cancelled. The others are the same samples as without it.
 
@@ -97,7 +94,7 @@ async def sample(
         A group a prompt, in order; ungraded, but for those that were decided early.
 
     Raises:
-        EngineError, DeadlineError: as `engine` raises, or it sampled with other weights.
+        EngineError, DeadlineError: as `engine` raises.
     """
 
     async def sampled(place: int, prompt: Prompt) -> Group:
@@ -114,13 +111,8 @@ async def sample(
             stop_token=settings.stop_token,
         )
         if early is not None and early.decider.decides_early(prompt, wanted):
-            group = await _until_decided(engine, prompt, request, early)
-        else:
-            group = Group(prompt, await engine.generate(request))
-        wrong = {s.version for s in group.samples} - {version}
-        if wrong:
-            raise EngineError(f"prompt {prompt.prompt_id} was sampled with weights {sorted(wrong)}; the batch needs {version}")
-        return group
+            return await _until_decided(engine, prompt, request, early)
+        return Group(prompt, await engine.generate(request))
 
     try:
         async with asyncio.TaskGroup() as tasks:

@@ -23,6 +23,8 @@ class Server:
     stuck: bool = False
     """It answers nothing any more, neither requests nor questions."""
     fails: bool = False
+    aborts: int = 0
+    """So many of the next requests are ended, as by new weights."""
     slow_s: Callable[[int], float] = lambda seed: 0.0
     """Seconds a request takes, by its seed."""
     tokens: Callable[[int], list[int]] = lambda seed: [seed % 1000]
@@ -30,6 +32,8 @@ class Server:
     seeds: list[int] = field(default_factory=list)
     """Of the requests that came."""
     prompts: list[tuple[int, ...]] = field(default_factory=list)
+    salts: list[str] = field(default_factory=list)
+    """What the requests asked the prefix cache to keep them apart by."""
     dropped: list[int] = field(default_factory=list)
     """Seeds of the requests whose client went away."""
     running: int = 0
@@ -43,6 +47,7 @@ class Server:
         seed, number = body["sampling_params"]["seed"], body["sampling_params"]["n"]
         self.seeds.append(seed)
         self.prompts.append(tuple(body["token_ids"]))
+        self.salts.append(body["cache_salt"])
         self.running += 1
         try:
             await asyncio.sleep(self.slow_s(seed))
@@ -54,7 +59,9 @@ class Server:
             self.running -= 1
         if self.fails:
             return web.Response(status=500, text="out of memory")
-        return web.json_response({"choices": [self._choice(seed + index) for index in range(number)]})
+        aborted, self.aborts = self.aborts > 0, max(0, self.aborts - 1)
+        reason = "abort" if aborted else "stop"
+        return web.json_response({"choices": [self._choice(seed + index, reason) for index in range(number)]})
 
     async def health(self, request: web.Request) -> web.Response:
         await self._get_stuck()
@@ -75,13 +82,13 @@ class Server:
         while self.stuck:
             await asyncio.sleep(0.01)
 
-    def _choice(self, seed: int) -> dict[str, Any]:
+    def _choice(self, seed: int, reason: str) -> dict[str, Any]:
         tokens = self.tokens(seed)
         return {
             "token_ids": tokens,
             "logprobs": {"content": [{"logprob": -0.5}] * len(tokens)},
             "weight_versions": [{"version": self.version}],
-            "finish_reason": "stop",
+            "finish_reason": reason,
         }
 
 

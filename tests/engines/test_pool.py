@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_hpt.engines.pool import MARGIN, TRIES, EnginePool, Load, choose
-from megatron_hpt.engines.types import SamplingRequest
+from megatron_hpt.engines.types import SamplingRequest, Versions
 from megatron_hpt.errors import DeadlineError, EngineError
 
 from .servers import PATIENCE, Server, serve
 
 LOADS = st.lists(st.builds(Load, st.booleans(), st.integers(0, 10_000), st.booleans()), min_size=1, max_size=8)
+THREE = Versions(3, 3)
 HOMES = st.none() | st.integers(0, 7)
 
 
@@ -25,12 +26,12 @@ def request(seed: int, prompt: tuple[int, ...] = (1, 2), samples: int = 1) -> Sa
 
 
 def pooled(servers: list[Server], action: Callable, return_s: float = 5.0, on_silence: Callable[[str], None] | None = None):
-    """Run `action(pool)` while version 3 is served."""
+    """Run `action(pool, engines)`, in which `engines` samples with version 3."""
 
-    async def run(engines):
-        pool = EnginePool(engines, replace(PATIENCE, return_s=return_s), period_s=0.05, on_silence=on_silence)
-        async with pool.serving(3):
-            return await action(pool)
+    async def run(clients):
+        pool = EnginePool(clients, replace(PATIENCE, return_s=return_s), period_s=0.05, on_silence=on_silence)
+        async with pool.serving(THREE) as engines:
+            return await action(pool, engines)
 
     return serve(servers, run)
 
@@ -63,9 +64,9 @@ def test_requests_spread_within_the_margin(prompts: list[int], engines: int, siz
 def test_samples_of_a_prompt_share_an_engine_and_prompts_are_spread() -> None:
     servers = [Server(slow_s=lambda _: 0.1), Server(slow_s=lambda _: 0.1)]
 
-    async def action(pool):
+    async def action(pool, engines):
         prompts = [(1,), (2,), (3,), (4,)]
-        await asyncio.gather(*(pool.generate(request(i, prompt)) for prompt in prompts for i in range(4)))
+        await asyncio.gather(*(engines.generate(request(i, prompt)) for prompt in prompts for i in range(4)))
 
     pooled(servers, action)
     assert [len(server.seeds) for server in servers] == [8, 8]
@@ -77,15 +78,15 @@ def test_a_request_goes_elsewhere_with_its_seed(harm: str) -> None:
     """Whether it fails by itself, or waits for an engine that turns out to be unwell."""
     bad, good = Server(slow_s=lambda _: 0.1 if harm == "fails" else 60), Server()
 
-    async def action(pool):
-        pending = [asyncio.create_task(pool.generate(request(seed, (seed,)))) for seed in range(4)]
+    async def action(pool, engines):
+        pending = [asyncio.create_task(engines.generate(request(seed, (seed,)))) for seed in range(4)]
         await under_way([bad, good], 4)
         assert len(bad.seeds) == len(good.seeds) == 2
         bad.fails, bad.stuck, bad.healthy = harm == "fails", harm == "stuck", harm != "unhealthy"
         if harm == "gone":
             await pool._servers[0].engine._http.close()  # the connections break
         answers = await asyncio.gather(*pending)
-        return [answer[0].tokens[0] for answer in answers], pool.in_service, pool.retried
+        return [answer[0].tokens[0] for answer in answers], pool.in_service(THREE), pool.retried
 
     tokens, in_service, retried = pooled([bad, good], action)
     assert tokens == [0, 1, 2, 3]
@@ -111,17 +112,17 @@ def test_the_only_engine_is_late_and_keeps_its_requests(caplog: pytest.LogCaptur
     """A busy machine: no answer for many times the usual, then everything is answered; nothing is begun anew."""
     only = Server(slow_s=lambda _: 0.05)
 
-    async def action(pool):
-        pending = asyncio.create_task(pool.generate(request(0)))
+    async def action(pool, engines):
+        pending = asyncio.create_task(engines.generate(request(0)))
         await under_way([only], 1)
         only.stuck = True
         await until(lambda: pool._servers[0].late)
-        later = asyncio.create_task(pool.generate(request(1)))  # there is no other engine
+        later = asyncio.create_task(engines.generate(request(1)))  # there is no other engine
         await asyncio.sleep(3 * PATIENCE.late_s)
         only.stuck = False
         answers = [(await task)[0].tokens[0] for task in (pending, later)]
         await until(lambda: not pool._servers[0].late)
-        return answers, pool.in_service, pool.retried
+        return answers, pool.in_service(THREE), pool.retried
 
     assert pooled([only], action) == ([0, 1], 1, 0)
     assert only.seeds == [0, 1]
@@ -134,14 +135,14 @@ def test_the_only_engine_is_late_and_keeps_its_requests(caplog: pytest.LogCaptur
 def test_new_requests_avoid_a_late_engine_that_keeps_its_own() -> None:
     late, other = Server(slow_s=lambda _: 0.05), Server()
 
-    async def action(pool):
-        first = asyncio.create_task(pool.generate(request(0, (0,))))
+    async def action(pool, engines):
+        first = asyncio.create_task(engines.generate(request(0, (0,))))
         await under_way([late], 1)
         late.stuck = True
         await until(lambda: pool._servers[0].late)
-        await asyncio.gather(*(pool.generate(request(seed, (0,))) for seed in range(1, 5)))
+        await asyncio.gather(*(engines.generate(request(seed, (0,))) for seed in range(1, 5)))
         late.stuck = False
-        return (await first)[0].tokens, pool.in_service, pool.retried
+        return (await first)[0].tokens, pool.in_service(THREE), pool.retried
 
     assert pooled([late, other], action) == ([0], 2, 0)
     assert (late.seeds, sorted(other.seeds)) == ([0], [1, 2, 3, 4])
@@ -152,12 +153,12 @@ def test_an_engine_without_any_sign_of_life_is_given_up(harm: str) -> None:
     """It answers nothing, or it answers and produces nothing; its requests go elsewhere, and somebody may start it again."""
     bad, good, told = Server(slow_s=lambda _: 60), Server(), []
 
-    async def action(pool):
-        pending = asyncio.create_task(pool.generate(request(0)))
+    async def action(pool, engines):
+        pending = asyncio.create_task(engines.generate(request(0)))
         await under_way([bad], 1)
         bad.stuck, bad.produces, started = harm == "silent", harm != "barren", time.monotonic()
         (sample,) = await pending
-        return sample.tokens, pool.in_service, time.monotonic() - started, pool._servers[0].reason
+        return sample.tokens, pool.in_service(THREE), time.monotonic() - started, pool._servers[0].reason
 
     tokens, in_service, seconds, reason = pooled([bad, good], action, on_silence=told.append)
     assert (tokens, in_service, bad.dropped, told) == ([0], 1, [0], [bad.url])
@@ -168,16 +169,16 @@ def test_an_engine_without_any_sign_of_life_is_given_up(harm: str) -> None:
 def test_an_engine_that_produces_tokens_is_never_given_up() -> None:
     """Its one request takes longer than an engine may be silent."""
     slow, told = Server(slow_s=lambda _: 2 * PATIENCE.silent_s), []
-    answer = pooled([slow], lambda pool: pool.generate(request(3)), on_silence=told.append)
+    answer = pooled([slow], lambda _, engines: engines.generate(request(3)), on_silence=told.append)
     assert (answer[0].tokens, slow.seeds, told) == ([3], [3], [])
 
 
 def test_an_idle_engine_need_not_produce() -> None:
     idle, told = Server(produces=False), []
 
-    async def action(pool):
+    async def action(pool, engines):
         await asyncio.sleep(1.2 * PATIENCE.silent_s)
-        return pool.in_service
+        return pool.in_service(THREE)
 
     assert (pooled([idle], action, on_silence=told.append), told) == (1, [])
 
@@ -185,9 +186,9 @@ def test_an_idle_engine_need_not_produce() -> None:
 def test_an_engine_comes_back_and_waiting_requests_go_to_it() -> None:
     only = Server(healthy=False)
 
-    async def action(pool):
-        pending = asyncio.create_task(pool.generate(request(7)))
-        await until(lambda: pool.in_service == 0)
+    async def action(pool, engines):
+        pending = asyncio.create_task(engines.generate(request(7)))
+        await until(lambda: pool.in_service(THREE) == 0)
         assert only.seeds == []
         only.healthy = True
         return await pending
@@ -199,12 +200,12 @@ def test_an_engine_comes_back_and_waiting_requests_go_to_it() -> None:
 def test_an_engine_of_other_weights_is_not_used_until_it_has_the_right_ones(version: str) -> None:
     other, right = Server(version=version), Server()
 
-    async def action(pool):
-        await asyncio.gather(*(pool.generate(request(seed, (seed,))) for seed in range(4)))
-        used = (len(other.seeds), pool.in_service)
+    async def action(pool, engines):
+        await asyncio.gather(*(engines.generate(request(seed, (seed,))) for seed in range(4)))
+        used = (len(other.seeds), pool.in_service(THREE))
         other.version = "3"
-        await until(lambda: pool.in_service == 2)
-        await asyncio.gather(*(pool.generate(request(seed, (seed,))) for seed in range(4, 8)))
+        await until(lambda: pool.in_service(THREE) == 2)
+        await asyncio.gather(*(engines.generate(request(seed, (seed,))) for seed in range(4, 8)))
         return used
 
     assert pooled([other, right], action) == (0, 1)
@@ -215,12 +216,12 @@ def test_a_sample_of_other_weights_is_made_again_elsewhere() -> None:
     """An engine that was started again between two questions: its answer tells."""
     other, right = Server(slow_s=lambda _: 0.03), Server(slow_s=lambda _: 0.03)
 
-    async def run(engines):
-        pool = EnginePool(engines, PATIENCE, period_s=60.0)
-        async with pool.serving(3):
+    async def run(clients):
+        pool = EnginePool(clients, PATIENCE, period_s=60.0)
+        async with pool.serving(THREE) as engines:
             other.version = "default"
-            answers = await asyncio.gather(*(pool.generate(request(seed, (seed,))) for seed in range(4)))
-            return {sample.version for answer in answers for sample in answer}, pool.in_service, pool.retried
+            answers = await asyncio.gather(*(engines.generate(request(seed, (seed,))) for seed in range(4)))
+            return {sample.version for answer in answers for sample in answer}, pool.in_service(THREE), pool.retried
 
     assert serve([other, right], run) == ({3}, 1, 2)
 
@@ -228,14 +229,14 @@ def test_a_sample_of_other_weights_is_made_again_elsewhere() -> None:
 def test_the_next_version_finds_the_engines_that_have_it() -> None:
     first, second = Server(), Server()
 
-    async def run(engines):
-        pool = EnginePool(engines, PATIENCE, period_s=0.05)
-        async with pool.serving(3):
-            await pool.generate(request(1))
+    async def run(clients):
+        pool = EnginePool(clients, PATIENCE, period_s=0.05)
+        async with pool.serving(THREE) as engines:
+            await engines.generate(request(1))
         first.version = "4"
-        async with pool.serving(4):
-            await asyncio.gather(*(pool.generate(request(seed, (seed,))) for seed in range(2, 6)))
-            return pool.in_service
+        async with pool.serving(Versions(4, 4)) as engines:
+            await asyncio.gather(*(engines.generate(request(seed, (seed,))) for seed in range(2, 6)))
+            return pool.in_service(Versions(4, 4))
 
     assert serve([first, second], run) == 1
     assert set(first.seeds) >= {2, 3, 4, 5}
@@ -244,7 +245,7 @@ def test_the_next_version_finds_the_engines_that_have_it() -> None:
 def test_a_request_that_fails_everywhere_names_all_it_was_sent_to() -> None:
     servers = [Server(fails=True), Server(fails=True)]
     with pytest.raises(EngineError, match=rf"failed {TRIES} times: .*out of memory") as raised:
-        pooled(servers, lambda pool: pool.generate(request(5)))
+        pooled(servers, lambda _, engines: engines.generate(request(5)))
     assert all(server.url in str(raised.value) for server in servers)
     assert sum(len(server.seeds) for server in servers) == TRIES
     assert {seed for server in servers for seed in server.seeds} == {5}
@@ -255,7 +256,7 @@ def test_without_any_engine_the_wait_ends_and_says_why_each_is_out() -> None:
     servers = [Server(healthy=False), Server(version="default"), Server(stuck=True)]
     started = time.monotonic()
     with pytest.raises(DeadlineError, match=r"no engine in service for 2 s") as raised:
-        pooled(servers, lambda pool: pool.generate(request(0)), return_s=2.0)
+        pooled(servers, lambda _, engines: engines.generate(request(0)), return_s=2.0)
     assert time.monotonic() - started < 8
     ill, other, stuck = (part for part in str(raised.value).removeprefix("no engine in service for 2 s: ").split("; http"))
     assert "refused /health (503)" in ill
@@ -267,11 +268,77 @@ def test_without_any_engine_the_wait_ends_and_says_why_each_is_out() -> None:
 def test_a_request_that_is_cancelled_leaves_its_engine() -> None:
     only = Server(slow_s=lambda _: 60)
 
-    async def action(pool):
-        pending = asyncio.create_task(pool.generate(request(0)))
+    async def action(pool, engines):
+        pending = asyncio.create_task(engines.generate(request(0)))
         await until(lambda: only.running == 1)
         pending.cancel()
         await until(lambda: only.running == 0)
-        return only.running, pool._servers[0].load.tokens, pool.in_service
+        return only.running, pool._servers[0].load(THREE).tokens, pool.in_service(THREE)
 
     assert pooled([only], action) == (0, 0, 1)
+
+
+def test_batches_that_overlap_take_their_own_versions() -> None:
+    """An engine with weights that are too old for one batch still works for the other; new weights let both use it."""
+    old, new = Server("3"), Server("4")
+
+    async def run(clients):
+        pool = EnginePool(clients, PATIENCE, period_s=0.05)
+        async with pool.serving(Versions(3, 4)) as either, pool.serving(Versions(4, 5)) as newer:
+            await asyncio.gather(*(newer.generate(request(seed, (seed,))) for seed in range(4)))
+            assert (old.seeds, sorted(new.seeds)) == ([], [0, 1, 2, 3])
+            await asyncio.gather(*(either.generate(request(seed, (seed,))) for seed in range(10, 18)))
+            assert old.seeds
+            old.version = "5"
+            await until(lambda: pool._servers[0].version == 5)
+            new.version = "default"  # it is started again
+            await until(lambda: pool._servers[1].version is None)
+            with pytest.raises(DeadlineError, match=r"serves weights 5; 3 to 4 are needed.*serves weights None"):
+                await asyncio.wait_for(either.generate(request(20)), 20)
+            return (await newer.generate(request(21)))[0].version
+
+    assert serve([old, new], lambda clients: run(clients)) == 5
+    assert 21 in old.seeds
+
+
+def test_weights_that_arrive_under_way_leave_requests_alone_that_take_them() -> None:
+    only = Server("3", slow_s=lambda _: 0.4)
+
+    async def run(clients):
+        pool = EnginePool(clients, PATIENCE, period_s=0.05)
+        async with pool.serving(Versions(3, 4)) as engines:
+            pending = asyncio.create_task(engines.generate(request(0)))
+            await under_way([only], 1)
+            only.version = "4"
+            await until(lambda: pool._servers[0].version == 4)
+            await pending
+            return pool.retried, pool.in_service(Versions(3, 4))
+
+    assert serve([only], run) == (0, 1)
+    assert only.salts == ["version 3"]  # what was computed for it is not used for requests of newer weights
+
+
+def test_a_request_that_new_weights_ended_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    only = Server("3", aborts=2)
+
+    async def action(pool, engines):
+        return (await engines.generate(request(7)))[0].tokens, pool.in_service(THREE), pool.retried
+
+    assert pooled([only], action) == ([7], 1, 2)
+    assert not caplog.records  # nothing is wrong with the engine
+
+
+def test_requests_that_are_always_ended_say_what_to_change() -> None:
+    with pytest.raises(EngineError, match=r"failed 4 times.*transfer\.in_flight=abort"):
+        pooled([Server("3", aborts=TRIES)], lambda _, engines: engines.generate(request(7)))
+
+
+def test_time_with_requests_is_counted_once_however_many_there_are() -> None:
+    busy, idle = Server(slow_s=lambda _: 0.3), Server()
+
+    async def action(pool, engines):
+        await asyncio.gather(*(engines.generate(request(seed, (1,))) for seed in range(3)))
+        await asyncio.sleep(0.2)
+        return pool.busy_s * pool.size
+
+    assert 0.3 <= pooled([busy, idle], action) < 0.5

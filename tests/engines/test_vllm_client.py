@@ -6,11 +6,9 @@ from collections.abc import Callable
 import pytest
 from aiohttp import web
 
-from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.engines.types import SamplingRequest, seed_of
 from megatron_hpt.engines.vllm.server import VllmEngine
 from megatron_hpt.errors import DeadlineError, EngineError
-from megatron_hpt.rollout.sampling import SamplingSettings, sample
 
 REQUEST = SamplingRequest([1, 2], 1, 3, 1.0, 1.0, 4, 0)
 
@@ -102,13 +100,6 @@ def test_an_engine_that_is_gone_is_typed() -> None:
 
     with pytest.raises(EngineError, match=r"127\.0\.0\.1:9 cannot be reached"):
         asyncio.run(ask_nobody())
-
-
-def test_a_sample_of_other_weights_is_refused() -> None:
-    prompts = [Prompt("p", [1], None, "1", "")]
-    settings = SamplingSettings(lambda _: 1, 1.0, 1.0, 4, 0)
-    with pytest.raises(EngineError, match=r"prompt p was sampled with weights \[3\]; the batch needs 4"):
-        ask(answering(choice()), lambda engine: sample(engine, prompts, settings, (0,), version=4))
 
 
 def test_seeds_differ_and_stay() -> None:

@@ -7,7 +7,7 @@ import pytest
 from megatron_hpt.config import GateConfig, RewardConfig
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.engines.pool import EnginePool
-from megatron_hpt.engines.types import seed_of
+from megatron_hpt.engines.types import Versions, seed_of
 from megatron_hpt.errors import EngineError
 from megatron_hpt.objective.gates import hybrid
 from megatron_hpt.rewards.pool import GraderPool
@@ -44,11 +44,11 @@ def answers(tokenizer):
 def run(server: Server, grader: Grader, gate: GateConfig, prompt: Prompt = PROMPT):
     """Sample one prompt as the coordinator does."""
 
-    async def action(engines):
-        pool = EnginePool(engines, PATIENCE, period_s=0.05)
-        async with pool.serving(3):
+    async def action(clients):
+        pool = EnginePool(clients, PATIENCE, period_s=0.05)
+        async with pool.serving(Versions(3, 3)) as engines:
             early = Early(GateDecider(hybrid(gate), 0, {}), grader)
-            groups = await sample(pool, [prompt], SETTINGS, (0,), 3, early)
+            groups = await sample(engines, [prompt], SETTINGS, (0,), early)
             groups = await grade(groups, grader, demonstrations=False)
         while server.running:  # a closed connection is noticed a moment later
             await asyncio.sleep(0.01)

@@ -168,6 +168,7 @@ class SglangEngine(HttpEngine):
             "input_ids": [request.tokens] * request.samples,
             "sampling_params": [{**parameters, "sampling_seed": seed} for seed in seeds],
             "return_logprob": True,
+            **({} if request.version is None else {"cache_salt": f"version {request.version}"}),
         }
 
     def samples(self, answer: Any) -> list[Sample]:

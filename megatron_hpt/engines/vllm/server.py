@@ -151,6 +151,7 @@ class VllmEngine(HttpEngine):
                 "logprobs": 0,
                 "detokenize": False,
             },
+            **({} if request.version is None else {"cache_salt": f"version {request.version}"}),
         }
 
     def samples(self, answer: Any) -> list[Sample]:

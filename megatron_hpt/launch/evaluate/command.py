@@ -19,7 +19,7 @@ from megatron_hpt.config import RewardConfig
 from megatron_hpt.engines.client import HttpEngine
 from megatron_hpt.engines.pool import EnginePool, Patience
 from megatron_hpt.engines.registry import engine_of
-from megatron_hpt.engines.types import OWN
+from megatron_hpt.engines.types import OWN, Versions
 from megatron_hpt.errors import DataError, Interrupted
 from megatron_hpt.evaluation.collecting import Collection, SampleSource
 from megatron_hpt.evaluation.grading import Graders, checked_grader
@@ -123,10 +123,10 @@ async def _ask(
     deadlines = job.config.deadlines
     patience = Patience(deadlines.health_s, deadlines.silent_s, return_s=deadlines.startup_s)
     pool = EnginePool(clients, patience, on_silence=servers.give_up if servers else None)
-    source = SampleSource(pool, job.tokenizer, len(clients) * job.config.rollout.max_running)
     counter.begin()
     try:
-        async with pool.serving(OWN):
+        async with pool.serving(Versions(OWN, OWN)) as engines:
+            source = SampleSource(engines, job.tokenizer, len(clients) * job.config.rollout.max_running)
             tasks = [asyncio.create_task(collection.fill(source, graders, lambda row: counter.sample(row.tokens)))]
             tasks += [asyncio.create_task(servers.watch())] if servers else []
             try:

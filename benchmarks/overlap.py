@@ -1,0 +1,96 @@
+"""Seconds a step with `rollout.max_lag` 0, 1 and 2: engines and trainer in turns, and beside each other.
+
+    .venv/bin/python benchmarks/overlap.py [--engine vllm] [--steps 12] [--rounds 2]
+
+Runs of the quickstart's model under GRPO, in turns. `--engine sleeping` takes as long for a batch as the trainer does, and uses
+no core (`benchmarks/sleeping_engine.py`): that is what engines on machines of their own look like. A real engine shares this
+machine's cores with the trainer. The first three steps and the last, whose engines have nothing more to do, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from sleeping_engine import SECONDS
+
+ROOT = Path(__file__).parents[1]
+WARM_UP = 3
+LAGS = (0, 1, 2)
+SETTINGS = (
+    *("algorithm.name=grpo", "evaluation.sets={}", "trainer.save_every=0", "trainer.export=false", "optimizer.warmup_steps=0"),
+    *("parallel.tensor=1", "trainer.prompts_per_step=32", "rollout.samples_per_prompt=8"),
+    "algorithm.mismatch.stop_above=100",  # the sleeping engine's log-probabilities are made up
+)
+
+
+def lines_of(folder: Path, engine: str, lag: int, steps: int, seconds: float) -> list[dict[str, Any]]:
+    """Train, and return the metrics of the steps that count."""
+    name = f"{ROOT}/benchmarks/sleeping_engine.py:SLEEPING" if engine == "sleeping" else engine
+    settings = (*SETTINGS, f"rollout.engine={name}", f"rollout.max_lag={lag}", f"trainer.steps={steps}", f"name=lag{lag}")
+    command = [sys.executable, "-m", "megatron_hpt.cli", "train", str(ROOT / "recipes" / "quickstart.py"), *settings]
+    before = set(folder.glob("runs/*"))
+    environment = {**os.environ, SECONDS: str(seconds)}
+    subprocess.run(command, cwd=folder, check=True, env=environment, stdout=subprocess.DEVNULL)
+    (run,) = set(folder.glob("runs/*")) - before
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return lines[WARM_UP:-1]
+
+
+def mean(lines: list[dict[str, Any]], key: str) -> float:
+    return statistics.fmean(line[key] for line in lines)
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", default="vllm", choices=["vllm", "sglang", "sleeping"])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+    measured: dict[int, list[dict[str, Any]]] = {lag: [] for lag in LAGS}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        seconds = 0.0
+        if arguments.engine == "sleeping":
+            alone = lines_of(folder, "sleeping", 0, WARM_UP + 4, 0.0)
+            seconds = mean(alone, "time/train_s")
+        for _ in range(arguments.rounds):
+            for lag in LAGS:
+                measured[lag] += lines_of(folder, arguments.engine, lag, arguments.steps, seconds)
+    table = Table(box=None, header_style="bold")
+    for name in (
+        "max_lag",
+        "seconds a step",
+        "ratio",
+        "rollout s",
+        "train s",
+        "trainer idle",
+        "engines idle",
+        "mean lag",
+        "k3",
+    ):
+        table.add_column(name, justify="right")
+    alone = mean(measured[0], "time/step_s")
+    for lag, lines in measured.items():
+        step = mean(lines, "time/step_s")
+        idle = [f"{mean(lines, f'time/{side}_idle_s') / step:.0%}" for side in ("trainer", "engines")]
+        phases = [f"{mean(lines, f'time/{phase}_s'):.2f}" for phase in ("rollout", "train")]
+        mismatch = f"{mean(lines, 'mismatch/k3_kl'):.2g}"
+        table.add_row(
+            str(lag), f"{step:.2f}", f"{step / alone:.2f}", *phases, *idle, f"{mean(lines, 'rollout/lag'):.2f}", mismatch
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
