@@ -184,7 +184,7 @@ def pack(rows: Sequence[Row], device: torch.device, layout: MicroBatchLayout, to
         end = start + length
         # The position before a token predicts it, so the response's positions begin one before its first token.
         response = slice(end - row.response_length, end)
-        tokens[start:end], targets[start:end], positions[start:end] = row.tokens[:-1], row.tokens[1:], range(length)
+        tokens[start:end], targets[start:end], positions[start:end] = row.tokens[:-1], row.tokens[1:], np.arange(length)
         responses[response] = True
         floats["weights"][response] = row.weight
         floats["advantages"][response] = row.token_advantages if row.token_advantages is not None else row.advantage or 0.0
@@ -225,7 +225,7 @@ def _routes(
     for row, start in zip(rows, starts, strict=False):
         if row.routes is None:
             continue
-        recorded, fed = np.frombuffer(row.routes, dtype=np.int16), len(row.tokens) - 1
+        recorded, fed = row.routes, len(row.tokens) - 1
         if recorded.size != fed * layers * topk or recorded.min() < 0 or recorded.max() >= experts:
             raise DataError(
                 f"prompt {row.prompt_id}: {recorded.size} recorded routes of experts {recorded.min()} to {recorded.max()}; "

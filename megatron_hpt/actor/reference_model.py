@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -65,17 +66,17 @@ def penalised(rows: Sequence[Row], plan: Sequence[Sequence[int]], references: Se
         The rows with their new advantages, the same on every rank.
     """
     kl = actor.algorithm.kl
-    penalties_here: dict[int, list[float]] = {}
+    penalties_here: dict[int, np.ndarray] = {}
     if actor.ranks.reports:
         for indices, logprobs in zip(plan, references, strict=True):
             for index, response in zip(indices, response_slices([rows[i] for i in indices], actor.layout), strict=True):
                 row = rows[index]
                 if row.source is Source.ROLLOUT:
-                    behaviour = torch.tensor(row.behaviour_logprobs, dtype=torch.float64)
+                    behaviour = torch.from_numpy(row.behaviour_logprobs.astype(np.float64))
                     log_ratio = behaviour - logprobs[response].double().cpu()
-                    penalties_here[index] = (-kl.coefficient * kl.estimator(log_ratio)).tolist()
+                    penalties_here[index] = (-kl.coefficient * kl.estimator(log_ratio)).numpy()
     # A row lies on one data parallel rank, but every rank needs all of them: advantages are relative to a row's group.
-    of_ranks: list[dict[int, list[float]]] = [{}] * dist.get_world_size()
+    of_ranks: list[dict[int, np.ndarray]] = [{}] * dist.get_world_size()
     dist.all_gather_object(of_ranks, penalties_here)
     penalties = {index: penalty for part in of_ranks for index, penalty in part.items()}
     estimated = [index for index, row in enumerate(rows) if row.is_estimated]

@@ -237,7 +237,7 @@ class Trainer:
     def _check_first_mismatch(self, step: int, k3: float | None, rows: Sequence[Row]) -> None:
         """Look at the mismatch of the first batch with rollouts of the weights that it trains.
 
-        That is the first one of a run, before anything has been saved. Older weights differ from those by what they have learnt.
+        That is the first one of a run, before anything has been saved; older weights differ by what has been learnt since.
         """
         if k3 is None or self._has_measured or any(row.policy_version not in (step, None) for row in rows):
             return

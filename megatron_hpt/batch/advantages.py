@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from megatron_hpt.batch.rows import Row, Source
 from megatron_hpt.config import Config
 from megatron_hpt.objective.advantage import Outcome
 from megatron_hpt.objective.algorithm import Algorithm
 
-TokenRewards = Mapping[int, Sequence[float]]
-"""Index of a row → reward of each of its response tokens, which is added to what the verifier gave the whole response."""
+TokenRewards = Mapping[int, np.ndarray]
+"""Index of a row → reward of each of its response tokens (float64), which is added to what the verifier gave the response."""
 
 
 def with_advantages(
@@ -38,8 +40,8 @@ def with_advantages(
     return result
 
 
-def _outcome(row: Row, penalties: Sequence[Sequence[float]]) -> Outcome:
-    sums = [sum(token) for token in zip(*penalties, strict=True)] if penalties else None
+def _outcome(row: Row, penalties: Sequence[np.ndarray]) -> Outcome:
+    sums = sum(penalties).tolist() if penalties else None
     return Outcome(row.group, row.reward, row.response_length, row.source is Source.DEMONSTRATION, sums)
 
 
@@ -56,5 +58,6 @@ def overlong_penalties(rows: Sequence[Row], config: Config) -> TokenRewards:
     for index, row in enumerate(rows):
         beyond = row.response_length - (limit - overlong.buffer)
         if row.source is Source.ROLLOUT and beyond > 0:
-            penalties[index] = [*[0.0] * (row.response_length - 1), -overlong.penalty * min(1.0, beyond / overlong.buffer)]
+            penalties[index] = np.zeros(row.response_length)
+            penalties[index][-1] = -overlong.penalty * min(1.0, beyond / overlong.buffer)
     return penalties

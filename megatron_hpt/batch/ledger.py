@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from megatron_hpt.batch.rows import Batch, from_schema, from_table, to_table
+from megatron_hpt.batch.rows import Batch, from_schema, from_table, schema_of, to_parts
 from megatron_hpt.errors import DataError
 from megatron_hpt.files import whole
 
@@ -34,12 +34,12 @@ class Ledger:
 
     def write(self, batch: Batch) -> None:
         """Write a batch under another name and rename it, so that no half-written file is ever read."""
-        table = to_table(batch)
-        with whole(self.path(batch.step)) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
-            writer.write_table(table)
+        with whole(self.path(batch.step)) as temporary, pa.ipc.new_file(str(temporary), schema_of(batch)) as writer:
+            for part in to_parts(batch.rows):
+                writer.write_batch(part)
 
     def read(self, step: int) -> Batch:
-        """Read a batch with all its rows.
+        """Read a batch with all its rows, whose arrays are read from the file when they are used (`rows`).
 
         Raises:
             DataError: the file is missing or damaged; names it.

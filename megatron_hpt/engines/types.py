@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+import msgspec
+import numpy as np
+
+from megatron_hpt.arrays import ArrayRecord
 from megatron_hpt.data.order import hashed
 
 
@@ -59,22 +63,35 @@ class Versions:
         return str(self.oldest) if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
 
 
-@dataclass(frozen=True)
-class Sample:
+class Span(msgspec.Struct, gc=False):
+    """Tokens of a response in a row that the same weights sampled, as vLLM and SGLang describe them."""
+
+    version: str
+    """Label of the weights."""
+    start: int
+    """Index of the first token; the span ends where the next one starts, the last one with the response."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample(ArrayRecord):
     """One response as the token ids that the engine sampled; they are never re-tokenised."""
 
-    tokens: list[int]
-    """Token ids, the end-of-sequence token included where it was sampled; at least one."""
-    logprobs: list[float]
-    """Log-probability of each token under the distribution that it was sampled from, temperature and nucleus applied."""
+    tokens: np.ndarray
+    """int32: token ids, the end-of-sequence token included where it was sampled; at least one."""
+    logprobs: np.ndarray
+    """float32: log π of each token under the distribution that it was sampled from, temperature and nucleus applied."""
     finish_reason: str
     """``stop`` where end-of-sequence was sampled, ``length`` where the response reached `SamplingRequest.max_tokens`."""
-    version: int
-    """Version of the weights that sampled every one of the tokens."""
+    spans: tuple[tuple[int, int], ...]
+    """Versions of the weights that sampled the tokens, in order, each with the number of tokens that it sampled in a row."""
+
+    def __post_init__(self) -> None:
+        self.hold(tokens=np.int32, logprobs=np.float32)
 
     @property
-    def spans(self):
-        return ((self.version, len(self.tokens)),)
+    def version(self) -> int:
+        """The oldest version of the weights that sampled any of the tokens."""
+        return min(version for version, _ in self.spans)
 
 
 class Sampler(Protocol):
@@ -88,7 +105,7 @@ class Sampler(Protocol):
             `request.samples` samples.
 
         Raises:
-            EngineError: the engine failed, or its answer is incomplete or mixes versions of weights. A pool then sends the
+            EngineError: the engine failed, or its answer is incomplete or from weights of no version. A pool then sends the
                 request to another engine.
             DeadlineError: the answer did not come in time; this ends the step.
         """

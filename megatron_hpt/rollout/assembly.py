@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from megatron_hpt.batch.advantages import TokenRewards, overlong_penalties, with_advantages
 from megatron_hpt.batch.rows import Batch, Row, Source
 from megatron_hpt.config import Config
@@ -121,12 +123,13 @@ def assemble(
 def _rows(index: int, group: Group, decision: Decision) -> list[Row]:
     """Lay out the rows of a group with the weights of its decision, and without advantages."""
     prompt = group.prompt
+    prompt_tokens = np.array(prompt.tokens, dtype=np.int32)
     rows = [
         Row(
             prompt_id=prompt.prompt_id,
             group=index,
             source=Source.ROLLOUT,
-            tokens=[*prompt.tokens, *sample.tokens],
+            tokens=np.concatenate([prompt_tokens, sample.tokens]),
             prompt_length=len(prompt.tokens),
             behaviour_logprobs=sample.logprobs,
             reward=reward,
@@ -134,6 +137,7 @@ def _rows(index: int, group: Group, decision: Decision) -> list[Row]:
             weight=decision.rollout_weight,
             policy_version=sample.version,
             finish_reason=sample.finish_reason,
+            versions=sample.spans,
         )
         for sample, reward in zip(group.samples, group.rewards, strict=True)
     ]

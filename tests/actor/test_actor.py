@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,9 +110,9 @@ def make_rows(model: Path, seed: int) -> list[Row]:
     return rows
 
 
-def token_logprobs(network: torch.nn.Module, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(network: torch.nn.Module, tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """log-probability of every token but the first, and the entropies, by transformers and dense softmax."""
-    ids = torch.tensor([tokens])
+    ids = torch.tensor(tokens, dtype=torch.int64)[None]
     logp = (network(ids).logits[0, :-1] / TEMPERATURE).log_softmax(-1)
     return logp.gather(1, ids[0, 1:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
 
@@ -124,7 +125,7 @@ def reference_loss(network: torch.nn.Module, rows: list[Row]) -> tuple[torch.Ten
     demonstration_tokens = sum(row.response_length for row in rows) - sum(row.response_length for row in rollouts)
     loss, entropy_sum = torch.zeros(()), torch.zeros(())
     for row in rows:
-        logp, entropy = (x[row.prompt_length - 1 :] for x in token_logprobs(network, list(row.tokens)))
+        logp, entropy = (x[row.prompt_length - 1 :] for x in token_logprobs(network, row.tokens))
         entropy_sum = entropy_sum + entropy.sum()
         if row.source is Source.ROLLOUT:
             ratio = (logp - torch.tensor(row.behaviour_logprobs)).exp()

@@ -36,7 +36,7 @@ def error(folder: Path) -> float:
     """Largest difference from transformers, relative to the largest logit."""
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        expected = [network(torch.tensor([row.tokens[:-1]])).logits[0] for row in rows(network.config.vocab_size)]
+        expected = [network(torch.tensor(row.tokens[:-1])[None]).logits[0] for row in rows(network.config.vocab_size)]
     found = torch.load(folder.with_name(f"{folder.name}.logits.pt")).split(LENGTHS)
     differences = [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)]
     return max(differences) / max(float(logits.abs().max()) for logits in expected)

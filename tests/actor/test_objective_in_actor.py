@@ -113,14 +113,14 @@ def test_a_kl_in_the_reward_is_estimated_again(layouts: Layouts) -> None:
     from .test_actor import AutoModelForCausalLM, token_logprobs
 
     network = AutoModelForCausalLM.from_pretrained(layouts.model, dtype=torch.float32)
-    logps = [token_logprobs(network, list(row.tokens))[0][row.prompt_length - 1 :].tolist() for row in rows]
+    logps = [token_logprobs(network, row.tokens)[0][row.prompt_length - 1 :].tolist() for row in rows]
     penalised = [
-        row.reward - 0.3 * sum(b - x for b, x in zip(row.behaviour_logprobs, logp, strict=True))
+        row.reward - 0.3 * sum(b - x for b, x in zip(row.behaviour_logprobs.tolist(), logp, strict=True))
         for row, logp in zip(rows, logps, strict=True)
     ]
     mean = sum(penalised) / len(penalised)
     ratios = [
-        sum(math.exp(x - b) for b, x in zip(row.behaviour_logprobs, logp, strict=True))
+        sum(math.exp(x - b) for b, x in zip(row.behaviour_logprobs.tolist(), logp, strict=True))
         for row, logp in zip(rows, logps, strict=True)
     ]
     expected = -sum((r - mean) * ratio for r, ratio in zip(penalised, ratios, strict=True)) / (len(rows) * 20)

@@ -44,10 +44,10 @@ def test_routes_of_another_model_are_refused() -> None:
     cut = MicroBatchLayout(routers=(LAYERS, TOPK, EXPERTS))
     row = Row("p7", 0, Source.ROLLOUT, [1, 2, 3], 1, [-1.0, -1.0], 1.0, 1.0, 1.0, 0)
     good = np.zeros((2, LAYERS, TOPK), dtype=np.int16)
-    assert pack([replace(row, routes=good.tobytes())], torch.device("cpu"), cut).packing.routes.shape == (LAYERS, 2, TOPK)
+    assert pack([replace(row, routes=good)], torch.device("cpu"), cut).packing.routes.shape == (LAYERS, 2, TOPK)
     for bad in (good[:1], good + EXPERTS, good - 1):
         with pytest.raises(DataError, match=r"prompt p7: .*2 tokens × 2 layers × 2 of experts 0 to 3"):
-            pack([replace(row, routes=bad.tobytes())], torch.device("cpu"), cut)
+            pack([replace(row, routes=bad)], torch.device("cpu"), cut)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def with_routes(row: Row, network: torch.nn.Module, rng: random.Random) -> Row:
         logprobs = token_logprobs(network, row.tokens)[0][row.prompt_length - 1 :].tolist()
     for hook in hooks:
         hook.remove()
-    return replace(row, routes=routes.tobytes(), behaviour_logprobs=logprobs)
+    return replace(row, routes=routes, behaviour_logprobs=logprobs)
 
 
 def through(out: tuple[torch.Tensor, ...], experts: np.ndarray) -> tuple[torch.Tensor, ...]:

@@ -219,7 +219,7 @@ def test_overrides_of_the_model_reach_both_sides_and_the_export(tmp_path: Path, 
     assert code == 0, text
     assert [line["step"] for line in metrics(run.path)] == [0, 1, 2]
     assert_overridden_run(run.path, overrides)
-    tokens = list(Ledger(run.path / "batches").read(0).rows[0].tokens)
+    tokens = Ledger(run.path / "batches").read(0).rows[0].tokens.tolist()
     assert k3_between(tmp_path / "model", tmp_path / "model", run.path / "export", tokens) > 1e-6  # k3_kl could have told
     assert (tmp_path / "model" / "config.json").read_bytes() == before
     versions = {path.name for path in (tmp_path / "versions").glob("*/version_*")}

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_hpt.config import Config
 from megatron_hpt.engines.client import HttpEngine
 from megatron_hpt.engines.interface import EngineKind, SamplingLimits, Start
-from megatron_hpt.engines.types import Sample, SamplingRequest
+from megatron_hpt.engines.types import Sample, SamplingRequest, Span
 from megatron_hpt.environment import inherited_here
 from megatron_hpt.process import token
 from megatron_hpt.transfer.control import EngineControl, Memory, ServerLoad
@@ -33,7 +33,7 @@ class RecordedClient(HttpEngine):
         return {"prompt": request.tokens, "samples": request.samples, "seed": request.seed}
 
     def samples(self, answer: Any) -> list[Sample]:
-        return [self.whole_sample(tokens, logprobs, "stop", {version}) for tokens, logprobs, version in answer]
+        return [self.whole_sample(tokens, logprobs, "stop", [Span(version, 0)]) for tokens, logprobs, version in answer]
 
 
 class RecordedControl(EngineControl):

@@ -87,7 +87,7 @@ class Server:
         return {
             "token_ids": tokens,
             "logprobs": {"content": [{"logprob": -0.5}] * len(tokens)},
-            "weight_versions": [{"version": self.version}],
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(tokens)}],
             "finish_reason": reason,
         }
 

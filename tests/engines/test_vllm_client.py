@@ -3,21 +3,24 @@
 import asyncio
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from aiohttp import web
 
-from megatron_hpt.engines.types import SamplingRequest, seed_of
+from megatron_hpt.engines.types import Sample, SamplingRequest, seed_of
 from megatron_hpt.engines.vllm.server import VllmEngine
 from megatron_hpt.errors import DeadlineError, EngineError
 
 REQUEST = SamplingRequest([1, 2], 1, 3, 1.0, 1.0, 4, 0)
 
 
-def choice(tokens=(5, 6), logprobs=(-0.5, -0.25), versions=("3",)) -> dict:
+def choice(tokens=(5, 6), logprobs=(-0.5, -0.25), versions=("3",), starts=(0, 1)) -> dict:
+    entries = [{"token_id": token, "logprob": x, "rank": 1} for token, x in zip(tokens, logprobs, strict=False)]
     return {
+        "index": 0,
         "token_ids": list(tokens),
-        "logprobs": {"content": [{"logprob": x} for x in logprobs]},
-        "weight_versions": [{"version": v} for v in versions],
+        "logprobs": {"content": [{**entry, "top_logprobs": [entry]} for entry in entries]},
+        "weight_versions": [{"version": v, "start": start, "end": 2} for v, start in zip(versions, starts, strict=False)],
         "finish_reason": "stop",
     }
 
@@ -51,18 +54,33 @@ def answering(*choices: dict) -> Callable:
 
 def test_tokens_log_probabilities_and_version_come_through() -> None:
     (found,) = ask(answering(choice()), lambda engine: engine.generate(REQUEST))
-    assert (found.tokens, found.logprobs, found.version) == ([5, 6], [-0.5, -0.25], 3)
+    assert found == Sample([5, 6], [-0.5, -0.25], "stop", ((3, 2),))
+    assert (found.tokens.dtype, found.logprobs.dtype, found.version) == (np.int32, np.float32, 3)
+
+
+def test_a_sample_of_several_versions_says_how_many_tokens_each_sampled() -> None:
+    mixed = choice((5, 6, 7, 8, 9), (-0.5,) * 5, versions=("3", "4", "6"), starts=(0, 1, 4))
+    (found,) = ask(answering(mixed), lambda engine: engine.generate(REQUEST))
+    assert (found.spans, found.version) == (((3, 1), (4, 3), (6, 1)), 3)
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (choice(versions=("3", "4")), r"sampled one response with weights \['3', '4'\]"),
+        (choice(versions=("default", "4")), r"sampled one response with weights \['4', 'default'\]"),
         (choice(versions=("default",)), "sampled one response with weights"),
         (choice(versions=()), "of no version"),
+        ({**choice(), "weight_versions": None}, "of no version"),
+        (choice(versions=("3", "4"), starts=(0, 2)), r"2 tokens; the weights' spans begin at \[0, 2\]"),
+        (choice(versions=("3", "4"), starts=(0, 0)), "2 tokens; the weights' spans"),
+        (choice(versions=("3",), starts=(1,)), "2 tokens; the weights' spans"),
         (choice(logprobs=(-0.5,)), "2 tokens with 1 log-probabilities"),
         (choice(tokens=(), logprobs=()), "0 tokens"),
-        ({**choice(), "finish_reason": "abort"}, "ended a response with 'abort'"),
+        ({**choice(), "finish_reason": "abort"}, "ended a request before it was whole"),
+        ({**choice(), "logprobs": None}, "what cannot be read"),
+        (choice(logprobs=(-0.5, None)), "what cannot be read"),
+        (choice(tokens=(5, 2**31)), "what cannot be read"),
+        (choice(tokens=(5, "6")), "what cannot be read"),
     ],
 )
 def test_a_wrong_answer_is_refused(bad: dict, message: str) -> None:

@@ -46,7 +46,7 @@ class Sampler:
             raise EngineError("the engine died")
         self.lives, self.asked = self.lives - 1, self.asked + 1
         tokens = [3, 5 + request.seed % 4, 4, 1]  # \boxed{0} … \boxed{3}
-        return [Sample(tokens, [0.0] * 4, "stop" if request.seed % 3 else "length", 0)]
+        return [Sample(tokens, [0.0] * 4, "stop" if request.seed % 3 else "length", ((0, 4),))]
 
 
 def record(samples: int = 4) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_hpt.batch.rows import Source
@@ -26,7 +27,7 @@ LENGTH = 16
 
 def group(name: str, rewards: list, demonstration: list | None = (8, 1), reward: float | None = None) -> Group:
     prompt = Prompt(name, [5, 6], list(demonstration) if demonstration else None, "7", "")
-    samples = [Sample([7] * (i + 1), [-0.1] * (i + 1), "stop", 3) for i in range(len(rewards))]
+    samples = [Sample([7] * (i + 1), [-0.1] * (i + 1), "stop", ((3, i + 1),)) for i in range(len(rewards))]
     return Group(prompt, samples, rewards, reward)
 
 
@@ -82,9 +83,16 @@ def test_a_prompt_without_demonstration_follows_the_rule_and_is_counted(rule: st
 
 def test_a_row_holds_prompt_response_and_version() -> None:
     rollout, demonstration = make([group("p", [0.0])]).rows
-    assert (rollout.tokens, rollout.prompt_length, rollout.response_length) == ([5, 6, 7], 2, 1)
-    assert (rollout.policy_version, rollout.behaviour_logprobs) == (3, [-0.1])
-    assert (demonstration.tokens, demonstration.behaviour_logprobs, demonstration.policy_version) == ([5, 6, 8, 1], None, None)
+    assert (rollout.tokens.tolist(), rollout.prompt_length, rollout.response_length) == ([5, 6, 7], 2, 1)
+    assert (rollout.policy_version, rollout.behaviour_logprobs) == (3, np.float32([-0.1]))
+    assert (demonstration.tokens.tolist(), demonstration.prompt_length) == ([5, 6, 8, 1], 2)
+    assert (demonstration.behaviour_logprobs, demonstration.policy_version, demonstration.versions) == (None, None, None)
+
+
+def test_a_row_of_several_versions_is_as_old_as_the_oldest() -> None:
+    sample = Sample([7] * 5, [-0.1] * 5, "stop", ((3, 2), (4, 3)))
+    (row,) = make([Group(group("p", []).prompt, [sample], [1.0])]).rows
+    assert (row.policy_version, row.versions) == (3, ((3, 2), (4, 3)))
 
 
 def test_sft_needs_no_rollouts() -> None:
@@ -124,7 +132,7 @@ def test_dynamic_sampling_trains_as_many_prompts_as_a_step_has() -> None:
 
 @pytest.mark.parametrize(("length", "penalty"), [(12, 0.0), (13, 0.125), (14, 0.25), (16, 0.5)])
 def test_overlong_responses_lose_reward_but_not_the_gates_favour(length: int, penalty: float) -> None:
-    samples = [Sample([7] * length, [-0.1] * length, "stop", 3), Sample([7], [-0.1], "stop", 3)]
+    samples = [Sample([7] * length, [-0.1] * length, "stop", ((3, length),)), Sample([7], [-0.1], "stop", ((3, 1),))]
     batch = make([Group(group("p", []).prompt, samples, [1.0, 1.0])], overlong=OverlongConfig(buffer=4, penalty=0.5))
     assert batch.rows[0].reward == 1.0  # the record is the verifier's
     assert batch.rows[0].advantage == pytest.approx(-penalty / 2)
@@ -133,7 +141,7 @@ def test_overlong_responses_lose_reward_but_not_the_gates_favour(length: int, pe
 
 
 def test_truncated_responses_may_be_masked() -> None:
-    samples = [Sample([7] * 16, [-0.1] * 16, "length", 3), Sample([7], [-0.1], "stop", 3)]
+    samples = [Sample([7] * 16, [-0.1] * 16, "length", ((3, 16),)), Sample([7], [-0.1], "stop", ((3, 1),))]
     batch = make([Group(group("p", []).prompt, samples, [0.0, 1.0])], overlong=OverlongConfig(mask=True))
     assert [(row.weight, row.advantage) for row in batch.rows] == [(0.0, -0.5), (1.0, 0.5)]
     assert batch.metrics["overlong/masked"] == 1

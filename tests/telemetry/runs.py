@@ -77,7 +77,7 @@ def _group(prompt: Prompt, step: int, story: Story, gate: Any, tokenizer: Any, r
 def _sample(prompt: Prompt, right: bool, step: int, tokenizer: Any) -> Sample:
     text = f"\\boxed{{{prompt.ground_truth}}}" if right else "1" * (40 if step < 3 else 12)
     tokens = [*tokenizer.encode(text), tokenizer.eos_token_id]
-    return Sample(tokens, [-0.1] * len(tokens), "stop" if right else "length", step)
+    return Sample(tokens, [-0.1] * len(tokens), "stop" if right else "length", ((step, len(tokens)),))
 
 
 def _metrics(step: int, story: Story) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def recorded(folder: Path, steps: list[list[list]], config: Config) -> Ledger:
         rows = []
         for index, rewards in enumerate(groups):
             prompt = Prompt(str(index), [5], [8, 1] if index % 3 else None, "7", "hard" if index % 2 else "easy")
-            rows.append(Group(prompt, [Sample([7], [-0.1], "stop", step) for _ in rewards], rewards))
+            rows.append(Group(prompt, [Sample([7], [-0.1], "stop", ((step, 1),)) for _ in rewards], rewards))
         ledger.write(assemble(step, rows, algorithm, config, {"data/next_prompt": 5 * (step + 1)}, history.choices))
         history.add(step)
     return ledger
@@ -72,7 +72,7 @@ def test_a_prompt_whose_rollouts_were_cancelled_is_decided_as_if_all_had_finishe
     decider = GateDecider(gate, 0, {})
     if not decider.decided(prompt, rewards, 8):
         return
-    sample = Sample([7], [-0.1], "stop", 0)
+    sample = Sample([7], [-0.1], "stop", ((0, 1),))
     cut = Group(prompt, [sample] * len(rewards), rewards, cancelled=missing)
     whole = Group(prompt, [sample] * 8, [*rewards, *[1.0] * missing])
     ledger.write(assemble(0, [cut], of_run(config), config, {"data/next_prompt": 1}))
@@ -105,7 +105,7 @@ def test_a_changed_weight_is_a_changed_decision(tmp_path: Path) -> None:
 def test_a_prompt_that_occurs_twice_in_a_step_is_decided_as_it_was(tmp_path: Path) -> None:
     config = config_of(GateConfig(threshold=0, hysteresis=1))
     ledger, prompt = Ledger(tmp_path), Prompt("p", [5], [8, 1], "7", "")
-    samples = [Sample([7], [-0.1], "stop", 0)] * 4
+    samples = [Sample([7], [-0.1], "stop", ((0, 1),))] * 4
     twice = [Group(prompt, samples, rewards) for rewards in ([0.0] * 4, [1.0, 0, 0, 0])]
     ledger.write(assemble(0, twice, of_run(config), config, {"data/next_prompt": 2}))
     (step,) = replay(ledger, of_run(config).gate)

@@ -52,10 +52,10 @@ class Policy:
         """Largest error of the log-probabilities of those tokens of a sample that it says this version made."""
         self._model.load_state_dict(self._weights[version], strict=False)
         self._model.tie_weights()
-        tokens = torch.tensor([*prompt, *map(int, sample.tokens)])
+        tokens = torch.tensor([*prompt, *sample.tokens.tolist()])
         logprobs = self._model(tokens[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         exact = logprobs.gather(1, tokens[len(prompt) :, None])[:, 0]
-        errors = (exact - torch.tensor([float(value) for value in sample.logprobs])).abs()
+        errors = (exact - torch.from_numpy(sample.logprobs.copy())).abs()
         made = torch.cat([torch.full((length,), number) for number, length in sample.spans]) == version
         return float(errors[made].max())
 

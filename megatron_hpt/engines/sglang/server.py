@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
 from megatron_hpt.config import Config
 from megatron_hpt.engines.client import CONNECTIONS, HttpEngine, answer_of, connections_of
@@ -25,7 +26,7 @@ from megatron_hpt.engines.interface import EngineKind, RunningServer, SamplingLi
 from megatron_hpt.engines.seeding import is_seeded, server_seed
 from megatron_hpt.engines.sglang import host, site
 from megatron_hpt.engines.sglang.control import SglangControl
-from megatron_hpt.engines.types import Sample, SamplingRequest
+from megatron_hpt.engines.types import Sample, SamplingRequest, Span
 from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import EngineError
 from megatron_hpt.files import write_private
@@ -129,9 +130,33 @@ def _host_environment(config: Config) -> dict[str, str]:
     }
 
 
+class _Logprob(msgspec.Struct, array_like=True, gc=False):
+    """The first of three: log-probability, token id, text."""
+
+    logprob: float
+
+
+class _FinishReason(msgspec.Struct, gc=False):
+    type: str
+
+
+class _MetaInfo(msgspec.Struct, gc=False):
+    output_token_logprobs: list[_Logprob]
+    finish_reason: _FinishReason
+    weight_versions: list[Span] | None
+
+
+class _Answer(msgspec.Struct, gc=False):
+    """What is read of the answer to one request of a batch (sglang/srt/managers/tokenizer_manager.py)."""
+
+    output_ids: list[int]
+    meta_info: _MetaInfo
+
+
 class SglangEngine(HttpEngine):
     """The client of one SGLang server."""
 
+    answer_type = list[_Answer]
     generate_route = "/generate"
     version_route = "/model_info"
     progress_route = "/v1/loads?include=core"
@@ -171,13 +196,13 @@ class SglangEngine(HttpEngine):
             **({} if request.version is None else {"cache_salt": f"version {request.version}"}),
         }
 
-    def samples(self, answer: Any) -> list[Sample]:
+    def samples(self, answer: list[_Answer]) -> list[Sample]:
         return [
             self.whole_sample(
-                sample["output_ids"],
-                [entry[0] for entry in sample["meta_info"]["output_token_logprobs"]],
-                sample["meta_info"]["finish_reason"]["type"],
-                {span["version"] for span in sample["meta_info"]["weight_versions"] or ()},
+                sample.output_ids,
+                [token.logprob for token in sample.meta_info.output_token_logprobs],
+                sample.meta_info.finish_reason.type,
+                sample.meta_info.weight_versions,
             )
             for sample in answer
         ]

@@ -7,11 +7,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from megatron_hpt.engines.client import HttpEngine
-from megatron_hpt.engines.types import Sample, SamplingRequest
+from megatron_hpt.engines.types import Sample, SamplingRequest, Span
 
 UNLABELLED = "the server's own"
 """Label of the weights of a server that has no route for it; such a server cannot be sent other weights either."""
+
+
+class _Logprobs(msgspec.Struct, gc=False):
+    token_logprobs: list[float]
+
+
+class _Choice(msgspec.Struct, gc=False):
+    token_ids: list[int]
+    logprobs: _Logprobs
+    finish_reason: str
+
+
+class _Answer(msgspec.Struct, gc=False):
+    """What is read of a CompletionResponse."""
+
+    choices: list[_Choice]
 
 
 class CompletionsEngine(HttpEngine):
@@ -22,6 +40,7 @@ class CompletionsEngine(HttpEngine):
         own: label of the weights, or `UNLABELLED`.
     """
 
+    answer_type = _Answer
     generate_route = "/v1/completions"
     version_route = "/weight_info"
 
@@ -52,10 +71,9 @@ class CompletionsEngine(HttpEngine):
             "return_token_ids": True,
         }
 
-    def samples(self, answer: Any) -> list[Sample]:
+    def samples(self, answer: _Answer) -> list[Sample]:
+        own = [Span(str(self._own), 0)]
         return [
-            self.whole_sample(
-                choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"], {str(self._own)}
-            )
-            for choice in answer["choices"]
+            self.whole_sample(choice.token_ids, choice.logprobs.token_logprobs, choice.finish_reason, own)
+            for choice in answer.choices
         ]

@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 import httpx
+import msgspec
 
 from megatron_hpt.config import Config
 from megatron_hpt.engines.client import CONNECTIONS, HttpEngine, answer_of, connections_of
@@ -22,6 +23,7 @@ from megatron_hpt.engines.host import cores_of_ranks, threads_of_one_rank
 from megatron_hpt.engines.interface import EngineKind, RunningServer, SamplingLimits, Start
 from megatron_hpt.engines.seeding import is_seeded, server_seed
 from megatron_hpt.engines.types import Sample, SamplingRequest
+from megatron_hpt.engines.vllm.answers import PACKED, Answer, PackedAnswer
 from megatron_hpt.engines.vllm.completions import UNLABELLED, CompletionsEngine
 from megatron_hpt.engines.vllm.control import VllmControl
 from megatron_hpt.environment import inherited_here
@@ -42,7 +44,8 @@ def server_command(config: Config, python: str, start: Start) -> list[str]:
         *(python, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", start.model, "--served-model-name", config.name),
         *("--host", config.rollout.host, "--port", str(start.port)),
-        *("--middleware", "megatron_hpt.engines.vllm.run_token.RequireRunToken"),
+        *("--middleware", "megatron_hpt.engines.vllm.answers.PackAnswers"),
+        *("--middleware", "megatron_hpt.engines.vllm.run_token.RequireRunToken"),  # the last one is asked first
         *("--dtype", config.model.dtype, "--tensor-parallel-size", str(config.rollout.tensor_parallel)),
         *("--max-model-len", str(config.max_sequence_length), "--max-num-seqs", str(config.rollout.max_running)),
         *_prefill_arguments(config, seeded),
@@ -112,6 +115,8 @@ def _host_environment(config: Config) -> dict[str, str]:
 class VllmEngine(HttpEngine):
     """The client of a vLLM server that was started as `server_command` says."""
 
+    answer_type = Answer
+    accept = f"{PACKED}, application/json"
     generate_route = "/inference/v1/generate"
     version_route = "/weight_info"
     progress_route = "/metrics"
@@ -132,6 +137,7 @@ class VllmEngine(HttpEngine):
         """
         super().__init__(url, deadline_s, silent_s, connections, own)
         self._seeded = seeded
+        self._unpack = msgspec.msgpack.Decoder(PackedAnswer)
 
     def progress_of(self, answer: bytes) -> Hashable:
         """Return the tokens produced since the start (vllm/v1/metrics/loggers.py), or None if statistics are switched off."""
@@ -154,16 +160,11 @@ class VllmEngine(HttpEngine):
             **({} if request.version is None else {"cache_salt": f"version {request.version}"}),
         }
 
-    def samples(self, answer: Any) -> list[Sample]:
-        return [
-            self.whole_sample(
-                choice["token_ids"],
-                [entry["logprob"] for entry in choice["logprobs"]["content"]],
-                choice["finish_reason"],
-                {span["version"] for span in choice["weight_versions"] or ()},
-            )
-            for choice in answer["choices"]
-        ]
+    def read(self, content: bytes, kind: str) -> list[Sample]:
+        return self.samples(self._unpack.decode(content)) if kind == PACKED else super().read(content, kind)
+
+    def samples(self, answer: Answer | PackedAnswer) -> list[Sample]:
+        return [self.whole_sample(*choice.arrays(), choice.finish_reason, choice.weight_versions) for choice in answer.choices]
 
 
 def client(config: Config, url: str, own: str | None = None) -> VllmEngine:
