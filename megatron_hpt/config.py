@@ -653,7 +653,13 @@ class ActorConfig(Section):
     """Torch threads of one rank on the host."""
 
     @model_validator(mode="after")
-    def _fp8_settings(self) -> ActorConfig:
+    def _kernels_that_agree(self) -> ActorConfig:
+        if self.deterministic and self.expert_dispatcher == "deepep":
+            # Destinations are drawn by atomic additions: github.com/deepseek-ai/DeepEP, pull request 753.
+            raise ValueError(
+                "deterministic cannot be had with expert_dispatcher=deepep: the order in which DeepEP delivers tokens, and so "
+                "the sums over them, changes from run to run; set it to alltoall"
+            )
         if self.fp8_param_gather and self.fp8 == "none":
             raise ValueError("fp8_param_gather keeps weights in FP8: choose a recipe in fp8, or leave it out")
         if self.fp8 == "delayed" and self.bf16_layers:

@@ -64,7 +64,12 @@ def test_bfloat16_layers_that_leave_none_in_fp8_are_refused(bf16_layers: int, la
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"fp8_param_gather": True}, "choose a recipe"), ({"fp8": "delayed"}, "set bf16_layers to 0")]
+    ("settings", "message"),
+    [
+        ({"fp8_param_gather": True}, "choose a recipe"),
+        ({"fp8": "delayed"}, "set bf16_layers to 0"),
+        ({"deterministic": True, "expert_dispatcher": "deepep"}, "set it to alltoall"),
+    ],
 )
 def test_settings_that_exclude_each_other(settings: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
