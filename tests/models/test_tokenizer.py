@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -159,3 +160,19 @@ def test_a_chat_that_the_template_refuses_is_named_wherever_it_stands(tmp_path: 
     assert load_prompts(
         write(tmp_path / "b.parquet", [row(0, prompt=[USER, ANSWER, USER])]), tokenizer, LengthLimits(1000, 1000)
     )
+
+
+def test_arrays_of_token_ids_are_decoded_as_lists_are(tmp_path: Path) -> None:
+    """Samples have arrays, and graders and evaluations decode them."""
+    tokenizer = load_tokenizer(config_of(byte_level(tmp_path / "tokenizer", "PreTrainedTokenizerFast")))
+    lists = [[*tokenizer.encode(text, add_special_tokens=False), 1] for text in ("one two, naïve 数", "", "\\boxed{5}  .")]
+    texts = tokenizer.batch_decode(lists, skip_special_tokens=True)
+    arrays = [np.array(tokens, dtype=np.int32) for tokens in lists]
+    assert texts == ["one two, naïve 数", "", "\\boxed{5}  ."]
+    assert tokenizer.batch_decode(arrays, skip_special_tokens=True) == texts
+    assert tokenizer.batch_decode([*arrays, lists[0]], skip_special_tokens=True) == [
+        *texts,
+        texts[0],
+    ]  # a demonstration is a list
+    assert tokenizer.batch_decode(arrays[:1], skip_special_tokens=True) == texts[:1]
+    assert [tokenizer.decode(array, skip_special_tokens=True) for array in arrays] == texts
