@@ -75,6 +75,8 @@ class Trainer:
             self._actor.entropy_coefficient = state.get("entropy_coefficient", self._actor.entropy_coefficient)
             self._actor.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self._has_measured = False
+        self._idle_s = 0.0
+        """Seconds that this rank has waited for the coordinator in the current step."""
         self._sender = self._make_sender()
         self._waiting = Waiting(board, self._actor.ranks.is_lead, self._sender, self._config.deadlines.rollout_s)
 
@@ -86,13 +88,12 @@ class Trainer:
         self._publish(self._start)
         for step in range(self._start, self._config.trainer.steps):
             self._actor.offload.sleep()
-            started = time.monotonic()
-            has_batch = self._waiting.until(f"batch/{step}")
-            waited = time.monotonic() - started
+            self._idle_s = 0.0
+            has_batch = self._wait(f"batch/{step}")
             self._take_memory()
             if not has_batch:
                 return self._stop(step)
-            metrics = {**self._train(step), "time/trainer_idle_s": waited}
+            metrics = self._train(step)
             self._saver.finish(wait=False)
             self._save_if_due(step + 1)
             self._announce(f"trained/{step}", metrics)
@@ -179,13 +180,21 @@ class Trainer:
         until it has been evaluated.
         """
         if version > self._start and self._config.evaluates(version - 1):
-            self._waiting.until(f"scored/{version - 1}", heeds_notice=False)
+            self._wait(f"scored/{version - 1}", heeds_notice=False)
         started, transfer = time.monotonic(), {"weights/bytes": 0}
         if version >= self._needed or version == self._config.trainer.steps:
             transfer = self._sender.publish(version)
             self._actor.offload.sleep()  # caches take the memory that this rank needs for a step
             self._sender.serve()
-        self._announce(f"published/{version}", {"time/transfer_s": time.monotonic() - started, **transfer})
+        seconds = {"time/transfer_s": time.monotonic() - started, "time/trainer_idle_s": self._idle_s}
+        self._announce(f"published/{version}", {**seconds, **transfer})
+
+    def _wait(self, key: str, heeds_notice: bool = True) -> bool:
+        """Wait as `Waiting.until`, and count the time among the step's idle seconds."""
+        started = time.monotonic()
+        came = self._waiting.until(key, heeds_notice)
+        self._idle_s += time.monotonic() - started
+        return came
 
     def _stop(self, step: int) -> None:
         """End after a notice: save what has been trained and announce it, so that the supervisor ends the run."""

@@ -327,9 +327,11 @@ def _metrics_line(step: int, batch: dict[str, Any], trained: dict[str, Any], bef
         now: when this one ended.
     """
     took = now.time - before.time
+    idle = {"engines": max(0.0, took - (now.busy - before.busy)), "trainer": trained["time/trainer_idle_s"]}
     seconds = {
         "time/step_s": took - (now.evaluated - before.evaluated),
-        "time/engines_idle_s": max(0.0, took - (now.busy - before.busy)),
+        "time/engines_idle_s": idle["engines"],
+        **{f"time/{side}_idle_share": waited / took for side, waited in idle.items()},
     }
     line = {"step": step, **batch, **trained, **seconds, "weights/version": step + 1}
     line["throughput/tokens_per_s"] = line["train/tokens"] / line["time/step_s"]

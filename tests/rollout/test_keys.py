@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_hpt"
 DOCSTRING = ast.get_docstring(ast.parse((PACKAGE / "rollout/coordinator.py").read_text(encoding="utf-8")))
 DOCUMENTED = re.findall(r"^    (\S+)  +", DOCSTRING.partition("    key  ")[2], re.MULTILINE)
-WRITES, READS = {"put", "_announce"}, {"get", "wait", "wait_any", "wait_beside", "until"}
+WRITES, READS = {"put", "_announce"}, {"get", "wait", "wait_any", "wait_beside", "until", "_wait"}
 
 
 def shape(key: str) -> str:

@@ -117,7 +117,7 @@ def short(value: float | None) -> float | None:
 def depth(record: RunRecord, decided: Sequence[Visit]) -> list[dict[str, Any]]:
     """Return the charts of one run, ``{title, about, spec, empty, wide}``; without decisions there are none of the gate."""
     of_gate = (_learnt, _sources, _difficulties, _timelines, _transitions) if decided else ()
-    return [*(chart(decided) for chart in of_gate), seconds(record)]
+    return [*(chart(decided) for chart in of_gate), seconds(record), *idle(record)]
 
 
 def seconds(record: RunRecord) -> dict[str, Any]:
@@ -135,8 +135,25 @@ def seconds(record: RunRecord) -> dict[str, Any]:
     ]
     colors = dict(zip(names, charts.COLORS, strict=False))
     colors["other"] = charts.COLORS[-1]
-    about = "where the time of a step goes; an evaluation comes on top"
+    beside = record.config.rollout.max_lag
+    about = "phases run beside each other" if beside else "where the time of a step goes; an evaluation comes on top"
     return _chart("Seconds per phase", about, charts.stacked(values, colors, "seconds", ".2f"))
+
+
+def idle(record: RunRecord) -> list[dict[str, Any]]:
+    """Return the chart of the shares of a step in which each side waited; none for a run that did not measure them."""
+    curves = {side: record.curve(f"time/{side}_idle_share") for side in ("trainer", "engines")}
+    values = [
+        {"x": step, "y": short(curve[place]), "series": f"s{index}"}
+        for index, curve in enumerate(curves.values())
+        for place, step in enumerate(record.grid.step)
+        if curve[place] is not None
+    ]
+    if not values:
+        return []
+    colors = dict(zip(curves, charts.COLORS, strict=False))
+    about = f"share of the step in which it had nothing to do; rollout.max_lag={record.config.rollout.max_lag}"
+    return [_chart("Who waits", about, charts.lines(values, colors, "share of the step", ".2f", share=True))]
 
 
 def _chart(title: str, about: str, spec: charts.Spec | None, empty: str = "", wide: bool = False) -> dict[str, Any]:
