@@ -196,3 +196,25 @@ def test_a_users_file_may_have_dataclasses_with_annotations_as_text(tmp_path: Pa
     reward = "\ndef reward(response, truth):\n    return float(Kept().number)\n"
     (tmp_path / "of_a_user.py").write_text("from __future__ import annotations\n" + kept + reward)
     assert import_function(f"{tmp_path}/of_a_user.py:reward", "reward.name")("", "") == 3.0
+
+
+@given(steps=st.integers(1, 40), every=st.integers(0, 12), lag=st.integers(0, 5), version=st.integers(0, 50))
+def test_which_versions_are_evaluated(steps: int, every: int, lag: int, version: int) -> None:
+    """The first, and every k-th that some batch before the last one waits for; never twice what the last line has."""
+    small = Config(
+        name="x",
+        model=ModelConfig(path="m"),
+        data=DataConfig(train="t"),
+        rollout={"max_lag": lag},
+        evaluation={"sets": {"heldout": "h"}, "every": every},
+        trainer={"steps": steps},
+    )
+    due = every and version % every == 0 and version + lag < steps - 1
+    assert small.evaluates(version) == (version == 0 or bool(due))
+    small.evaluation.sets = {}
+    assert not small.evaluates(version)
+
+
+def test_engines_that_sleep_take_turns_with_the_trainer(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"max_lag 1: with sleep .* it must be 0"):
+        apply_overrides(config, ["rollout.sleep=true", "rollout.max_lag=1"])

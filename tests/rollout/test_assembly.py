@@ -20,7 +20,7 @@ from megatron_hpt.engines.types import Sample
 from megatron_hpt.objective import advantage as a
 from megatron_hpt.objective.algorithms import of_run
 from megatron_hpt.objective.gate import Choice
-from megatron_hpt.rollout.assembly import Group, assemble
+from megatron_hpt.rollout.assembly import Group, assemble, lag_metrics
 
 LENGTH = 16
 
@@ -185,3 +185,18 @@ def test_an_ungraded_demonstration_is_counted_and_trains_only_what_needs_no_grad
     (row,) = [row for row in batch.rows if row.source is Source.DEMONSTRATION]
     assert (row.weight, row.advantage) == (weight, None)
     assert batch.metrics["gate/ungraded_demonstrations"] == 1
+
+
+def test_lags_are_counted_by_token() -> None:
+    samples = [Sample([7] * 4, [-0.1] * 4, "stop", ((3, 1), (4, 3))), Sample([7] * 4, [-0.1] * 4, "length", ((5, 4),))]
+    found = lag_metrics(5, [Group(Prompt("p", [5], None, "7", ""), samples, [1.0, 0.0])], 2)
+    assert found == {
+        "rollout/policy_version": 3,
+        "rollout/lag": pytest.approx((1 * 2 + 3 * 1) / 8),
+        "rollout/lag_max": 2,
+        "rollout/lag_0_share": 0.5,
+        "rollout/lag_1_share": 0.375,
+        "rollout/lag_2_share": 0.125,
+    }
+    nothing = lag_metrics(5, [Group(Prompt("p", [5], None, "7", ""))], 0)
+    assert nothing == {"rollout/policy_version": None, "rollout/lag": None, "rollout/lag_max": None}
