@@ -38,12 +38,16 @@ def lines_of(folder: Path, engine: str, lag: int, steps: int, seconds: float) ->
     name = f"{ROOT}/benchmarks/sleeping_engine.py:SLEEPING" if engine == "sleeping" else engine
     settings = (*SETTINGS, f"rollout.engine={name}", f"rollout.max_lag={lag}", f"trainer.steps={steps}", f"name=lag{lag}")
     command = [sys.executable, "-m", "megatron_hpt.cli", "train", str(ROOT / "recipes" / "quickstart.py"), *settings]
-    before = set(folder.glob("runs/*"))
+    before = runs_in(folder)
     environment = {**os.environ, SECONDS: str(seconds)}
     subprocess.run(command, cwd=folder, check=True, env=environment, stdout=subprocess.DEVNULL)
-    (run,) = set(folder.glob("runs/*")) - before
+    (run,) = runs_in(folder) - before
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return lines[WARM_UP:-1]
+
+
+def runs_in(folder: Path) -> set[Path]:
+    return {path for path in folder.glob("runs/*") if path.is_dir() and not path.is_symlink()}
 
 
 def mean(lines: list[dict[str, Any]], key: str) -> float:

@@ -19,7 +19,7 @@ from aiohttp import web
 from megatron_hpt.config import Config
 from megatron_hpt.engines.client import HttpEngine
 from megatron_hpt.engines.interface import EngineKind, SamplingLimits, Start
-from megatron_hpt.engines.types import Sample, SamplingRequest
+from megatron_hpt.engines.types import Sample, SamplingRequest, Span
 from megatron_hpt.environment import inherited_here
 from megatron_hpt.models.hf_config import run_shape
 from megatron_hpt.transfer.control import EngineControl, Memory, ServerLoad
@@ -39,7 +39,7 @@ class SleepingClient(HttpEngine):
         return {"samples": request.samples, "seed": request.seed, "tokens": request.max_tokens}
 
     def samples(self, answer: Any) -> list[Sample]:
-        return [self.whole_sample(tokens, logprobs, "length", spans) for tokens, logprobs, spans in answer]
+        return [self.whole_sample(tokens, logprobs, "length", [Span(version, 0)]) for tokens, logprobs, version in answer]
 
 
 class SleepingControl(EngineControl):
@@ -112,9 +112,8 @@ def serve(port: int, vocabulary: int) -> None:
         await asyncio.sleep(seconds)
         draw, length = random.Random(body["seed"]), body["tokens"]
         logprobs = [-math.log(vocabulary)] * length
-        spans = [{"version": sampled_by, "start": 0, "end": length}]
         return web.json_response(
-            [([draw.randrange(vocabulary) for _ in range(length)], logprobs, spans) for _ in range(body["samples"])]
+            [([draw.randrange(vocabulary) for _ in range(length)], logprobs, sampled_by) for _ in range(body["samples"])]
         )
 
     async def weights(_: web.Request) -> web.Response:
