@@ -55,7 +55,7 @@ def test_the_file_is_plain_arrow(tmp_path: Path) -> None:
     assert table.column("policy_version").to_pylist() == [3, 3, None, None, 3, 3, 3]
     assert table.column("tokens").to_pylist() == [row.tokens.tolist() for row in ROWS]
     assert table.column("behaviour_logprobs").to_pylist()[1:3] == [[-0.5], None]
-    assert table.column("versions").to_pylist()[3:5] == [None, [{"version": 3, "tokens": 1}, {"version": 4, "tokens": 1}]]
+    assert table.column("versions").to_pylist()[5:7] == [[{"version": 3, "tokens": 1}, {"version": 4, "tokens": 1}], None]
     assert table.column("routes").to_pylist()[-1] == np.arange(8, dtype=np.int16).tobytes()
 
 
