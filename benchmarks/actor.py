@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_hpt.actor import checkpoint
 from megatron_hpt.actor.state import Actor, build_actor
-from megatron_hpt.actor.train_step import accumulate, selected_rows
+from megatron_hpt.actor.train_step import accumulate
+from megatron_hpt.actor.updates import selected_rows
 from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.batch.packing import places, plan_micro_batches
 from megatron_hpt.batch.rows import Row

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from megatron_hpt import command, environment
+from megatron_hpt.errors import ConfigError
 from megatron_hpt.settings.options import MOST_ROWS, MOST_SECONDS, MOST_TOKENS, number
 from megatron_hpt.settings.options import samples as samples_option
 
@@ -27,13 +28,19 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="continue the newest run of this recipe, or the given run directory")
     ] = False,
+    from_ledger: Annotated[
+        bool, typer.Option("--from-ledger", help="train the batches of the given run directory again, without engines")
+    ] = False,
 ) -> None:
     """Train a recipe on this machine, in a new run directory under runs/."""
-    from megatron_hpt.launch.train import resume_run, start_run
+    from megatron_hpt.launch.train import resume_run, start_from_ledger, start_run
 
+    if resume and from_ledger:
+        raise ConfigError("--resume continues a run, --from-ledger begins a new one from its batches; give one of both")
     command.goes_on_without_output()
     console = Console()
-    run = resume_run(recipe, overrides or [], RUNS) if resume else start_run(recipe, overrides or [], RUNS)
+    begin = resume_run if resume else start_from_ledger if from_ledger else start_run
+    run = begin(recipe, overrides or [], RUNS)
     console.print(f"[green]done[/green]  {run.path}  (curves: {run.report})", highlight=False)
 
 

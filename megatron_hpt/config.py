@@ -321,7 +321,11 @@ class AlgorithmConfig(Section):
     shaping_gamma: PositiveFloat = 0.1
     """γ of the shaping p / (p + γ) of demonstrations under off-policy RL (LUFFY)."""
     clip: ClipConfig = ClipConfig()
-    """Trust region of the rollout term."""
+    """Trust region of the rollout term. It acts where the policy has moved since it sampled: with several updates a batch
+    (trainer.updates_per_batch, trainer.epochs_per_batch); else ratios differ from 1 by rounding alone."""
+    old_policy: Literal["engine", "trainer"] = "engine"
+    """π_θold, which the ratio starts from: the engine's log-probabilities, or those of the trainer's weights when the batch
+    arrives (one more forward pass if it has several updates); mismatch.correction then weighs trainer/engine."""
     constant_length: Tokens | None = None
     """Divisor of `constant_length` aggregation in tokens; default: data.max_response_length."""
     discount: Share = 1.0
@@ -683,9 +687,10 @@ class OptimizerConfig(Section):
     clip_grad: PositiveFloat = 1.0
     """Global gradient norm above which gradients are scaled down."""
     skip_above: PositiveFloat | None = None
-    """A step whose gradient norm before clipping is above this is not taken; default: only one that is not finite."""
+    """An optimizer step whose gradient norm before clipping is above this is not taken; default: only one that is not
+    finite."""
     stop_after_skipped: PositiveInt = 3
-    """The run stops after this many steps in a row that were not taken."""
+    """The run stops after this many optimizer steps in a row that were not taken."""
 
 
 class EvaluationConfig(Section):
@@ -734,9 +739,14 @@ class EvaluationConfig(Section):
 
 class TrainerConfig(Section):
     steps: PositiveInt = 100
-    """Optimizer steps; one batch each."""
+    """Batches: one optimizer step each, or several (updates_per_batch)."""
     prompts_per_step: typing.Annotated[Int, Field(gt=0, le=2**20)] = 128
     """Prompts a step."""
+    updates_per_batch: typing.Annotated[Int, Field(gt=0, le=2**20)] = 1
+    """Optimizer steps in one pass over a batch, whose prompts are spread over them; all have the batch's learning rate. From
+    the second on the policy has moved away from π_θold (algorithm.old_policy): ratios are not 1, and algorithm.clip acts."""
+    epochs_per_batch: typing.Annotated[Int, Field(gt=0, le=1024)] = 1
+    """Passes over a batch, each over the same updates in an order of its own."""
     seed: NonNegativeInt = 0
     """Seed of the data order, and of every sampling request with rollout.seeded."""
     save_every: NonNegativeInt = 0
@@ -747,6 +757,15 @@ class TrainerConfig(Section):
     """Checkpoints of every k-th step stay too (0: none)."""
     export: bool = True
     """Write the final model as a Hugging Face folder."""
+
+    @model_validator(mode="after")
+    def _a_prompt_for_every_update(self) -> TrainerConfig:
+        if self.updates_per_batch > self.prompts_per_step:
+            raise ValueError(
+                f"updates_per_batch {self.updates_per_batch}: a batch has {self.prompts_per_step} prompts (prompts_per_step), "
+                "and none of them is cut; at most as many updates"
+            )
+        return self
 
 
 class DeadlinesConfig(Section):
@@ -874,6 +893,18 @@ def _order_without_a_clock(config: Config) -> Iterator[str]:
         )
 
 
+def _correction_between_updates(config: Config) -> Iterator[str]:
+    algorithm, trainer = config.algorithm, config.trainer
+    several = trainer.updates_per_batch * trainer.epochs_per_batch > 1
+    if several and algorithm.mismatch.correction != "none" and algorithm.old_policy == "engine":
+        yield (
+            f"algorithm.mismatch.correction: given {algorithm.mismatch.correction}; it measures ratios from the trainer's "
+            "probabilities before the first update of a batch, which with several updates (trainer.updates_per_batch="
+            f"{trainer.updates_per_batch}, trainer.epochs_per_batch={trainer.epochs_per_batch}) only "
+            "algorithm.old_policy=trainer keeps"
+        )
+
+
 def _checkpoints_to_select(config: Config) -> Iterator[str]:
     evaluation, every = config.evaluation, config.trainer.save_every
     if evaluation.select is not None and (not every or not evaluation.every or evaluation.every % every):
@@ -889,6 +920,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _bands,
     _overlong_buffer,
     _order_without_a_clock,
+    _correction_between_updates,
     _checkpoints_to_select,
 )
 """What sections refuse of each other: each rule yields a line for every problem, which begins with the setting's key."""

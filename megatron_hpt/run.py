@@ -41,6 +41,16 @@ class RunDir:
         return self.path / "data.json"
 
     @property
+    def ledger_source(self) -> Path:
+        """Of a run whose ledger is another one's: which run that is. There are no engines in it."""
+        return self.path / "ledger_source.json"
+
+    @property
+    def is_from_ledger(self) -> bool:
+        """It trains the batches of another run, which lie in its ledger from the start (``train --from-ledger``)."""
+        return self.ledger_source.is_file()
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.path / "metrics.jsonl"

@@ -104,11 +104,22 @@ def test_overrides_of_the_model_are_saved_as_given(overrides: dict) -> None:
         ("data.curriculum.keep_solved=2", r"data\.curriculum\.keep_solved: given 2; input should be less than or equal to 1"),
         ("evaluation.sets.a.b=c", r"evaluation\.sets\.a has: nothing"),
         ("trainer.steps=[", r"trainer\.steps: '\[' is not a YAML value"),
+        ("trainer.updates_per_batch=65", r"updates_per_batch 65: a batch has 64 prompts \(prompts_per_step\)"),
+        ("trainer={updates_per_batch: 0}", r"trainer\.updates_per_batch: given 0; input should be greater than 0"),
     ],
 )
 def test_a_wrong_override_is_explained(config: Config, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         apply_overrides(config, [override])
+
+
+@pytest.mark.parametrize("several", ["updates_per_batch", "epochs_per_batch"])
+def test_a_correction_between_updates_needs_the_trainers_old_policy(config: Config, several: str) -> None:
+    settings = [f"trainer.{several}=2", "algorithm.mismatch.correction=tis"]
+    with pytest.raises(ConfigError, match=rf"\.correction: given tis; .*{several}=2.* only algorithm\.old_policy=trainer"):
+        apply_overrides(config, settings)
+    apply_overrides(config, [*settings, "algorithm.old_policy=trainer"])
+    apply_overrides(config, settings[1:])
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Decide whether a step is taken: a batch that would damage the policy is skipped and counted, and the trainer keeps it."""
+"""Decide whether an update is taken: what would damage the policy is skipped and counted, and the trainer keeps the batch."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from megatron_hpt.actor.state import Actor
 from megatron_hpt.config import Config
@@ -10,7 +11,7 @@ from megatron_hpt.errors import HptError
 from megatron_hpt.objective.tokens import Denominators
 
 EMPTY = "nothing to train"
-"""Reason of a step without a trained token. It neither counts towards `stop_after_skipped` nor ends a row of skipped steps."""
+"""Reason of a batch without a trained token. It neither counts towards `stop_after_skipped` nor ends a row of skipped steps."""
 
 # Bounds of mismatch/k3_kl, the KL between engine and trainer on a batch's rollouts, in nats a token.
 ROUNDING = {"float32": 0.01, "bfloat16": 0.1}
@@ -21,34 +22,59 @@ MOST = 1.0
 """The largest at any dtype and temperature: above it, the engine's tokens are at most half as likely under the trainer."""
 
 
-def update(actor: Actor, denominators: Denominators, k3: float | None) -> dict[str, float | str | None]:
-    """Clip the gradient and step the optimizer, or skip the step; collective.
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an update was taken, and why not; the same on every rank."""
+
+    grad_norm: float
+    """Before clipping."""
+    reason: str | None
+    """Why it was not; None where it was."""
+    is_mismatch: bool
+    """The engine disagrees with the trainer, so no other update of the batch may be taken either."""
+
+
+def update(actor: Actor, denominators: Denominators, k3: float | None) -> Verdict:
+    """Clip the gradient and step the optimizer, or skip the update; collective.
 
     Args:
-        k3: KL between engine and trainer on this batch's rollouts; None without any.
-
-    Returns:
-        Metrics: the gradient norm before clipping, whether the step was skipped and why; the same on every rank.
+        k3: KL between engine and trainer on the rollouts of a batch's first update; None without any, and for later ones.
     """
     with actor.platform.building():
         actor.optimizer.prepare_grads()
         norm = float(actor.optimizer.get_grad_norm())
-        reason = _reason(actor, denominators, norm, k3)
+        mismatch = _mismatch(actor, k3)
+        reason = mismatch or _reason(actor, denominators, norm)
         if reason is None:
             actor.optimizer.step()
     if reason is None:
         actor.skipped_in_a_row = 0
     elif reason != EMPTY:
         actor.skipped_in_a_row += 1
-    return {"train/grad_norm": norm, "train/skipped": int(reason is not None), "train/skip_reason": reason}
+    return Verdict(norm, reason, mismatch is not None)
 
 
-def _reason(actor: Actor, denominators: Denominators, norm: float, k3: float | None) -> str | None:
-    """Return why the step must not be taken, or None if it may; the same on every rank, since all arguments are."""
-    limit, stop_above = actor.config.optimizer.skip_above, actor.config.algorithm.mismatch.stop_above
+def ends_batch(actor: Actor, verdict: Verdict) -> bool:
+    """Return whether the batch's further updates are left out, given the verdict on the last one.
+
+    They are where the engine disagrees, where there is nothing to train, and where `check` is going to stop the run.
+    """
+    hopeless = actor.skipped_in_a_row >= actor.config.optimizer.stop_after_skipped
+    return verdict.is_mismatch or verdict.reason == EMPTY or hopeless
+
+
+def _mismatch(actor: Actor, k3: float | None) -> str | None:
+    """Return why no update of a batch with this k3 may be taken, or None."""
+    stop_above = actor.config.algorithm.mismatch.stop_above
     # Written so that a k3 that is not a number counts as above the bound.
     if stop_above is not None and k3 is not None and not k3 <= stop_above:
         return f"mismatch/k3_kl {k3:.4g} is above algorithm.mismatch.stop_above={stop_above:g}"
+    return None
+
+
+def _reason(actor: Actor, denominators: Denominators, norm: float) -> str | None:
+    """Return why the update must not be taken, or None if it may; the same on every rank, since all arguments are."""
+    limit = actor.config.optimizer.skip_above
     if denominators.tokens == 0:
         return EMPTY
     if not math.isfinite(norm):
@@ -86,7 +112,7 @@ def check_first(config: Config, is_routed: bool, is_fp8: bool, step: int, k3: fl
 
 
 def check(actor: Actor, step: int, reason: str | None) -> None:
-    """Stop a run whose steps are no longer taken; called after a skipped step, when its batch has been kept.
+    """Stop a run whose updates are no longer taken; called after a batch with a skipped one, when the batch has been kept.
 
     Raises:
         HptError: as many in a row as `optimizer.stop_after_skipped`.

@@ -1,4 +1,4 @@
-"""The frozen reference policy of a KL penalty: its log-probabilities, and the penalty on rewards."""
+"""Policies that a step does not change: their log-probabilities, and the KL penalty of the reference policy on rewards."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megatron_hpt.batch.rows import Row, Source
 
 
 @torch.no_grad()
-def reference_logprobs(chunks: Sequence[PolicyModel], actor: Actor, batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """Compute log π_ref of every response token; collective.
+def forward_logprobs(chunks: Sequence[PolicyModel], actor: Actor, batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """Compute the log-probability of every response token without a gradient; collective.
 
     Args:
-        chunks: this rank's chunks of the reference model.
+        chunks: this rank's chunks of the model: the frozen reference, or the actor itself before the first update of a batch.
 
     Returns:
         A tensor [positions] for each micro-batch, 0 where no response token is predicted; on stages before the last, an empty

@@ -48,9 +48,9 @@ class Actor:
     offload: Offload
     """What rests in host memory."""
     entropy_coefficient: float
-    """The coefficient of the next step, which an adaptive one changes after every step."""
+    """The coefficient of the next batch, which an adaptive one changes after every batch."""
     skipped_in_a_row: int = 0
-    """Steps before the next one that were not taken (`guard`)."""
+    """Updates before the next one that were not taken (`guard`); a batch that was refused as a whole is one."""
     timer: ObjectiveTimer = field(default_factory=ObjectiveTimer)
 
     @property

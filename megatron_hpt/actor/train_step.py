@@ -1,8 +1,10 @@
-"""One optimizer step on one batch: plan, forward and backward through Megatron's schedules, step, measure."""
+"""Train one batch: for each of its updates forward and backward through Megatron's schedules, an optimizer step, measures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,98 +13,124 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_hpt.actor import guard
-from megatron_hpt.actor.microbatch import MicroBatch, pack_all
+from megatron_hpt.actor.microbatch import MicroBatch
 from megatron_hpt.actor.optimizer.optimizer import learning_rate
 from megatron_hpt.actor.predictions import model_logprobs
-from megatron_hpt.actor.reference_model import penalised, reference_logprobs
 from megatron_hpt.actor.state import Actor
-from megatron_hpt.batch.packing import plan_micro_batches
-from megatron_hpt.batch.rows import Row, Source
+from megatron_hpt.actor.updates import FixedLogprobs, Update, prepare
+from megatron_hpt.batch.rows import Row
+from megatron_hpt.batch.updates import order
 from megatron_hpt.objective.estimator import Loss, part_names, unified_loss
 from megatron_hpt.objective.roles import Role
-from megatron_hpt.objective.tokens import Denominators, Tokens, count
+from megatron_hpt.objective.tokens import Denominators, Tokens
 
-PROBE_ROWS = 8
-"""Rollouts whose log-probabilities are compared with the engine's in every step, trained or not."""
 _MISMATCH = ("k3", "measured", "logprob_gap")
 
 
-def selected_rows(rows: Sequence[Row], in_reward: bool = False) -> list[Row]:
-    """Choose the rows that a step computes: trained rows, then as many untrained rollouts as make up `PROBE_ROWS` of them.
+@dataclass(frozen=True)
+class UpdateOutcome:
+    """How one update of a batch went; the same on every rank."""
 
-    Args:
-        in_reward: a KL penalty enters the rewards, so rows that do not train but are compared with those that do are chosen
-            too: their rewards change as well.
-    """
-    needed = [_is_needed(row, in_reward) for row in rows]
-    chosen = [row for row, needs in zip(rows, needed, strict=True) if needs]
-    spare = [row for row, needs in zip(rows, needed, strict=True) if not needs and row.source is Source.ROLLOUT]
-    rollouts = sum(row.source is Source.ROLLOUT for row in chosen)
-    return chosen + spare[: max(0, PROBE_ROWS - rollouts)]
-
-
-def _is_needed(row: Row, in_reward: bool) -> bool:
-    return row.weight != 0 or (in_reward and row.is_estimated)
+    sums: dict[str, float]
+    """Sums over all ranks by name: the loss, its parts, the mismatch."""
+    denominators: Denominators
+    verdict: guard.Verdict
 
 
 def train_step(actor: Actor, rows: Sequence[Row], step: int) -> dict[str, float | str | None]:
     """Train one batch; called once a step, collective over all ranks, which must all give the same rows.
 
-    A step that must not be taken (see `guard`) leaves weights and optimizer as they are and says so in its metrics.
+    A batch is `trainer.updates_per_batch` optimizer steps, `trainer.epochs_per_batch` times over. All of them have the same
+    learning rate and entropy coefficient. One that must not be taken (see `guard`) leaves weights and optimizer as they are and
+    says so in the metrics; the others go on, unless the whole batch is refused.
 
     Returns:
         Metrics, the same on every rank.
     """
-    sums, denominators = accumulate(actor, rows)
-    lr = learning_rate(actor.config.optimizer, step, actor.config.trainer.steps)
+    trainer = actor.config.trainer
+    lr = learning_rate(actor.config.optimizer, step, trainer.steps)
     for group in actor.optimizer.param_groups:
         group["lr"] = lr
-    with actor.offload.optimizer():
-        update = guard.update(actor, denominators, _mean(sums["k3"], sums["measured"]))
-    metrics = _metrics(actor, sums, denominators) | {"train/lr": lr} | update
+    updates = prepare(actor, rows, trainer.updates_per_batch, step)
+    schedule, outcomes = list(_schedule(actor, updates, step)), []
+    for update in schedule:
+        sums = _forward_backward(actor, update)
+        # From the second update on the gap to the engine is what has been learnt, too.
+        k3 = None if outcomes else _mean(sums["k3"], sums["measured"])
+        with actor.offload.optimizer():
+            outcomes.append(UpdateOutcome(sums, update.denominators, guard.update(actor, update.denominators, k3)))
+        if guard.ends_batch(actor, outcomes[-1].verdict):
+            break
+    metrics = _metrics(actor, outcomes, updates) | _taken_metrics(outcomes, len(schedule)) | {"train/lr": lr}
     bonus = actor.algorithm.entropy
-    if not update["train/skipped"] and denominators.of(bonus.roles).tokens:
-        actor.entropy_coefficient = bonus.next_coefficient(actor.entropy_coefficient, sums["bonus_entropy"])
+    entropies = [o.sums["bonus_entropy"] for o in outcomes if not o.verdict.reason and o.denominators.of(bonus.roles).tokens]
+    if entropies:
+        actor.entropy_coefficient = bonus.next_coefficient(actor.entropy_coefficient, _mean(sum(entropies), len(entropies)))
     return metrics
 
 
+def _schedule(actor: Actor, updates: Sequence[Update], step: int) -> Iterator[Update]:
+    """Yield the updates of a batch as they are taken: every one once in each epoch."""
+    for epoch in range(actor.config.trainer.epochs_per_batch):
+        yield from (updates[index] for index in order(len(updates), actor.config.trainer.seed, step, epoch))
+
+
 def accumulate(actor: Actor, rows: Sequence[Row]) -> tuple[dict[str, float], Denominators]:
-    """Put the gradient of a batch into the model's gradient buffers; collective.
+    """Put the gradient of a whole batch into the model's gradient buffers, whatever the updates of a run; collective.
 
     Returns:
         Sums over all ranks by name (the loss, its parts, the mismatch), and the counts by which the loss was divided.
     """
-    kl = actor.algorithm.kl
-    in_reward = kl is not None and kl.in_reward
-    rows = selected_rows(rows, in_reward)
-    plan = _plan(rows, sum(_is_needed(row, in_reward) for row in rows), actor)
-    batches, references = _packed(rows, plan, actor), []
-    if actor.reference is not None:
-        references = reference_logprobs(actor.reference, actor, batches)
-    if in_reward:
-        rows = penalised(rows, plan, references, actor)
-        batches = _packed(rows, plan, actor)  # with the advantages estimated again
-    denominators = count(((row.role, row.group, row.response_length, row.weight) for row in rows), actor.ranks.data_size)
-    return _forward_backward(actor, batches, references, denominators), denominators
+    (update,) = prepare(actor, rows, updates=1, step=0)
+    return _forward_backward(actor, update), update.denominators
 
 
-def _metrics(actor: Actor, sums: dict[str, float], denominators: Denominators) -> dict[str, float | None]:
-    rollout_tokens = denominators.of([Role.ROLLOUT]).tokens
-    losses = {f"train/{name}": value for name, value in sums.items() if name.startswith("loss")}
-    kl = {"train/kl": sums["kl"]} if actor.algorithm.kl is not None else {}
+def _metrics(actor: Actor, outcomes: Sequence[UpdateOutcome], updates: Sequence[Update]) -> dict[str, float | None]:
+    """Means over the updates that were tried of what is a mean over tokens; counts of the batch, each row once.
+
+    The mismatch is that of the first update, before which the weights were the engine's.
+    """
+
+    def mean(name: str) -> float:
+        return sum(outcome.sums[name] for outcome in outcomes) / len(outcomes)
+
+    def share(name: str) -> float:
+        rollout_tokens = sum(outcome.denominators.of([Role.ROLLOUT]).tokens for outcome in outcomes)
+        return _mean(sum(outcome.sums[name] for outcome in outcomes), rollout_tokens) or 0.0
+
+    first = outcomes[0].sums
+    losses = {f"train/{name}": mean(name) for name in first if name.startswith("loss")}
+    kl = {"train/kl": mean("kl")} if actor.algorithm.kl is not None else {}
     return {
         **losses,
         **kl,
-        "train/entropy": sums["entropy"],
+        "train/entropy": mean("entropy"),
         "train/entropy_coefficient": actor.entropy_coefficient,
-        "train/masked_share": _mean(sums["masked"], rollout_tokens) or 0.0,
-        "train/tokens": denominators.tokens,
-        "train/rows": denominators.rows,
-        "mismatch/k3_kl": _mean(sums["k3"], sums["measured"]),
-        "mismatch/logprob_gap": _mean(sums["logprob_gap"], sums["measured"]),
-        "mismatch/tokens": sums["measured"],
-        "mismatch/dropped_share": _mean(sums["dropped"], rollout_tokens) or 0.0,
+        "train/masked_share": share("masked"),
+        "train/tokens": sum(update.denominators.tokens for update in updates),
+        "train/rows": sum(update.denominators.rows for update in updates),
+        "mismatch/k3_kl": _mean(first["k3"], first["measured"]),
+        "mismatch/logprob_gap": _mean(first["logprob_gap"], first["measured"]),
+        "mismatch/tokens": first["measured"],
+        "mismatch/dropped_share": share("dropped"),
         "time/objective_s": actor.timer.collect(actor.platform.device),
+    }
+
+
+def _taken_metrics(outcomes: Sequence[UpdateOutcome], planned: int) -> dict[str, float | str | None]:
+    """The largest gradient norm of the batch, how many of the planned updates were taken, and why the first was not."""
+    norms = [outcome.verdict.grad_norm for outcome in outcomes]
+    reasons = [(number, outcome.verdict.reason) for number, outcome in enumerate(outcomes, 1) if outcome.verdict.reason]
+    taken = len(outcomes) - len(reasons)
+    reason = None
+    if reasons:
+        number, reason = reasons[0]
+        reason = f"update {number} of {planned}: {reason}" if planned > 1 and reason != guard.EMPTY else reason
+    return {
+        "train/grad_norm": max(norms, key=lambda norm: (not math.isfinite(norm), norm)),
+        "train/updates": taken,
+        "train/skipped": planned - taken,
+        "train/skip_reason": reason,
     }
 
 
@@ -110,44 +138,18 @@ def _mean(total: float, number: float) -> float | None:
     return total / number if number else None
 
 
-def _plan(rows: Sequence[Row], needed: int, actor: Actor) -> list[list[int]]:
-    """Plan this data parallel rank's micro-batches, as indices of rows.
-
-    The first `needed` rows train, the others are only measured and get micro-batches of their own. Which of those others
-    there are may depend on when rollouts were cancelled, and the order of sums over trained rows must not depend on it.
-    """
-    parallel, lengths = actor.config.parallel, [len(row.tokens) - 1 for row in rows]
-    parts = [part for part in (range(needed), range(needed, len(rows))) if part] or [range(0)]
-    return [
-        [part[index] for index in indices]
-        for part in parts
-        for indices in plan_micro_batches(
-            [lengths[index] for index in part],
-            actor.ranks.data_size,
-            actor.config.actor.micro_batch_tokens,
-            attention_parity=actor.attention_parity,
-            count_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
-        )[actor.ranks.data]
-    ]
-
-
-def _packed(rows: Sequence[Row], plan: Sequence[Sequence[int]], actor: Actor) -> list[MicroBatch]:
-    return pack_all(rows, plan, actor.platform.device, actor.layout)
-
-
-def _forward_backward(
-    actor: Actor, batches: Sequence[MicroBatch], references: Sequence[Tensor], denominators: Denominators
-) -> dict[str, float]:
-    """Put the gradients of the whole batch into the buffers, and return sums over all ranks by name."""
+def _forward_backward(actor: Actor, update: Update) -> dict[str, float]:
+    """Put the gradients of an update into the buffers, and return sums over all ranks by name; collective."""
     for wrapped in actor.wrapped:
         wrapped.zero_grad_buffer()
     actor.optimizer.zero_grad()
     parts = get_forward_backward_func()(
-        forward_step_func=lambda data, model: _forward(actor, denominators, next(data), model),
-        data_iterator=[_with_references(batches, references) for _ in actor.wrapped],
+        forward_step_func=lambda data, model: _forward(actor, update.denominators, next(data), model),
+        data_iterator=[zip(update.batches, update.fixed, strict=True) for _ in actor.wrapped],
         model=actor.wrapped,
-        num_microbatches=len(batches),
-        seq_length=batches[0].length,  # read where all micro-batches are of one length; elsewhere stages exchange shapes
+        num_microbatches=len(update.batches),
+        # It is read where all micro-batches are of one length; elsewhere stages exchange shapes.
+        seq_length=update.batches[0].length,
         micro_batch_size=1,
         forward_only=False,
     )
@@ -160,34 +162,29 @@ def _forward_backward(
     return dict(zip(names, total.tolist(), strict=True))
 
 
-def _with_references(batches: Sequence[MicroBatch], references: Sequence[Tensor]):
-    """Pair each micro-batch with the reference model's log-probabilities, or with None where this stage has none."""
-    return zip(batches, references or [None] * len(batches), strict=True)
-
-
-def _forward(actor: Actor, denominators: Denominators, data: tuple[MicroBatch, Tensor | None], model: DistributedDataParallel):
+def _forward(actor: Actor, denominators: Denominators, data: tuple[MicroBatch, FixedLogprobs], model: DistributedDataParallel):
     """Do Megatron's forward step: return this chunk's output, and the loss as a function of the last chunk's."""
-    batch, reference = data
+    batch, fixed = data
     output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
 
     def loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         predictions = model_logprobs(hidden, batch, model.module, actor)
-        value, sums = _loss(actor, denominators, batch, reference, *predictions)
+        value, sums = _loss(actor, denominators, batch, fixed, *predictions)
         return value, torch.ones((), dtype=torch.int, device=value.device), {"sums": sums}
 
     return output, loss
 
 
 def _loss(
-    actor: Actor, denominators: Denominators, batch: MicroBatch, reference: Tensor | None, logprobs: Tensor, entropy: Tensor
+    actor: Actor, denominators: Denominators, batch: MicroBatch, fixed: FixedLogprobs, logprobs: Tensor, entropy: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss of one micro-batch, and its sums in the order of `part_names` and `_MISMATCH`, float64.
 
     Args:
-        reference: log π_ref, as `logprobs` and `entropy` float [positions]; None without a reference.
+        logprobs: log π_θ of the response tokens, as `entropy` float [positions].
     """
     with actor.timer.forward():
-        loss = _objective(actor, denominators, batch, reference, logprobs, entropy)
+        loss = _objective(actor, denominators, batch, fixed, logprobs, entropy)
     actor.timer.watch_backward(loss.total, (logprobs, entropy))
     gap = torch.where(batch.measured, logprobs.detach() - batch.behaviour_logprobs, 0.0).double()
     k3 = (torch.expm1(gap) - gap).sum()  # http://joschu.net/blog/kl-approx.html: KL(engine ‖ trainer), never negative
@@ -196,8 +193,11 @@ def _loss(
 
 
 def _objective(
-    actor: Actor, denominators: Denominators, batch: MicroBatch, reference: Tensor | None, logprobs: Tensor, entropy: Tensor
+    actor: Actor, denominators: Denominators, batch: MicroBatch, fixed: FixedLogprobs, logprobs: Tensor, entropy: Tensor
 ) -> Loss:
+    old = fixed.old
+    if old is None and actor.config.algorithm.old_policy == "trainer":
+        old = logprobs.detach()  # the batch's only update: the weights are still those that it found
     tokens = Tokens(
         logprobs=logprobs,
         entropy=entropy,
@@ -207,6 +207,7 @@ def _objective(
         row_lengths=batch.row_lengths,
         rows=batch.rows,
         roles=batch.roles,
-        reference_logprobs=reference,
+        reference_logprobs=fixed.reference,
+        old_logprobs=old,
     )
     return unified_loss(actor.algorithm, tokens, denominators, actor.entropy_coefficient)

@@ -48,6 +48,7 @@ from megatron_hpt.overrides import load_yaml
 from megatron_hpt.process import die_with_parent, ends_in_words, log_to
 from megatron_hpt.run import RunDir
 from megatron_hpt.transfer.sender import Target, TransferOptions, WeightSender
+from megatron_hpt.transfer.sending.no_engines import NoEngines
 
 logger = logging.getLogger(__name__)
 
@@ -157,13 +158,16 @@ class Trainer:
         urls = self._board.wait("engines", config.deadlines.startup_s, "an engine")
         return [Target(registry.control(config, url), registry.layout(config)) for url in urls]
 
-    def _make_sender(self) -> WeightSender:
+    def _make_sender(self) -> WeightSender | NoEngines:
         config, shape = self._config, run_shape(self._config)
         self._announce(ready("trainer"), True)
+        targets = self._targets or self._await_engines()
+        if not targets:  # the batches are those of another run's ledger
+            return NoEngines()
         return WeightSender(
             policy.views(self._actor.chunks, shape, self._actor.ranks),
             shape,
-            self._targets or self._await_engines(),
+            targets,
             dist.group.WORLD,
             TransferOptions.of_run(config),
         )
@@ -256,11 +260,11 @@ class Trainer:
         guard.check_first(config, run_shape(config).experts > 0, is_fp8, step, k3)
 
     def _keep_if_skipped(self, step: int, metrics: dict[str, Any]) -> None:
-        """Copy the batch and metrics of a step that was not taken to ``skipped/``, and stop after too many in a row."""
+        """Copy batch and metrics of a step that was not wholly taken to ``skipped/``, and stop after too many in a row."""
         reason = metrics["train/skip_reason"]
         if reason is None:
             return
-        logger.warning("step %d was not taken: %s", step, reason)
+        logger.warning("step %d was %s: %s", step, "taken in part" if metrics["train/updates"] else "not taken", reason)
         if self._actor.ranks.is_lead and reason != guard.EMPTY:
             kept = self._run.skipped / self._ledger.path(step).name
             with whole(kept) as temporary:

@@ -26,12 +26,19 @@ def plan_micro_batches(
         attention_parity: length at which a row's attention costs as much as everything else (`attention_parity`).
         count_multiple: the number of micro-batches is a multiple of this, as an interleaved pipeline's schedule wants it.
     """
-    # Attention's cost grows with the square of the length, that of everything else with the length; they are equal at parity.
-    costs = [length * (1 + length / attention_parity) for length in lengths]
+    costs = [row_cost(length, attention_parity) for length in lengths]
     shares = [_cut(share, lengths, budget) for share in _balance(costs, ranks)]
     count = max(1, *(len(share) for share in shares))
     count += -count % count_multiple
     return [share + [[] for _ in range(count - len(share))] for share in shares]
+
+
+def row_cost(length: int, attention_parity: float) -> float:
+    """Return what a row of so many tokens costs, in tokens of a short row.
+
+    Attention's cost grows with the square of the length, that of everything else with the length; they are equal at parity.
+    """
+    return length * (1 + length / attention_parity)
 
 
 def attention_parity(hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int, active_experts: int = 1) -> float:

@@ -38,6 +38,27 @@ def check(config: Config) -> TrainingDataReport:
     """
     settings_checks.check(config)
     registry.check(config.reward)
+    shape = _check_actor(config)
+    engine_checks.check(config, shape, torch.cuda.is_available())
+    check_transport(config.transfer.transport)
+    if config.transfer.shares_gpus:
+        check_memory(config, shape, torch.cuda.get_device_properties(0).total_memory)
+    selection.check_selection(config)
+    return _check_data(config, shape)
+
+
+def check_without_engines(config: Config) -> None:
+    """Refuse what the trainer cannot run on this machine; called for a run that trains a ledger (``train --from-ledger``).
+
+    Raises:
+        ConfigError, ModelError: as `check`.
+    """
+    settings_checks.check(config)
+    _check_actor(config)
+
+
+def _check_actor(config: Config) -> ModelShape:
+    """Look at the model and at what the trainer computes it with; return its shape."""
     shape = run_shape(config)
     check_weights(config.model.path, shape)
     check_reference_model(config, shape)
@@ -47,12 +68,7 @@ def check(config: Config) -> TrainingDataReport:
     check_kernel(config.actor.logprob_kernel)
     kernels.check(config, shape)
     layout.check_lengths(config, shape)
-    engine_checks.check(config, shape, torch.cuda.is_available())
-    check_transport(config.transfer.transport)
-    if config.transfer.shares_gpus:
-        check_memory(config, shape, torch.cuda.get_device_properties(0).total_memory)
-    selection.check_selection(config)
-    return _check_data(config, shape)
+    return shape
 
 
 def _check_data(config: Config, shape: ModelShape) -> TrainingDataReport:

@@ -17,7 +17,7 @@ from megatron_hpt.engines.seeding import settled
 from megatron_hpt.environment import say_what_is_withheld
 from megatron_hpt.errors import ConfigError, DataError
 from megatron_hpt.files import check_folder, write_whole
-from megatron_hpt.launch import overridden_models, preflight
+from megatron_hpt.launch import from_ledger, overridden_models, preflight
 from megatron_hpt.launch.engine_arguments import check_extra_arguments
 from megatron_hpt.launch.launchers import Launcher, gpus_here, on_this_machine
 from megatron_hpt.models.checkpoints import damage
@@ -47,6 +47,30 @@ def start_run(source: str, overrides: list[str], root: Path, launch: Launch = on
     with in_words(root):
         run = create(config, root)
         write_whole(run.data, json.dumps(files(config), indent=1))
+    _supervise(config, run, 0, start(run))
+    return run
+
+
+def start_from_ledger(source: str, overrides: list[str], root: Path, launch: Launch = on_this_machine) -> RunDir:
+    """Train the batches of another run's ledger in a new run directory below `root`, without engines and evaluations.
+
+    With the same settings and layout it ends with the weights of the other run, bit for bit.
+
+    Args:
+        source: directory of the other run, which may still be going on.
+
+    Raises:
+        ConfigError, DataError: as `from_ledger.config_of_copy`.
+    """
+    other = open_run(Path(source))
+    saved = load_yaml(other.config)
+    check_folder(root)
+    config = from_ledger.config_of_copy(other, saved, apply_overrides(saved, overrides))
+    preflight.check_without_engines(config)
+    start = launch(from_ledger.without_engines(config))
+    with in_words(root):
+        run = create(config, root)
+        from_ledger.take_batches(other, run, config.trainer.steps)
     _supervise(config, run, 0, start(run))
     return run
 
@@ -89,11 +113,16 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = o
     config = settled(apply_overrides(saved, overrides), bool(gpus_here()))
     _check_same_batches(saved, config)
     _check_steps(run, config.trainer.steps)
-    preflight.check(config)
-    if run.data.is_file():  # older runs have none
-        check_same_files(_files_of(run), config)
-    launcher = launch(config)(run)
-    check_extra_arguments(config)
+    if run.is_from_ledger:
+        from_ledger.check_batches(run, config.trainer.steps)
+        preflight.check_without_engines(config)
+        launcher = launch(from_ledger.without_engines(config))(run)
+    else:
+        preflight.check(config)
+        if run.data.is_file():  # older runs have none
+            check_same_files(_files_of(run), config)
+        launcher = launch(config)(run)
+        check_extra_arguments(config)
     start = resume_point(run, config)
     if start == config.trainer.steps:
         raise ConfigError(f"{run.path} is complete ({start} steps); to train it further: --resume trainer.steps={2 * start}")
@@ -181,7 +210,8 @@ def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher, save
             write_whole(run.config, dump_yaml(config))
         overridden_models.write(config, run)
         try:
-            Supervisor(config, run, start, launcher).run()
+            told = from_ledger.without_engines(config) if run.is_from_ledger else config
+            Supervisor(told, run, start, launcher).run()
         finally:
             _report(run)
 

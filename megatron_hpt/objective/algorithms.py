@@ -340,12 +340,18 @@ def without_effect(config: Config) -> list[str]:
 _READ_ELSEWHERE: dict[str, Callable[[Algorithm], bool]] = {
     "max_rounds": lambda algorithm: algorithm.gate.refills,
     "kl.reference": lambda algorithm: algorithm.kl is not None,
+    "old_policy": lambda algorithm: any(Role.ROLLOUT in term.roles and _has_old(term) for term in algorithm.terms),
     **dict.fromkeys(
         ("overlong.buffer", "overlong.penalty", "overlong.mask", "mismatch.stop_above"),
         lambda algorithm: Role.ROLLOUT in algorithm.gate.roles,
     ),
 }
 """Settings that are not part of the record, and when they are read."""
+
+
+def _has_old(term: Term) -> bool:
+    """The term reads π_θold: for its ratio (π_ref = π_θ has none), or for its correction."""
+    return not isinstance(term.reference, Current | One) or not isinstance(term.correction, c.NoCorrection)
 
 
 def _changed(section: Section, defaults: Section, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:

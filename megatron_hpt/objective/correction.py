@@ -1,7 +1,8 @@
 """Corrections of the train-inference mismatch: what separates the engine's probabilities from the trainer's.
 
-They act on rollout rows only. With one optimizer step a batch the trainer's own π_θold is π_θ before the step, so a
-corrected term measures its ratio from there and weighs tokens by w = π_θold (trainer) / π (engine).
+They act on rollout rows only. A corrected term measures its ratio from the trainer's own π_θold, the policy when the batch
+arrived, and weighs tokens by w = π_θold (trainer) / π (engine): decoupled PPO (arXiv 2505.24298). With one optimizer
+step a batch that is π_θ before the step; with more, `Tokens.old_logprobs` has it (algorithm.old_policy=trainer).
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ class Correction(Protocol):
 
 @dataclass(frozen=True)
 class NoCorrection:
-    """π_θold is the engine's own probability: one forward less, and the ratio itself holds the mismatch."""
+    """π_θold is the engine's own probability: one forward less, and the ratio itself holds the mismatch.
+
+    With `Tokens.old_logprobs` it is the trainer's, and nothing accounts for the mismatch.
+    """
 
     formula: str = ""
 
     def __call__(self, tokens: Tokens) -> Corrected:
-        return Corrected(tokens.behaviour_logprobs, torch.ones_like(tokens.behaviour_logprobs))
+        old = tokens.behaviour_logprobs if tokens.old_logprobs is None else tokens.old_logprobs
+        return Corrected(old, torch.ones_like(old))
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,13 @@ class _Mismatch:
     high: float
     sequence: bool = False
 
+    def old_logprobs(self, tokens: Tokens) -> Tensor:
+        """log π_θold of the trainer, [tokens]."""
+        return tokens.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+
     def ratio(self, tokens: Tokens) -> Tensor:
         """w, [tokens]."""
-        log_ratio = tokens.logprobs.detach() - tokens.behaviour_logprobs
+        log_ratio = self.old_logprobs(tokens) - tokens.behaviour_logprobs
         return (tokens.row_mean(log_ratio) if self.sequence else log_ratio).exp()
 
 
@@ -68,7 +77,7 @@ class Truncated(_Mismatch):
         return f"tis: min(w, {self.high:g})"
 
     def __call__(self, tokens: Tokens) -> Corrected:
-        return Corrected(tokens.logprobs.detach(), self.ratio(tokens).clamp(max=self.high))
+        return Corrected(self.old_logprobs(tokens), self.ratio(tokens).clamp(max=self.high))
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Masked(_Mismatch):
     def __call__(self, tokens: Tokens) -> Corrected:
         ratio = self.ratio(tokens)
         # torch.where: an overflowed ratio times 0 is no number.
-        return Corrected(tokens.logprobs.detach(), torch.where(ratio <= self.high, ratio, 0.0))
+        return Corrected(self.old_logprobs(tokens), torch.where(ratio <= self.high, ratio, 0.0))
 
 
 @dataclass(frozen=True)
@@ -98,4 +107,4 @@ class IcePop(_Mismatch):
 
     def __call__(self, tokens: Tokens) -> Corrected:
         ratio = self.ratio(tokens)
-        return Corrected(tokens.logprobs.detach(), torch.where((ratio >= self.low) & (ratio <= self.high), ratio, 0.0))
+        return Corrected(self.old_logprobs(tokens), torch.where((ratio >= self.low) & (ratio <= self.high), ratio, 0.0))

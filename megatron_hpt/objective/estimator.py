@@ -119,6 +119,7 @@ def _only(tokens: Tokens, active: Tensor) -> Tokens:
         row_lengths=tokens.row_lengths,
         rows=tokens.rows,
         roles=tokens.roles,
+        old_logprobs=None if tokens.old_logprobs is None else neutral(tokens.old_logprobs),
     )
 
 

@@ -33,6 +33,8 @@ class Tokens:
     """int64: `Role` of the token's row."""
     reference_logprobs: Tensor | None = None
     """log π of the frozen reference model; None without a KL term."""
+    old_logprobs: Tensor | None = None
+    """log π of the trainer's weights when the batch arrived, where these are π_θold; None where the engine's are."""
 
     @property
     def trained(self) -> Tensor:

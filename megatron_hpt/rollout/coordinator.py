@@ -20,8 +20,9 @@ A step in ten lines (s is its number, k is `rollout.max_lag`; engines, trainer a
 
 With k = 0 the two take turns; with more the trainer works on a step while the engines sample the next ones, and new weights
 arrive under way (`transfer.in_flight`). Where the ledger holds the batch already (a resumed run), nothing is sent in 1, and of
-2 to 7 only ``batch`` is left. The blackboard has small values only: batches lie in the ledger, weights go by `transfer`. Its
-keys, where [0] is rank 0 and n counts from 0:
+2 to 7 only ``batch`` is left; in a run from another's ledger (``train --from-ledger``) that is so from the start, there are no
+engines, and `from_ledger` stands in for this module. The blackboard has small values only: batches lie in the ledger, weights
+go by `transfer`. Its keys, where [0] is rank 0 and n counts from 0:
 
     key                 written by    awaited or polled by     value
     engines             supervisor    coordinator, trainer     URLs of the engines; written once all of them answer
@@ -72,6 +73,7 @@ from megatron_hpt.objective.gate import Choice
 from megatron_hpt.overrides import load_yaml
 from megatron_hpt.process import die_with_parent, ends_in_words, log_to
 from megatron_hpt.rewards.pool import GraderPool
+from megatron_hpt.rollout import from_ledger
 from megatron_hpt.rollout.assembly import GateDecider, Group, assemble, decide, lag_metrics
 from megatron_hpt.rollout.evaluations import Evaluations
 from megatron_hpt.rollout.sampling import Early, Grader, SamplingSettings, grade, sample
@@ -351,9 +353,13 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     run = RunDir(arguments.run)
     log_to(run.log("coordinator"))
-    with ends_in_words(run.path), GraderPool(load_yaml(run.config).reward) as pool:
+    with ends_in_words(run.path):
         board = Blackboard.join(arguments.store)
-        asyncio.run(Coordinator(run, board, arguments.from_step, pool).run())
+        if run.is_from_ledger:
+            from_ledger.coordinate(run, board, arguments.from_step)
+        else:
+            with GraderPool(load_yaml(run.config).reward) as pool:
+                asyncio.run(Coordinator(run, board, arguments.from_step, pool).run())
     logger.info("done")
 
 

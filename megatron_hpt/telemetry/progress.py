@@ -87,7 +87,7 @@ class Progress(_Display):
             _number(line["rollout/accuracy"], ".3f"),
             _number(line["gate/sft_share"], ".2f"),
             _number(held_out, ".3f"),
-            "not taken" if line.get("train/skipped") else _number(line["train/loss"], ".4f"),
+            "not taken" if line.get("train/skipped") and not line.get("train/updates") else _number(line["train/loss"], ".4f"),
             _number(line["throughput/tokens_per_s"], ".0f"),
             _number(line["time/step_s"], ".1f"),
             duration(left),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hpt.actor.train_step import PROBE_ROWS, selected_rows
+from megatron_hpt.actor.updates import PROBE_ROWS, selected_rows
 from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.batch.rows import Batch, Row, Source
 from megatron_hpt.config import AlgorithmConfig, EntropyConfig, KlConfig, MismatchConfig, OptimizerConfig

@@ -25,7 +25,9 @@ def last_step(kills: int) -> int:
 
 
 def settings(kills: int) -> tuple[str, ...]:
-    return f"trainer.steps={last_step(kills)}", "trainer.save_every=2", "evaluation.sets={}", *SMALL
+    """Two updates a batch, so that a kill may come between them."""
+    steps = (f"trainer.steps={last_step(kills)}", "trainer.save_every=2", "trainer.updates_per_batch=2")
+    return *steps, "evaluation.sets={}", *SMALL
 
 
 def kill_somebody(run: Run, rng: random.Random) -> str:

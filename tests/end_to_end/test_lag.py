@@ -31,7 +31,7 @@ def test_a_run_that_samples_ahead_survives_kills_and_its_ledger_makes_it_again(o
     code, text = run.finish()
     assert code == 0, text
     assert_lags_are_bounded(run.path)
-    replay = Run.start(tmp_path / "replay", "--from-ledger", str(run.path))
+    replay = Run.start(tmp_path / "replay", str(run.path), "--from-ledger")
     code, text = replay.finish()
     assert code == 0, text
     assert sha256(replay.path / "export" / "model.safetensors") == sha256(run.path / "export" / "model.safetensors")

@@ -144,6 +144,21 @@ def test_resume_trains_the_ledger_again_and_ends_with_the_same_weights(finished:
     assert timeless[:-1] == expected[:-1]  # the last evaluation samples again
 
 
+def test_a_copy_from_the_ledger_needs_no_engine_and_no_data_and_has_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    """The model is all that is where the recipe expects it."""
+    (tmp_path / "build" / "quickstart").mkdir(parents=True)
+    (tmp_path / "build" / "quickstart" / "model").symlink_to(finished.parents[1] / "build" / "quickstart" / "model")
+    run = Run.start(tmp_path, "--from-ledger", str(finished), "rollout.python=/nowhere/python")
+    code, text = run.finish()
+    assert code == 0, text
+    assert sha256(run.path / "export" / "model.safetensors") == sha256(finished / "export" / "model.safetensors")
+    logs = {path.stem for path in (run.path / "logs").iterdir()}
+    assert logs == {"coordinator", "torchrun", "trainer_rank0", "trainer_rank1"}
+    trained = [{key: value for key, value in line.items() if key.startswith("train/")} for line in metrics(run.path)]
+    assert trained == [{key: value for key, value in line.items() if key.startswith("train/")} for line in metrics(finished)]
+    assert not [key for line in metrics(run.path) for key in line if key.startswith("eval/")]
+
+
 @pytest.mark.thorough
 def test_tied_embeddings_arrive_from_two_pipeline_stages(tmp_path: Path) -> None:
     """The engine's tied output layer keeps a copy of its own, packed for the host: it must follow the embedding.

@@ -184,6 +184,10 @@ def test_an_algorithm_of_ones_own_is_one_function(tmp_path, monkeypatch: pytest.
         (["max_rounds=9"], ["max_rounds"]),
         (["name=dapo", "max_rounds=9", "overlong.buffer=2"], []),
         (["gate.by_source.olympiad.threshold=4"], []),
+        (["name=hpt", "old_policy=trainer"], []),
+        (["name=sft", "old_policy=trainer"], ["old_policy"]),
+        (["name=rloo", "old_policy=trainer"], ["old_policy"]),  # no ratio
+        (["name=rloo", "old_policy=trainer", "mismatch.correction=tis"], []),
     ],
 )
 def test_settings_that_change_nothing_are_found(settings: list[str], idle: list[str]) -> None:

@@ -216,6 +216,39 @@ def test_mismatch_corrections_weigh_rollouts_and_nothing_else(correction: str, l
     assert loss.parts["dropped"] == dropped
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+@given(seed=SEEDS, number=NUMBERS)
+def test_the_trainers_old_policy_takes_the_engines_place_in_every_ratio(name: str, seed: int, number: int) -> None:
+    rows = make_rows(seed, number)
+    tokens = flatten(rows, reference=True)
+    tokens = replace(tokens, old_logprobs=tokens.reference_logprobs, reference_logprobs=None)
+    loss = unified_loss(build(AlgorithmConfig(name=name), LENGTH), tokens, counts(rows))
+    loss.total.backward()
+    expected = by_hand(name, [replace(row, old=row.reference) for row in rows])
+    assert loss.total.item() == pytest.approx(expected.loss, rel=1e-12, abs=1e-13)
+    assert_equal(unflatten(tokens.logprobs.grad, rows), expected.logprobs)
+
+
+@pytest.mark.parametrize("correction", ["tis", "mis", "icepop"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@given(seed=SEEDS, number=NUMBERS)
+def test_a_correction_bridges_the_trainers_old_policy_and_the_engine(
+    correction: str, level: str, seed: int, number: int
+) -> None:
+    """Decoupled PPO: the clipped ratio is π_θ/π_θold of the trainer, the weight π_θold/π of the engine."""
+    rows = make_rows(seed, number)
+    config = AlgorithmConfig(name="dr_grpo", mismatch=MismatchConfig(correction=correction, level=level))
+    tokens = flatten(rows, reference=True)
+    tokens = replace(tokens, old_logprobs=tokens.reference_logprobs, reference_logprobs=None)
+    unified_loss(build(config, LENGTH), tokens, counts(rows)).total.backward()
+    clipped = by_hand("dr_grpo", [replace(row, old=row.reference) for row in rows]).logprobs
+    for row, found, slopes in zip(rows, unflatten(tokens.logprobs.grad, rows), clipped, strict=True):
+        weights = [0.0] * row.length
+        if row.role is Role.ROLLOUT:
+            weights = weights_of(correction, level, replace(row, logprobs=row.reference))
+        assert found == pytest.approx([w * slope for w, slope in zip(weights, slopes, strict=True)], rel=1e-9, abs=1e-14)
+
+
 @pytest.mark.parametrize("correction", ["tis", "mis", "icepop"])
 def test_a_token_that_the_engine_thought_impossible_is_dropped_not_a_nan(correction: str) -> None:
     config = AlgorithmConfig(name="hpt", mismatch=MismatchConfig(correction=correction))

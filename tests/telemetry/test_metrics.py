@@ -64,5 +64,13 @@ def test_progress_shows_numbers_and_time_left() -> None:
     assert "time left 0:32" in text  # 9 steps of 3.5 s
 
 
+@pytest.mark.parametrize(("taken", "shown"), [(0, "not taken"), (3, "1.0000")])
+def test_a_step_of_several_updates_is_not_taken_if_none_of_them_is(taken: int, shown: str) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with Progress(steps=10, start=0, console=console) as progress:
+        progress.step(line(0, **{"train/updates": taken, "train/skipped": 4 - taken}))
+    assert f"loss {shown}" in console.file.getvalue()
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]

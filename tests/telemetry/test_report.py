@@ -81,6 +81,14 @@ def test_long_runs_are_averaged_and_the_last_point_is_the_last_step(
     assert "mean of 6 steps" in " ".join(record.notes(one))
 
 
+def test_steps_that_were_taken_in_part_are_told_with_the_reason(runs: list[RunDir]) -> None:
+    whole = record.read(runs[0], "hpt")
+    partly = {"train/updates": 3, "train/skipped": 1, "train/skip_reason": "update 2 of 4: the gradient norm is inf"}
+    one = replace(whole, lines=[line | (partly if line["step"] == 5 else {}) for line in whole.lines])
+    assert one.not_taken == []
+    assert "1 of the steps were taken in part (step 5): update 2 of 4: the gradient norm is inf" in record.notes(one)
+
+
 def test_an_evaluation_stands_where_its_version_was_made(runs: list[RunDir]) -> None:
     one = record.read(runs[0], "hpt")
     grid, values = one.evaluations("eval/heldout/avg@8")

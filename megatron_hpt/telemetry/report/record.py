@@ -96,8 +96,13 @@ class RunRecord:
 
     @cached_property
     def not_taken(self) -> list[int]:
-        """The steps whose update was skipped."""
-        return [line["step"] for line in self.lines if line.get("train/skipped")]
+        """The steps of which no update was taken."""
+        return [line["step"] for line in self.lines if line.get("train/skipped") and not line.get("train/updates")]
+
+    @cached_property
+    def taken_in_part(self) -> list[int]:
+        """The steps of which some updates were taken and others were not."""
+        return [line["step"] for line in self.lines if line.get("train/skipped") and line.get("train/updates")]
 
 
 def read(run: RunDir, label: str) -> RunRecord:
@@ -171,13 +176,15 @@ def notes(record: RunRecord) -> list[str]:
 
 
 def _notes(record: RunRecord) -> Iterator[str]:
-    done, steps, skipped = len(record.lines), record.config.trainer.steps, record.not_taken
+    done, steps = len(record.lines), record.config.trainer.steps
     if done < steps:
         yield f"{done} of {steps} steps are finished: the run goes on, or ended early."
-    if skipped:
-        shown = ", ".join(map(str, skipped[:8])) + (" …" if len(skipped) > 8 else "")
-        reasons = sorted({line["train/skip_reason"] for line in record.lines if line.get("train/skip_reason")})
-        yield f"{len(skipped)} of the steps were not taken (step {shown}): {'; '.join(reasons[:3]) or 'no reason recorded'}"
+    for how, skipped in (("not taken", record.not_taken), ("taken in part", record.taken_in_part)):
+        if skipped:
+            shown = ", ".join(map(str, skipped[:8])) + (" …" if len(skipped) > 8 else "")
+            reasons = {line.get("train/skip_reason") for line in record.lines if line["step"] in skipped}
+            given = "; ".join(sorted(filter(None, reasons))[:3]) or "no reason recorded"
+            yield f"{len(skipped)} of the steps were {how} (step {shown}): {given}"
     if not record.evaluated:
         yield "Nothing was evaluated on held-out problems (evaluation.sets)."
     if record.per_point > 1:
