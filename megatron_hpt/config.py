@@ -74,8 +74,8 @@ def _name_of_a_set(given: str) -> str:
     return _name_of_a_folder(given)
 
 
-Threads = typing.Annotated[Int, Field(gt=0, le=1024)]
-"""Of one process."""
+Threads = typing.Annotated[Int, Field(gt=0, le=1024)] | Literal["all"]
+"""Of one process; all: those of its share of the machine's cores (cores.py)."""
 Workers = typing.Annotated[Int, Field(gt=0, le=4096)]
 """Processes beside each other on one machine."""
 MOST_GIB = 2**20
@@ -507,6 +507,12 @@ class RolloutConfig(Section):
     """Engine servers that may be started again in one run after they died; then the run ends."""
     cancel_decided: bool = True
     """Rollouts of a prompt are cancelled once they cannot change that the gate sends it to its demonstration."""
+    max_lag: NonNegativeInt = 0
+    """Versions of the weights by which the engine's may be older than those that its rollouts train; 0: generation and
+    training take turns."""
+    threads: Threads = "all"
+    """Threads of one rank of an engine on the host. all: its share of the cores, which are all there are while generation and
+    training take turns, and those that actor.threads leaves where they overlap; the number is in RUN/config.yaml."""
 
     @model_validator(mode="after")
     def _there_is_such_a_machine(self) -> RolloutConfig:
@@ -640,7 +646,8 @@ class ActorConfig(Section):
     deterministic: bool = False
     """Kernels that give the same bits for the same batch on GPUs too, for a bitwise resume there; slower."""
     threads: Threads = 1
-    """Torch threads of one rank on the host."""
+    """Torch threads of one rank on the host. all: its share of the cores, as in rollout.threads; another number of threads may
+    change last bits, so that the default gives the same ones on every machine."""
 
     @model_validator(mode="after")
     def _fp8_settings(self) -> ActorConfig:
