@@ -74,8 +74,8 @@ def _name_of_a_set(given: str) -> str:
     return _name_of_a_folder(given)
 
 
-Threads = typing.Annotated[Int, Field(gt=0, le=1024)]
-"""Of one process."""
+Threads = typing.Annotated[Int, Field(gt=0, le=1024)] | Literal["all"]
+"""Of one process; all: those of its share of the machine's cores (cores.py)."""
 Workers = typing.Annotated[Int, Field(gt=0, le=4096)]
 """Processes beside each other on one machine."""
 MOST_GIB = 2**20
@@ -515,6 +515,9 @@ class RolloutConfig(Section):
     max_lag: typing.Annotated[NonNegativeInt, Field(le=MOST_LAG)] = 0
     """How many steps the weights that sample a batch may be older than those that it trains. 0: engines and trainer take turns;
     1 and more: engines sample the next batches while the trainer works (docs/throughput.md)."""
+    threads: Threads = "all"
+    """Threads of one rank of an engine on the host. all: its share of the cores, which are all there are while generation and
+    training take turns, and those that actor.threads leaves where they overlap; the number is in RUN/config.yaml."""
 
     @model_validator(mode="after")
     def _sleeps_between_turns(self) -> RolloutConfig:
@@ -654,7 +657,8 @@ class ActorConfig(Section):
     deterministic: bool = False
     """Kernels that give the same bits for the same batch on GPUs too, for a bitwise resume there; slower."""
     threads: Threads = 1
-    """Torch threads of one rank on the host."""
+    """Torch threads of one rank on the host. all: its share of the cores, as in rollout.threads; another number of threads may
+    change last bits, so that the default gives the same ones on every machine."""
 
     @model_validator(mode="after")
     def _kernels_that_agree(self) -> ActorConfig:

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 TOKEN_VARIABLE = "HPT_TOKEN"
 """Environment variable with the token that the run's servers ask for."""
+CORES_VARIABLE = "HPT_CORES"
+"""Environment variable with the cores that a part of a run keeps to, e.g. ``0,1``; unset: all that it inherits."""
 
 
 def token() -> str | None:
@@ -54,6 +56,12 @@ def log_to(path: Path) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def keep_to_cores() -> None:
+    """Have this process, and those that it starts, run on the cores that its launcher has chosen (`CORES_VARIABLE`) alone."""
+    if chosen := os.environ.get(CORES_VARIABLE):
+        os.sched_setaffinity(0, map(int, chosen.split(",")))
+
+
 @contextmanager
 def ends_in_words(folder: Path) -> Iterator[None]:
     """End the process with an error of ours in words; a traceback is for all others.
@@ -73,6 +81,7 @@ def main() -> None:
     """``python -m megatron_hpt.process LOG COMMAND…``: become COMMAND, tied to the parent's life, logging to LOG."""
     die_with_parent()
     log_to(Path(sys.argv[1]))
+    keep_to_cores()
     os.execvp(sys.argv[2], sys.argv[2:])
 
 

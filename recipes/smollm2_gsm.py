@@ -37,7 +37,7 @@ def recipe() -> Config:
         ),
         rollout=RolloutConfig(samples_per_prompt=4, max_running=128),
         parallel=ParallelConfig(pipeline=2),
-        actor=ActorConfig(micro_batch_tokens=640),
+        actor=ActorConfig(micro_batch_tokens=640, threads="all"),
         optimizer=OptimizerConfig(lr=2e-4, warmup_steps=3, decay_to=0.1),
         evaluation=EvaluationConfig(sets={"heldout": str(INPUTS / "heldout.parquet")}, every=8, samples=4, temperature=0.6),
         trainer=TrainerConfig(steps=24, prompts_per_step=12, save_every=8),

@@ -19,6 +19,7 @@ from megatron_hpt.actor.optimizer.offload import Offload
 from megatron_hpt.actor.timing import ObjectiveTimer
 from megatron_hpt.batch.packing import attention_parity
 from megatron_hpt.config import Config
+from megatron_hpt.cores import assigned
 from megatron_hpt.models.hf_config import ModelShape, run_shape
 from megatron_hpt.objective import algorithms
 from megatron_hpt.objective.algorithm import Algorithm
@@ -67,7 +68,7 @@ def build_actor(config: Config) -> Actor:
             for needs.
         ModelError: the weights cannot be read.
     """
-    where = platform.detect(config.actor.threads, config.actor.deterministic)
+    where = platform.detect(assigned(config).trainer.threads, config.actor.deterministic)
     check_fp8(config.actor.fp8, config.model.dtype, this_machine())
     check_kernel(config.actor.logprob_kernel)
     ranks = parallel.initialize(config.parallel, where, config.trainer.seed, config.deadlines.step_s)

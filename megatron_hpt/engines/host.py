@@ -1,28 +1,21 @@
-"""The share of this machine that a server without a GPU gets: its cores, and room for its KV cache."""
+"""What a server without a GPU gets of this machine: threads, and room for its KV cache."""
 
 from __future__ import annotations
 
-import os
-
 from megatron_hpt.config import Config
+from megatron_hpt.cores import assigned
 from megatron_hpt.models.hf_config import ModelShape
 
 
-def threads_of_one_rank() -> str:
-    """Return the number of threads of a one-rank engine: all cores but one, which vLLM leaves to the server's other work
-    (utils/ompmultiprocessing.py)."""
-    return str(max(1, len(os.sched_getaffinity(0)) - 1))
+def threads_of_ranks(config: Config) -> dict[str, str]:
+    """Return the environment variable from which every rank of a server takes its number of threads when it imports torch."""
+    return {"OMP_NUM_THREADS": str(assigned(config).engines.threads)}
 
 
-def cores_of_ranks(ranks: int) -> str:
-    """Share the cores of this process out among ranks, written as vLLM and SGLang read it: ``0,1,2|3,4,5``.
-
-    Where there are more ranks than cores, several ranks get the same core.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    each = max(1, len(cores) // ranks)
-    shares = [cores[rank * each % len(cores) :][:each] for rank in range(ranks)]
-    return "|".join(",".join(map(str, share)) for share in shares)
+def cores_of_ranks(config: Config) -> str:
+    """Return the cores of the ranks of one server, written as SGLang reads them: ``0,1,2|3,4,5``."""
+    ranks = assigned(config).engines.ranks[: config.rollout.tensor_parallel]
+    return "|".join(",".join(map(str, cores)) for cores in ranks)
 
 
 def cache_room(config: Config, shape: ModelShape) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from megatron_hpt import cores
 from megatron_hpt.config import Config
 from megatron_hpt.engines.interface import Start
 from megatron_hpt.engines.types import SEEDS, seed_of
 
 
 def settled(config: Config, on_gpus: bool) -> Config:
-    """Return the configuration with `rollout.seeded` decided where it leaves that open.
+    """Return the configuration with `rollout.seeded` decided where it leaves that open, and on a host the numbers of threads.
 
     Called once by whoever starts a run or an evaluation, before anything is stored, so that config.yaml says what happened and
     the clients of the servers do the same as the servers.
@@ -16,8 +17,9 @@ def settled(config: Config, on_gpus: bool) -> Config:
     Args:
         on_gpus: whether servers will be started on GPUs.
     """
-    decided = {"seeded": is_seeded(config, on_gpus)}
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update=decided)})
+    rollout = config.rollout.model_copy(update={"seeded": is_seeded(config, on_gpus)})
+    settled_config = config.model_copy(update={"rollout": rollout})
+    return settled_config if on_gpus else cores.decided(settled_config)
 
 
 def is_seeded(config: Config, on_gpus: bool = False) -> bool:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config
+from megatron_hpt.cores import assigned
 from megatron_hpt.data.prompts import Prompt
 from megatron_hpt.engines.seeding import settled
 from megatron_hpt.files import check_folder
@@ -71,6 +72,8 @@ def _told(config: Config, found: TrainingDataReport) -> Iterator[tuple[str, str]
     yield "a step", f"{trainer.prompts_per_step:,} prompts × {rollout.samples_per_prompt:,} rollouts"
     yield "the run", f"{trainer.steps:,} steps, {taken / max(1, found.overview.rows):.2f} times through the data"
     yield "evaluated", ", ".join(config.evaluation.held_out) or "nothing (evaluation.sets)"
+    if not gpus_here():
+        yield "cores", str(assigned(config))
     yield "engine", f"{rollout.engine}: " + (f"servers {', '.join(rollout.urls)}" if rollout.urls else "takes its arguments")
 
 

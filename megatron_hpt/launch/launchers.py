@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_hpt.config import Config
+from megatron_hpt.cores import assigned
 from megatron_hpt.engines.interface import Start
 from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import ConfigError, HptError
@@ -19,6 +20,7 @@ from megatron_hpt.launch.children import Child, stop_all
 from megatron_hpt.launch.engine_fleet import start_engine
 from megatron_hpt.launch.scratch import Scratch
 from megatron_hpt.plan.topology import Device, Slots, Topology, place_nodes, visible
+from megatron_hpt.process import CORES_VARIABLE
 from megatron_hpt.run import RunDir
 
 LOWEST_PORT = 10240
@@ -109,7 +111,7 @@ class LocalLauncher:
         ranks = f"--nproc-per-node={self._config.parallel.ranks}"
         command = [sys.executable, *TORCHRUN, ranks, "-m", "megatron_hpt.actor.trainer", *arguments]
         # torchrun numbers the ranks of this machine as `place_nodes` does: rank r takes the r-th GPU that it sees.
-        own = self._on(self._topology.trainer) if self._topology else {}
+        own = self._on(self._topology.trainer) if self._topology else self._keeping_to(assigned(self._config).trainer.cores)
         return Child.start("trainer", command, self._run.log("torchrun"), {**inherited_here(), **self._own, **own})
 
     def coordinator(self, arguments: Sequence[str]) -> Child:
@@ -119,7 +121,10 @@ class LocalLauncher:
     def engine(self, index: int) -> tuple[str, Child]:
         config, port = self._config, free_port(self._config.rollout.host)
         start = Start(self._run.engine_model(config), port, self._run.path, on_gpus=self._topology is not None)
-        own = self._on(self._topology.engines[index]) if self._topology else {}
+        if self._topology:
+            own = self._on(self._topology.engines[index])
+        else:
+            own = self._keeping_to(assigned(config).of_server(index, config.rollout.tensor_parallel))
         return start_engine(config, index, start, self._run.log(f"engine_{index}"), {**self._own, **own})
 
     @property
@@ -130,6 +135,13 @@ class LocalLauncher:
 
     def _on(self, places: Sequence[Device]) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": visible(places, self._gpus)}
+
+    def _keeping_to(self, cores: Sequence[int]) -> dict[str, str]:
+        """Environment variables of a part on a host: its cores, where generation and training overlap on cores of their own.
+
+        Parts that take turns are not bound: whoever works may run wherever nobody else does.
+        """
+        return {CORES_VARIABLE: ",".join(map(str, cores))} if assigned(self._config).is_apart else {}
 
     def stop(self, children: Sequence[Child]) -> None:
         stop_all(children)

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_hpt import recipe as recipes
 from megatron_hpt.config import Config
+from megatron_hpt.cores import assigned
 from megatron_hpt.data.source import check_same_files, files
 from megatron_hpt.engines.seeding import settled
 from megatron_hpt.environment import say_what_is_withheld
@@ -203,6 +204,8 @@ def _supervise(config: Config, run: RunDir, start: int, launcher: Launcher, save
     from megatron_hpt.launch.supervisor import Supervisor  # imports torch
 
     say_what_is_withheld()
+    if not gpus_here():
+        logger.warning("note: %s (rollout.threads, actor.threads)", assigned(config))
     with run.lock(), _logged(run), in_words(run.path):
         if saved is not None:
             if run.export.is_dir():

@@ -21,7 +21,7 @@ from megatron_hpt.config import Config
 from megatron_hpt.engines.client import CONNECTIONS, HttpEngine, answer_of, connections_of
 from megatron_hpt.engines.experts import has_plain_experts
 from megatron_hpt.engines.extra_arguments import SET_BY_RUN, TENSOR_RANKS_ALONE
-from megatron_hpt.engines.host import cache_room, cores_of_ranks
+from megatron_hpt.engines.host import cache_room, cores_of_ranks, threads_of_ranks
 from megatron_hpt.engines.interface import EngineKind, RunningServer, SamplingLimits, Start
 from megatron_hpt.engines.seeding import is_seeded, server_seed
 from megatron_hpt.engines.sglang import host, site
@@ -124,8 +124,10 @@ def _host_environment(config: Config) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, (site_folder, os.environ.get("PYTHONPATH")))),
         "SGLANG_PLATFORM": host.NAME,
         "SGLANG_PLUGINS": f"megatron_hpt,{host.NAME}",
-        "SGLANG_CPU_OMP_THREADS_BIND": cores_of_ranks(config.rollout.tensor_parallel),
-        "OMP_NUM_THREADS": "1",
+        **threads_of_ranks(config),
+        # SGLang wants cores for each rank, or else a NUMA node; its kernel package alone would bind threads to them
+        # (srt/distributed/bootstrap.py).
+        "SGLANG_CPU_OMP_THREADS_BIND": cores_of_ranks(config),
         "TORCHDYNAMO_DISABLE": "1",  # its sampler would be compiled under the first request, for more than a minute
     }
 

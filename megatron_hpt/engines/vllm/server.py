@@ -19,7 +19,7 @@ from megatron_hpt.config import Config
 from megatron_hpt.engines.client import CONNECTIONS, HttpEngine, answer_of, connections_of
 from megatron_hpt.engines.experts import has_plain_experts
 from megatron_hpt.engines.extra_arguments import SET_BY_RUN, TENSOR_RANKS_ALONE
-from megatron_hpt.engines.host import cores_of_ranks, threads_of_one_rank
+from megatron_hpt.engines.host import threads_of_ranks
 from megatron_hpt.engines.interface import EngineKind, RunningServer, SamplingLimits, Start
 from megatron_hpt.engines.seeding import is_seeded, server_seed
 from megatron_hpt.engines.types import Sample, SamplingRequest
@@ -102,11 +102,11 @@ def server_environment(config: Config, on_gpus: bool) -> dict[str, str]:
 
 
 def _host_environment(config: Config) -> dict[str, str]:
-    ranks = config.rollout.tensor_parallel
-    # Left to itself vLLM wants a NUMA node for each rank, and binds one rank to a core that may be another program's.
-    threads = {"VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)} if ranks > 1 else {"OMP_NUM_THREADS": threads_of_one_rank()}
     return {
-        **threads,
+        **threads_of_ranks(config),
+        # Left to itself vLLM keeps a core for its scheduler, wants a NUMA node for each rank, and binds threads to cores that
+        # may be another program's (utils/ompmultiprocessing.py).
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "TORCHDYNAMO_DISABLE": "1",  # the first request would wait half a minute for a sampler that is no faster
         "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib),
     }

@@ -124,9 +124,9 @@ def _settings(subject: Subject, servers: Sequence[RunningServer], options: Evalu
         engine = {"urls": [server.url for server in servers], "engine": servers[0].kind}
     else:
         model = str(subject.path)
-        # The engines of an evaluation have the GPUs for themselves, without a trainer beside them.
-        share = RolloutConfig.model_fields["gpu_memory_share"].default
-        engine = {"urls": [], "model": "", "host": "127.0.0.1", "sleep": False, "gpu_memory_share": share, "seeded": None}
+        # The engines of an evaluation have GPUs and cores for themselves, without a trainer beside them.
+        alone = ("urls", "model", "host", "sleep", "gpu_memory_share", "seeded", "max_lag", "threads")
+        engine = {name: RolloutConfig.model_fields[name].get_default(call_default_factory=True) for name in alone}
     own = {"path": model, "overrides": {}}  # checkpoints and exports of a run have its overrides in them
     if subject.run is None and not servers:
         own["dtype"] = dtype_of(read_config(model))
@@ -134,7 +134,8 @@ def _settings(subject: Subject, servers: Sequence[RunningServer], options: Evalu
     config = apply_overrides(config.model_copy(update=changes), list(options.overrides))
     if servers:
         return config
-    return _placed(settled(config, bool(gpus_here())), any(given.startswith("rollout.servers=") for given in options.overrides))
+    placed = _placed(config, any(given.startswith("rollout.servers=") for given in options.overrides))
+    return settled(placed, bool(gpus_here()))
 
 
 def _placed(config: Config, chosen: bool) -> Config:
