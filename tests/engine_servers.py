@@ -40,7 +40,7 @@ def engine_config(kind: str, model: Path, tensor: int = 1, dtype: str = "float32
         name="test",
         model=ModelConfig(path=str(model), dtype=dtype),
         data=DataConfig(train="", max_prompt_length=32, max_response_length=32),
-        rollout=RolloutConfig(engine=kind, tensor_parallel=tensor, max_running=16, **rollout),
+        rollout=RolloutConfig(engine=kind, tensor_parallel=tensor, max_running=16, threads=1, **rollout),
     )
 
 
@@ -146,7 +146,7 @@ class SharedEngines:
                 arithmetic.write(self.inputs, held_out=64)
                 tiny_llama.write(self.inputs / "model")
             longer = "data.max_response_length=56"  # than the quickstart's, for tests that want requests to last
-            settings = [f"rollout.engine={kind}", f"model.path={self.inputs}/model", longer]
+            settings = [f"rollout.engine={kind}", f"model.path={self.inputs}/model", "rollout.threads=1", longer]
             config = recipe.load(str(QUICKSTART), settings).config
             self._servers[kind] = Server.of_run(config, self._folder)
             self._servers[kind].ready()

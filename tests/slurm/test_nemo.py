@@ -23,7 +23,13 @@ pytestmark = [
 
 RECIPE = str(ROOT / "recipes" / "quickstart.py")
 SMALL = (
-    *("trainer.prompts_per_step=8", "rollout.samples_per_prompt=4", "optimizer.warmup_steps=0", "evaluation.sets={}"),
+    *(
+        "trainer.prompts_per_step=8",
+        "rollout.samples_per_prompt=4",
+        "optimizer.warmup_steps=0",
+        "evaluation.sets={}",
+        "rollout.threads=1",
+    ),
     *("trainer.steps=6", "trainer.save_every=2", "transfer.transport=gloo"),
 )
 

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 STEPS = 10
 SMALL = (
-    *("trainer.prompts_per_step=8", "rollout.samples_per_prompt=4", "optimizer.warmup_steps=0"),
+    *("trainer.prompts_per_step=8", "rollout.samples_per_prompt=4", "optimizer.warmup_steps=0", "rollout.threads=1"),
     *("evaluation.sets={}", f"trainer.steps={STEPS}", "trainer.save_every=2"),
 )
 SITE = {
