@@ -156,3 +156,36 @@ def test_a_packed_answer_that_is_cut_off_is_refused() -> None:
     short = msgspec.msgpack.encode({"choices": [{**answer, "logprobs": b"\0" * 8, "weight_versions": spans}]})
     with pytest.raises(EngineError, match="3 tokens with 2 log-probabilities"):
         read(VllmEngine, (), short, PACKED)
+
+
+@pytest.mark.slow  # imports vLLM
+def test_vllms_own_response_is_packed_behind_its_own_middleware() -> None:
+    """vLLM's classes make the answer, and Starlette calls the middleware as in vLLM's server."""
+    pytest.importorskip("vllm")
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
+    from starlette.testclient import TestClient
+    from vllm.entrypoints.scale_out.token_in_token_out import protocol, serving
+    from vllm.logprobs import Logprob
+    from vllm.outputs import WeightVersionSpan
+
+    app, tokens = FastAPI(), [5, 9]
+    top = [{5: Logprob(-0.5, 1)}, {9: Logprob(float("-inf"), 4)}]
+
+    @app.post("/inference/v1/generate")
+    async def generate(request: Request) -> JSONResponse:
+        logprobs = serving.ServingTokens._create_tokens_logprobs(None, tokens, top, 0)
+        spans = [WeightVersionSpan("3", 0, 1), WeightVersionSpan("4", 1, 2)]
+        choice = protocol.GenerateTokensChoice(
+            index=0, logprobs=logprobs, finish_reason="length", token_ids=tokens, weight_versions=spans
+        )
+        response = protocol.GenerateTokensResponse(choices=[choice], prompt_logprobs=None)
+        return JSONResponse(content=response.model_dump())
+
+    app.add_middleware(PackAnswers)
+    client = TestClient(app)
+    for accept, kind in ((VllmEngine.accept, PACKED), ("application/json", "application/json")):
+        answer = client.post("/inference/v1/generate", headers={"Accept": accept})
+        assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
+        (sample,) = read(VllmEngine, (), answer.content, kind)
+        assert sample == Sample([5, 9], [-0.5, -9999.0], "length", ((3, 1), (4, 1)))
