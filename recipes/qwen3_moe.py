@@ -1,6 +1,6 @@
 """Qwen3-30B-A3B, a mixture of 128 experts, with the settings of Qwen2.5-Math-7B, a start: a run that nobody has published.
 
-megatron-hpt train recipes/qwen3_moe.py method=hpt                          # 2 nodes of trainers, 1 of engines
+megatron-hpt train recipes/qwen3_moe.py method=hpt                          # 1 node of trainers, 2 of engines
 megatron-hpt train recipes/qwen3_moe.py layout=one_node                     # eight H200; H100 have no more than 1 GiB to spare
 """
 
@@ -16,7 +16,17 @@ def experts(tensor: int, data: int) -> ParallelConfig:
 MODEL = Model(
     "Qwen3-30B-A3B",
     {
-        "cluster": Layout(experts(tensor=4, data=4), servers=2, engine_tensor=4, shared=False),
+        "cluster": Layout(
+            experts(tensor=2, data=4),
+            servers=4,
+            engine_tensor=4,
+            shared=False,
+            micro_batch_tokens=9_216,
+            recompute="none",
+            offload="optimizer",
+            max_running=512,
+            max_lag=2,
+        ),
         "one_node": Layout(experts(tensor=2, data=4), servers=2, engine_tensor=4),
     },
     threshold=0,
