@@ -25,10 +25,13 @@ MODELS = {
     "8B": Model(
         "Llama-3.1-8B",
         {
-            "one_node": Layout(EIGHT, servers=4, engine_tensor=2),
-            "cluster": Layout(EIGHT, servers=4, engine_tensor=2, shared=False),
+            "one_node": Layout(EIGHT, servers=2, engine_tensor=4, micro_batch_tokens=18_432, recompute="none", max_running=512),
+            "cluster": Layout(
+                EIGHT, servers=2, engine_tensor=4, shared=False, micro_batch_tokens=9_216, recompute="none", max_running=512
+            ),
         },
         threshold=2,
+        is_papers=True,
         chat_template=QUESTION,
     ),
     "70B": Model(

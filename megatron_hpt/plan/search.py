@@ -24,6 +24,7 @@ from megatron_hpt.plan.layout import check_layout
 from megatron_hpt.plan.lengths import Lengths
 from megatron_hpt.plan.memory import GIB, ITEM_BYTES, engine_memory
 from megatron_hpt.plan.scenario import Scenario, scenario, transfer_of, work_of
+from megatron_hpt.plan.search_queue import Pair, Queue
 from megatron_hpt.plan.timeline import BatchWork, alone
 from megatron_hpt.plan.topology import place
 from megatron_hpt.plan.trainer_search import OWN_GPUS, SPARE_GIB, Trainer, Trainers
@@ -120,12 +121,12 @@ class _Layouts:
         self._near = cluster.nodes == 1 and not config.rollout.urls
         self._trainers = Trainers(config, shape, cluster, lengths, share)
         self._servers = {placement: list(self._fitting(placement)) for placement in placements(config, cluster)}
-        self._pairs = 0
+        self._timed = 0
 
     @property
     def timed(self) -> int:
         """Trainers, and pairs of trainer and engines, that were timed."""
-        return self._trainers.timed + self._pairs
+        return self._trainers.timed + self._timed
 
     def fastest(self, count: int, given: Ranked | None, lags: Sequence[int]) -> list[Ranked]:
         """Return the fastest with some values of `rollout.max_lag`.
@@ -134,11 +135,14 @@ class _Layouts:
             given: the recipe's own layout, which is one of them.
         """
         best = {given.layout: given} if given else {}
-        for least, layout in self._by_least(lags):
+        queue = Queue(self._bounds(lags), self._pairs)
+        while pair := queue.next():
             ahead = heapq.nsmallest(count, (each.seconds for each in best.values()))
-            if len(ahead) == count and least > ahead[-1]:
+            if len(ahead) == count and pair.least > ahead[-1]:
                 break  # what comes now is slower still
-            ranked = self.ranked(layout)
+            self._timed += 1
+            ranked = self.ranked(pair.layout)
+            queue.go_on(pair, ranked.seconds if ranked else 0.0)
             if not ranked or ranked.spare_gib < SPARE_GIB:
                 continue
             if ranked.layout not in best or ranked.seconds < best[ranked.layout].seconds:
@@ -161,50 +165,43 @@ class _Layouts:
         fullest = max((moment.total for moment in found.moments), default=found.trainer.total)
         return Ranked(layout, step, self._cluster.gpu.memory_gib - fullest / GIB)
 
-    def _by_least(self, lags: Sequence[int]) -> Iterator[tuple[float, Config]]:
-        """Yield layouts, each with a time that it does not beat, in the order of these times.
-
-        Trainers of a placement are looked for when its turn comes.
-        """
+    def _bounds(self, lags: Sequence[int]) -> list[tuple[float, Placement, int]]:
+        """Return placements with a lag, each with a time that none of its layouts beats."""
         bounds = []
-        for number, (placement, every) in enumerate(self._servers.items()):
+        for placement, every in self._servers.items():
             training = self._trainers.least_s(placement.trainer_ranks)
             for lag in [lag for lag in lags if not (placement.is_shared and lag)]:
                 least = (self._least_s(servers, training, 0.0, lag) for servers in every)
-                bounds.append((min(least, default=math.inf), number, lag, placement))
-        waiting: list[tuple[float, int, Config]] = []
-        for bound, _, lag, placement in sorted(bounds, key=lambda each: each[:3]):
-            if bound == math.inf:
-                break
-            while waiting and waiting[0][0] <= bound:
-                least, _, layout = heapq.heappop(waiting)
-                yield least, layout
-            for least, layout in self._layouts(placement, lag):
-                self._pairs += 1
-                heapq.heappush(waiting, (least, self._pairs, layout))
-        yield from ((least, layout) for least, _, layout in sorted(waiting, key=lambda each: each[:2]))
+                bounds.append((min(least, default=math.inf), placement, lag))
+        return [bound for bound in bounds if bound[0] < math.inf]
 
     def _least_s(self, servers: _Servers, training_s: float, transfer_s: float, lag: int) -> float:
         return replace(servers.work, training_s=training_s, transfer_s=transfer_s).least_s(lag, servers.alone_s)
 
-    def _layouts(self, placement: Placement, lag: int) -> Iterator[tuple[float, Config]]:
-        """Yield the fastest trainers with all engines of a placement."""
-        for trainer in self._trainers.fastest(placement.trainer_ranks, ("all",) if placement.is_shared else OWN_GPUS):
-            for servers in self._servers[placement]:
-                layout = servers.config.model_copy(update={"parallel": trainer.config.parallel, "actor": trainer.config.actor})
-                layout = changed(layout, rollout={"max_lag": lag})
-                if placement.is_shared:
-                    layout = self._with_share(layout)
-                sent = transfer_of(self._shape, layout, self._cluster, self._near).seconds
-                yield self._least_s(servers, trainer.seconds, sent, lag), layout
+    def _pairs(self, placement: Placement, lag: int) -> Iterator[Iterator[Pair]]:
+        """Yield, for all engines of a placement, the fastest trainers beside them, the fastest first."""
+        trainers = self._trainers.fastest(placement.trainer_ranks, ("all",) if placement.is_shared else OWN_GPUS)
+        for servers in self._servers[placement]:
+            yield self._beside(servers, trainers, placement.is_shared, lag)
+
+    def _beside(self, servers: _Servers, trainers: Sequence[Trainer], is_shared: bool, lag: int) -> Iterator[Pair]:
+        for trainer in trainers:
+            layout = servers.config.model_copy(update={"parallel": trainer.config.parallel, "actor": trainer.config.actor})
+            layout = changed(layout, rollout={"max_lag": lag})
+            if is_shared:
+                layout = self._with_share(layout)
+            sent = transfer_of(self._shape, layout, self._cluster, self._near).seconds
+            yield Pair(self._least_s(servers, trainer.seconds, sent, lag), layout)
 
     def _fitting(self, placement: Placement) -> Iterator[_Servers]:
         """Yield the engines of a placement that hold a sequence."""
         room = self._cluster.gpu.memory_gib * GIB
         for config in engines(placement.applied(self._config), self._shape, self._cluster, placement.engine_gpus):
             memory = engine_memory(self._shape, config, engine_item_bytes(config, ITEM_BYTES[config.model.dtype]), room)
-            if memory.tokens >= config.max_sequence_length or config.rollout.urls:
-                work = work_of(self._shape, config, self._cluster, memory, self._lengths, 0.0, 0.0)
+            work = work_of(self._shape, config, self._cluster, memory, self._lengths, 0.0, 0.0)
+            given = self._config.rollout.max_running
+            is_idle = config.rollout.max_running > given >= work.sequences * len(self.lags)  # there are never as many
+            if (memory.tokens >= config.max_sequence_length and not is_idle) or config.rollout.urls:
                 yield _Servers(config, work, alone(work).total)
 
     def _with_share(self, layout: Config) -> Config:
