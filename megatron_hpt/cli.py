@@ -133,9 +133,10 @@ def plan(
 ) -> None:
     """Show what a recipe takes before it runs: places, memory, seconds, bytes; refuse what does not fit, with what does."""
     from megatron_hpt.files import check_file
-    from megatron_hpt.plan import search_table, table
+    from megatron_hpt.plan import table
     from megatron_hpt.plan.assumptions import Assumptions
     from megatron_hpt.plan.plan import of_recipe, search_recipe
+    from megatron_hpt.plan.search import table as search_table
 
     assumptions = Assumptions(cluster, nodes, fill, response_tokens, lengths)
     if not search:

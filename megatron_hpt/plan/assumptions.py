@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.plan.cluster import ClusterConfig, load_cluster
-from megatron_hpt.plan.lengths import Lengths, of_fill, of_means
+from megatron_hpt.plan.rollouts.lengths import Lengths, of_fill, of_means
 from megatron_hpt.run import open_run
 
 DEFAULT_CLUSTER = Path(__file__).parents[2] / "recipes" / "clusters" / "h100x128.yaml"
@@ -47,7 +47,7 @@ class Assumptions:
             ConfigError: lengths that the recipe does not allow, or a run without any.
         """
         if self.run is not None:
-            from megatron_hpt.plan.ledger_lengths import of_ledger  # brings pyarrow
+            from megatron_hpt.plan.rollouts.ledger_lengths import of_ledger  # brings pyarrow
 
             return of_ledger(open_run(self.run))
         if self.response_tokens is None:

@@ -16,12 +16,12 @@ from megatron_hpt.plan.cluster import ClusterConfig
 from megatron_hpt.plan.fit import fit
 from megatron_hpt.plan.flags import Flags, flags_of
 from megatron_hpt.plan.layout import check_layout, check_lengths
-from megatron_hpt.plan.lengths import Lengths
 from megatron_hpt.plan.memory import EngineMemory, TrainerMemory, checkpoint_bytes
 from megatron_hpt.plan.nearest_layout import nearest
-from megatron_hpt.plan.rollout_timing import Transfer
+from megatron_hpt.plan.rollouts.lengths import Lengths
+from megatron_hpt.plan.rollouts.rollout_timing import Transfer
 from megatron_hpt.plan.scenario import Scenario, batch_of, scenario
-from megatron_hpt.plan.search import Ranking, search
+from megatron_hpt.plan.search.ranking import Ranking, search
 from megatron_hpt.plan.shared_gpu import Moment
 from megatron_hpt.plan.timing import Pass, StepSize, message_bytes, micro_batch_s, reduce_bytes, train_s
 from megatron_hpt.plan.topology import Topology, place

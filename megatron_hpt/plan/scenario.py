@@ -12,10 +12,10 @@ from megatron_hpt.models.hf_config import ModelShape
 from megatron_hpt.models.published import engine_item_bytes
 from megatron_hpt.plan.cluster import ClusterConfig
 from megatron_hpt.plan.flags import flags_of
-from megatron_hpt.plan.lengths import Lengths
 from megatron_hpt.plan.memory import ITEM_BYTES, EngineMemory
-from megatron_hpt.plan.rollout_timing import Transfer, decoding, transfer
-from megatron_hpt.plan.timeline import BatchWork, Generation, Timeline, alone, timeline
+from megatron_hpt.plan.rollouts.lengths import Lengths
+from megatron_hpt.plan.rollouts.rollout_timing import Transfer, decoding, transfer
+from megatron_hpt.plan.rollouts.timeline import BatchWork, Generation, Timeline, alone, timeline
 from megatron_hpt.plan.timing import Pass, StepSize, StepTime, micro_batch_s, train_s
 
 

@@ -10,9 +10,9 @@ from megatron_hpt.models.published import PUBLISHED
 from megatron_hpt.plan.assumptions import DEFAULT_CLUSTER
 from megatron_hpt.plan.cluster import load_cluster
 from megatron_hpt.plan.flags import OVERLAPS, Flags, Load, flags_of, visible
-from megatron_hpt.plan.lengths import of_fill
 from megatron_hpt.plan.peaks import KERNEL_S
 from megatron_hpt.plan.plan import make
+from megatron_hpt.plan.rollouts.lengths import of_fill
 from megatron_hpt.plan.timing import EXPERT_KERNELS, Pass, StepSize, StepTime, micro_batch_s, train_s
 
 CLUSTER = load_cluster(DEFAULT_CLUSTER)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.batch.rows import Batch, Row, Source
 from megatron_hpt.errors import ConfigError
-from megatron_hpt.plan.ledger_lengths import NEWEST_STEPS, of_ledger
-from megatron_hpt.plan.lengths import of_means, of_responses
+from megatron_hpt.plan.rollouts.ledger_lengths import NEWEST_STEPS, of_ledger
+from megatron_hpt.plan.rollouts.lengths import of_means, of_responses
 from megatron_hpt.run import RunDir
 
 

@@ -15,8 +15,8 @@ from megatron_hpt.models.published import PUBLISHED, folder_of
 from megatron_hpt.overrides import apply_overrides, dump_yaml
 from megatron_hpt.plan.assumptions import DEFAULT_CLUSTER, Assumptions
 from megatron_hpt.plan.cluster import load_cluster
-from megatron_hpt.plan.lengths import of_fill
 from megatron_hpt.plan.plan import make, of_recipe
+from megatron_hpt.plan.rollouts.lengths import of_fill
 from tests import programs
 
 ROOT = Path(__file__).parents[2]

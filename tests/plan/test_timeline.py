@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hpt.plan.lengths import Lengths, of_means
-from megatron_hpt.plan.rollout_timing import Decoding
-from megatron_hpt.plan.timeline import BatchWork, alone, timeline
+from megatron_hpt.plan.rollouts.lengths import Lengths, of_means
+from megatron_hpt.plan.rollouts.rollout_timing import Decoding
+from megatron_hpt.plan.rollouts.timeline import BatchWork, alone, timeline
 
 STEADY = Decoding(weights_s=0.01, cached_s=0, sequence_s=0, fixed_s=0, unused=0, prefill_s=0, slots=1000)
 """A hundredth of a second a token, however many sequences run."""

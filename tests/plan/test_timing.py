@@ -14,12 +14,12 @@ from megatron_hpt.plan.assumptions import DEFAULT_CLUSTER
 from megatron_hpt.plan.cluster import load_cluster
 from megatron_hpt.plan.fit import fit
 from megatron_hpt.plan.flags import flags_of
-from megatron_hpt.plan.lengths import of_fill, of_means
 from megatron_hpt.plan.memory import stage_parameters
 from megatron_hpt.plan.peaks import Peaks
-from megatron_hpt.plan.rollout_timing import EAGER_S, GRAPH_S, decoding, transfer
+from megatron_hpt.plan.rollouts.lengths import of_fill, of_means
+from megatron_hpt.plan.rollouts.rollout_timing import EAGER_S, GRAPH_S, decoding, transfer
+from megatron_hpt.plan.rollouts.timeline import Generation
 from megatron_hpt.plan.scenario import batch_of, scenario
-from megatron_hpt.plan.timeline import Generation
 from megatron_hpt.plan.timing import message_bytes, reduce_bytes, train_s
 from megatron_hpt.plan.topology import place
 from megatron_hpt.transfer.layouts import EngineLayout, actor_holdings, engine_holdings

@@ -17,17 +17,17 @@ from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.models.hf_config import ModelShape
 from megatron_hpt.models.published import engine_item_bytes
-from megatron_hpt.plan.candidates import Placement, changed, engines, placements
 from megatron_hpt.plan.cluster import ClusterConfig
 from megatron_hpt.plan.fit import fit, fit_gpus
 from megatron_hpt.plan.layout import check_layout
-from megatron_hpt.plan.lengths import Lengths
 from megatron_hpt.plan.memory import GIB, ITEM_BYTES, engine_memory
+from megatron_hpt.plan.rollouts.lengths import Lengths
+from megatron_hpt.plan.rollouts.timeline import BatchWork, alone
 from megatron_hpt.plan.scenario import Scenario, scenario, transfer_of, work_of
-from megatron_hpt.plan.search_queue import Pair, Queue
-from megatron_hpt.plan.timeline import BatchWork, alone
+from megatron_hpt.plan.search.candidates import Placement, changed, engines, placements
+from megatron_hpt.plan.search.queue import Pair, Queue
+from megatron_hpt.plan.search.trainers import OWN_GPUS, SPARE_GIB, Trainer, Trainers
 from megatron_hpt.plan.topology import place
-from megatron_hpt.plan.trainer_search import OWN_GPUS, SPARE_GIB, Trainer, Trainers
 
 SHOWN = 5
 """Layouts of an answer."""

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megatron_hpt.config import Config
 from megatron_hpt.files import write_whole
-from megatron_hpt.plan.search import Ranked, Ranking
+from megatron_hpt.plan.search.ranking import Ranked, Ranking
 from megatron_hpt.settings.values import dump
 
 WRITTEN = {

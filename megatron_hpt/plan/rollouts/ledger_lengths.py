@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.errors import ConfigError, DataError
-from megatron_hpt.plan.lengths import Lengths, of_responses
+from megatron_hpt.plan.rollouts.lengths import Lengths, of_responses
 from megatron_hpt.run import RunDir
 
 NEWEST_STEPS = 10

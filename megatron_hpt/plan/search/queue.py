@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_hpt.config import Config
-from megatron_hpt.plan.candidates import Placement
+from megatron_hpt.plan.search.candidates import Placement
 
 SAME = 0.99
 """Share of its time that a layout may gain by a slower trainer, as a simulation of a few steps has it."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from megatron_hpt.config import Config
 from megatron_hpt.models.hf_config import ModelShape
-from megatron_hpt.plan.candidates import changed, replicas
 from megatron_hpt.plan.cluster import ClusterConfig
 from megatron_hpt.plan.fit import PIPELINES_FULL
 from megatron_hpt.plan.flags import flags_of
-from megatron_hpt.plan.lengths import Lengths
 from megatron_hpt.plan.memory import GIB, heaviest_stage
+from megatron_hpt.plan.rollouts.lengths import Lengths
 from megatron_hpt.plan.scenario import batches
+from megatron_hpt.plan.search.candidates import changed, replicas
 from megatron_hpt.plan.timing import micro_batch_s, train_s
 
 KEPT = 6

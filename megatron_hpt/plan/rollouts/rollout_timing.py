@@ -9,9 +9,9 @@ from megatron_hpt.config import Config
 from megatron_hpt.engines.seeding import is_seeded
 from megatron_hpt.models.hf_config import ModelShape
 from megatron_hpt.plan.cluster import ClusterConfig
-from megatron_hpt.plan.lengths import Lengths
 from megatron_hpt.plan.memory import EngineMemory, active_parameters, engine_weights
 from megatron_hpt.plan.peaks import Peaks
+from megatron_hpt.plan.rollouts.lengths import Lengths
 
 EAGER_S = 60e-6
 """Of a layer's kernels in one decoding step, launched one by one: about 12 of KERNEL_S."""

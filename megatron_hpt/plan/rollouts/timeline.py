@@ -13,8 +13,8 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from megatron_hpt.plan.lengths import Lengths
-from megatron_hpt.plan.rollout_timing import Decoding
+from megatron_hpt.plan.rollouts.lengths import Lengths
+from megatron_hpt.plan.rollouts.rollout_timing import Decoding
 
 GRAIN = 1 / 64
 """Of a server's slots: fewer stay empty until more are free, so that groups are not cut ever smaller."""
