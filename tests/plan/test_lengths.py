@@ -6,12 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_hpt import recipe as recipes
 from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.batch.rows import Batch, Row, Source
 from megatron_hpt.errors import ConfigError
+from megatron_hpt.plan.assumptions import DEFAULT_CLUSTER, Assumptions
+from megatron_hpt.plan.cluster import load_cluster
+from megatron_hpt.plan.plan import make
 from megatron_hpt.plan.rollouts.ledger_lengths import NEWEST_STEPS, of_ledger
 from megatron_hpt.plan.rollouts.lengths import of_means, of_responses
-from megatron_hpt.run import RunDir
+from megatron_hpt.run import RunDir, create
+
+ROOT = Path(__file__).parents[2]
 
 
 @given(share=st.floats(0.005, 1), limit=st.integers(64, 100_000))
@@ -58,3 +64,16 @@ def test_the_lengths_of_a_ledger_are_those_of_its_newest_steps(tmp_path: Path) -
     assert (found.prompt, found.response, found.longest, found.demonstration) == (10, pytest.approx(200), 300, 50)
     assert "20 rollouts" in found.origin
     assert "steps 1 to 10" in found.origin
+
+
+def test_a_plan_takes_the_lengths_of_a_run(tmp_path: Path) -> None:
+    config = recipes.load(str(ROOT / "recipes/llama_3_1.py"), ["size=70B"]).config
+    run = create(config, tmp_path)
+    Ledger(run.batches).write(Batch(0, [row(tokens, Source.ROLLOUT) for tokens in (100, 200, 2400)]))
+    lengths = Assumptions(run=run.path).lengths_of(config)
+    assert (lengths.response, lengths.longest) == (pytest.approx(900), 2400)
+    mean = Assumptions(response_tokens=900).lengths_of(config)
+    assert mean.response == pytest.approx(900, rel=0.02)
+    assert mean.longest > 5000
+    seconds = [make(config, load_cluster(DEFAULT_CLUSTER), each, 0.0).scenarios[1].generation.total for each in (lengths, mean)]
+    assert seconds[0] < 0.6 * seconds[1]  # the same tokens, but a shorter tail
