@@ -85,7 +85,8 @@ class Row:
         model = ModelConfig(path="published", dtype="bfloat16")
         config = Config(name="row", model=model, data=DataConfig(train=""), parallel=self.parallel, actor=actor)
         budget = actor.micro_batch_tokens
-        batch = StepSize(self.rows, self.row_tokens, self.rows * self.row_tokens // budget // self.parallel.data, budget)
+        count = self.rows * self.row_tokens // budget // self.parallel.data
+        batch = StepSize(self.rows, self.row_tokens, count, budget, self.row_tokens)
         return train_s(self.shape, config, _cluster(self.stack.changes), self.flags, batch).total
 
     @property

@@ -11,13 +11,14 @@ from rich.console import Console
 
 from megatron_hpt import command, environment
 from megatron_hpt.errors import ConfigError
-from megatron_hpt.settings.options import MOST_ROWS, MOST_SECONDS, MOST_TOKENS, number
+from megatron_hpt.settings.options import MOST_ROWS, MOST_SECONDS, MOST_TOKENS, number, processes
 from megatron_hpt.settings.options import samples as samples_option
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 RUNS = Path("runs")
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="settings, e.g. trainer.steps=20, and the recipe's arguments, e.g. method=grpo")
+    list[str] | None,
+    typer.Argument(help="settings, e.g. trainer.steps=20, or @FILE of them; the recipe's arguments, e.g. method=grpo"),
 ]
 
 
@@ -124,15 +125,39 @@ def plan(
     cluster: Annotated[
         Path | None, typer.Option(help="cluster file (recipes/clusters/); default: enough nodes of 8 H100")
     ] = None,
+    nodes: Annotated[int | None, processes("nodes of the cluster; default: those of its file")] = None,
     fill: Annotated[float, number(0.01, 1, help="mean length of prompts and responses, as a share of their limits")] = 0.5,
+    response_tokens: Annotated[float | None, number(1, MOST_TOKENS, help="mean length of responses, instead")] = None,
+    lengths: Annotated[Path | None, typer.Option(help="run directory: lengths are those of its rollouts, instead")] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="show the fastest layouts that fit, instead of the recipe's")
+    ] = False,
+    taught: Annotated[float, number(0, 1, help="search: share of prompts taught by their demonstration")] = 0.25,
+    max_lag: Annotated[
+        int, number(0, 16, help="search: largest rollout.max_lag to try; 0: rollouts and training alternate")
+    ] = 2,
+    write: Annotated[Path | None, typer.Option(help="search: file for the fastest one's settings; recipes take @FILE")] = None,
 ) -> None:
     """Show what a recipe takes before it runs: places, memory, seconds, bytes; refuse what does not fit, with what does."""
-    from megatron_hpt.plan.plan import of_recipe
-    from megatron_hpt.plan.table import show
+    from megatron_hpt.files import check_file
+    from megatron_hpt.plan import table
+    from megatron_hpt.plan.assumptions import Assumptions
+    from megatron_hpt.plan.plan import of_recipe, search_recipe
+    from megatron_hpt.plan.search import table as search_table
 
-    found = of_recipe(recipe, overrides or [], cluster, fill)
-    show(found, _wide_console())
-    found.require_fit()
+    assumptions = Assumptions(cluster, nodes, fill, response_tokens, lengths)
+    if not search:
+        found = of_recipe(recipe, overrides or [], assumptions)
+        table.show(found, _wide_console())
+        found.require_fit()
+        return
+    if write:
+        check_file(write)
+    ranking = search_recipe(recipe, overrides or [], assumptions, taught, max_lag)
+    search_table.show(ranking, _wide_console())
+    if write:
+        search_table.write(write, ranking)
+        Console().print(f"wrote {write}: megatron-hpt train {recipe} … @{write}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import functools
 import logging
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,16 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
 
     A setting that is a text (a path, a pattern, a template) is what stands behind the ``=``, to the last character, or what
     quotes around all of it hold. Others are YAML: ``3``, ``1e-3``, ``true``, ``null``, ``[0.9, 0.95]``, ``{a: b.parquet}``;
-    what YAML would drop (a comment) is refused. A mapping for a section changes the keys that it has. Of a key that is given
-    twice the last counts, as where a script's own settings come before its user's; a note says so.
+    what YAML would drop (a comment) is refused. A mapping for a section changes the keys that it has. ``@FILE`` stands for the
+    settings in a YAML file (`with_files`). Of a key that is given twice the last counts, as where a script's own settings come
+    before its user's; a note says so.
 
     Raises:
-        ConfigError: an override without "=", an unknown key, a value of the wrong type.
+        ConfigError: an override without "=", an unknown key, a value of the wrong type, a file that cannot be read.
     """
     tree = config.model_dump(mode="json")
     values: dict[str, Any] = {}
-    for override in overrides:
+    for override in with_files(overrides):
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {shown(override)}: expected section.key=value, e.g. trainer.steps=20")
@@ -52,6 +53,25 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
             values[name] = value
             _set(tree, changed, value)
     return validated(tree, _overridden(overrides) if overrides else config.name)
+
+
+def with_files(overrides: Sequence[str]) -> list[str]:
+    """Return overrides in which ``@FILE`` is replaced by the settings of that YAML file, each section a mapping.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no mapping; names it.
+    """
+    settings: list[str] = []
+    for override in overrides:
+        if not override.startswith("@"):
+            settings.append(override)
+            continue
+        path = Path(override[1:])
+        tree = read_yaml(path)
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+        settings += [f"{key}={value if isinstance(value, str) else dump(value, one_line=True)}" for key, value in tree.items()]
+    return settings
 
 
 def _overridden(overrides: list[str]) -> str:

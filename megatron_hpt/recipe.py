@@ -18,7 +18,7 @@ from pydantic import ValidationError, validate_call
 
 from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError, HptError, did_you_mean
-from megatron_hpt.overrides import apply_overrides, load_yaml, note_twice
+from megatron_hpt.overrides import apply_overrides, load_yaml, note_twice, with_files
 from megatron_hpt.settings.sections import line_of
 
 
@@ -36,7 +36,7 @@ def load(source: str, given: Sequence[str]) -> Recipe:
     """Load a recipe file, a saved config.yaml, or a run directory that holds one, and apply what is given.
 
     Args:
-        given: overrides of settings, and the recipe's own arguments, each ``name=value``.
+        given: overrides of settings, and the recipe's own arguments, each ``name=value``; ``@FILE``: those of a YAML file.
 
     Raises:
         ConfigError: no such file, a file of another kind, a recipe that does not return a Config, a wrong argument.
@@ -48,8 +48,9 @@ def load(source: str, given: Sequence[str]) -> Recipe:
         raise ConfigError(
             f"{source}: no such recipe; give a recipe file (recipes/quickstart.py), a config.yaml, or a run directory"
         )
+    given = with_files(given)
     if path.suffix in (".yaml", ".yml"):
-        return Recipe(apply_overrides(load_yaml(path), list(given)), overrides=given)
+        return Recipe(apply_overrides(load_yaml(path), given), overrides=given)
     if path.suffix != ".py":
         raise ConfigError(f"{source}: a recipe is a .py file or a saved .yaml configuration, not {path.suffix or 'this'}")
     recipe = _load_python(path, given)

@@ -1,15 +1,24 @@
 """Qwen2.5-72B with the settings of Qwen2.5-Math-7B, a start: nobody has published this run, nor has it been made here.
 
-megatron-hpt train recipes/qwen2_5.py method=hpt                            # 12 nodes of trainers, 4 of engines
+megatron-hpt train recipes/qwen2_5.py method=hpt                            # 7 nodes of trainers, 9 of engines
 """
 
 from megatron_hpt.config import Config, ParallelConfig
 from megatron_hpt.examples.paper import Layout, LayoutName, Method, Model, config
 
-TRAINERS = ParallelConfig(tensor=8, pipeline=4, data=3, sequence=True)
 MODEL = Model(
     "Qwen2.5-72B",
-    {"cluster": Layout(TRAINERS, servers=4, engine_tensor=8, shared=False, micro_batch_tokens=16_384)},
+    {
+        "cluster": Layout(
+            ParallelConfig(tensor=2, pipeline=4, data=7, sequence=True),
+            servers=9,
+            engine_tensor=8,
+            shared=False,
+            micro_batch_tokens=9_216,
+            offload="optimizer",
+            max_lag=2,
+        )
+    },
     threshold=0,
     skip_above=80.0,
 )

@@ -18,17 +18,33 @@ from megatron_hpt.examples.paper import Layout, LayoutName, Method, Model, confi
 
 LONGER = {"rope_theta": 40000, "max_position_embeddings": 16384}
 """The paper's edit of config.json: 1024 + 8192 tokens do not fit the model's 4096 positions."""
-EIGHT = ParallelConfig(tensor=2, data=4, sequence=True)
 MODELS = {
     "7B": Model(
         "Qwen2.5-Math-7B",
         {
-            "one_node": Layout(EIGHT, servers=4, engine_tensor=2),
-            "cluster": Layout(EIGHT, servers=4, engine_tensor=2, shared=False),
+            "one_node": Layout(
+                ParallelConfig(tensor=2, data=4, sequence=True),
+                servers=2,
+                engine_tensor=4,
+                micro_batch_tokens=18_432,
+                recompute="none",
+                max_running=512,
+            ),
+            "cluster": Layout(
+                ParallelConfig(context=2, data=4),
+                servers=2,
+                engine_tensor=4,
+                shared=False,
+                micro_batch_tokens=9_216,
+                recompute="none",
+                offload="optimizer",
+                max_running=512,
+            ),
         },
         threshold=0,
         skip_above=80.0,
         overrides=LONGER,
+        is_papers=True,
     ),
     "1.5B": Model(
         "Qwen2.5-Math-1.5B",
@@ -41,10 +57,11 @@ MODELS = {
         demonstration_coefficient=0.3,
         skip_above=80.0,
         overrides=LONGER,
+        is_papers=True,
     ),
 }
 
 
 def recipe(size: Literal["7B", "1.5B"] = "7B", method: Method = "hpt", layout: LayoutName | None = None) -> Config:
-    """One run, with the paper's 32,768 tokens a micro-batch, which hpt_reference depends on."""
+    """One run; hpt_reference, whose loss depends on it, has the paper's 32,768 tokens a micro-batch."""
     return config(MODELS[size], method, layout)

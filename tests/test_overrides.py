@@ -17,8 +17,8 @@ from megatron_hpt.evaluation.grading import settings_of
 from megatron_hpt.objective.algorithms import ALGORITHMS, build
 from megatron_hpt.objective.gate import Informative, Soft, Switch
 from megatron_hpt.overrides import apply_overrides, dump_yaml, load_yaml, note_twice, validated
+from megatron_hpt.plan.assumptions import DEFAULT_CLUSTER
 from megatron_hpt.plan.cluster import load_cluster
-from megatron_hpt.plan.plan import DEFAULT_CLUSTER
 from megatron_hpt.rewards.grades import Grade
 from megatron_hpt.rewards.pool import weighted, weights
 from megatron_hpt.settings.values import dump, given_text, given_value, parse
@@ -388,3 +388,32 @@ def test_errors_name_keys_that_exist(tmp_path: Path) -> None:
     site = DEFAULT_CLUSTER.parents[1] / "sites" / "login_node.yaml"
     with pytest.raises(ConfigError, match=r"login_node\.yaml: not a cluster .*launch --site.*h100x8\.yaml.*gpus_per_node"):
         load_cluster(site)
+
+
+def test_a_file_stands_for_the_settings_in_it(tmp_path: Path) -> None:
+    layout = tmp_path / "layout.yaml"
+    layout.write_text("# a comment\nparallel: {tensor: 2, expert_tensor: null}\ntransfer: {transport: nccl}\nname: 'null'\n")
+    found = changed("parallel.data=3", f"@{layout}", "parallel.tensor=4")
+    assert (found.parallel.tensor, found.parallel.data, found.parallel.expert_tensor) == (4, 3, None)
+    assert (found.transfer.transport, found.name) == ("nccl", "null")
+    layout.write_text("parallel: {tensr: 2}")
+    with pytest.raises(ConfigError, match=r"parallel\.tensr"):
+        changed(f"@{layout}")
+    layout.write_text("[1, 2]")
+    with pytest.raises(ConfigError, match=r"layout\.yaml: expected a mapping of sections, found list"):
+        changed(f"@{layout}")
+    with pytest.raises(ConfigError, match=r"missing\.yaml: not a YAML file that can be read"):
+        changed(f"@{tmp_path / 'missing.yaml'}")
+
+
+def test_a_recipe_takes_a_file_among_its_arguments(tmp_path: Path) -> None:
+    (tmp_path / "layout").write_text("parallel:\n  data: 3\n")
+    source = tmp_path / "recipe.py"
+    source.write_text(
+        "from megatron_hpt.config import *\n"
+        "def recipe(size: int = 1) -> Config:\n"
+        "    return Config(name=str(size), model=ModelConfig(path='x'), data=DataConfig(train='x'))\n"
+    )
+    found = recipe.load(str(source), ["size=2", f"@{tmp_path / 'layout'}"])
+    assert (found.config.name, found.config.parallel.data) == ("2", 3)
+    assert found.overrides == ["parallel={data: 3}"]

@@ -7,7 +7,7 @@ defaults that they leave standing. `recipes/` has one file a model family; docs/
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_hpt.config import (
@@ -33,6 +33,8 @@ Method = Literal["hpt", "hpt_reference", "grpo", "sft", "sft_grpo", "luffy", "sr
 LayoutName = Literal["one_gpu", "one_node", "cluster"]
 PROBLEMS = 46_000
 """Rows of Openr1-Math-46k-8192, roughly."""
+REFERENCE_TOKENS = 32_768
+"""Of a micro-batch in the paper's runs, on which the loss of hpt_reference depends."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,14 @@ class Layout:
     """Engines run on the trainer's GPUs and have their memory in turn; else on their own, reached by messages."""
     engine_share: float = 0.85
     """Of a GPU's memory, for an engine (megatron-hpt plan says how much fits beside a trainer)."""
-    micro_batch_tokens: int = 32_768
+    micro_batch_tokens: int = REFERENCE_TOKENS
+    recompute: Literal["none", "full"] = "full"
+    offload: Literal["none", "optimizer"] = "none"
+    """Of the optimizer's state, where engines have GPUs of their own."""
+    max_running: int = 256
+    """Sequences of an engine at a time (`rollout.max_running`)."""
+    max_lag: int = 0
+    """Batches that engines work ahead (`rollout.max_lag`)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Model:
     """HPT's steps with a larger gradient norm are not taken."""
     overrides: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    is_papers: bool = False
+    """The paper has runs of it: hpt_reference is computed with its micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,8 @@ def config(model: Model, method: Method, layout: LayoutName | None) -> Config:
     if layout not in model.layouts:
         raise ConfigError(f"layout: given {layout!r}; {model.name} has {', '.join(model.layouts)}")
     run, place = _METHODS[method](model), model.layouts[layout]
+    if method == "hpt_reference" and model.is_papers:
+        place = replace(place, micro_batch_tokens=REFERENCE_TOKENS, recompute="full")
     return Config(
         name=f"{model.name}-{method}-{layout}",
         model=ModelConfig(path=f"models/{model.name}", dtype="bfloat16", overrides=model.overrides),
@@ -153,13 +166,15 @@ def config(model: Model, method: Method, layout: LayoutName | None) -> Config:
             tensor_parallel=place.engine_tensor,
             gpu_memory_share=place.engine_share,
             sleep=place.shared,
+            max_running=place.max_running,
+            max_lag=place.max_lag,
         ),
         transfer=TransferConfig(transport="cuda_ipc" if place.shared else "nccl"),
         parallel=place.parallel,
         actor=ActorConfig(
             micro_batch_tokens=place.micro_batch_tokens,
-            recompute="full",
-            offload="all" if place.shared else "none",
+            recompute=place.recompute,
+            offload="all" if place.shared else place.offload,
         ),
         optimizer=OptimizerConfig(
             lr=run.lr,

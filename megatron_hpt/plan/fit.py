@@ -22,6 +22,9 @@ from megatron_hpt.plan.memory import (
 from megatron_hpt.plan.shared_gpu import Moment, largest_share, moments
 from megatron_hpt.plan.topology import Topology
 
+PIPELINES_FULL = 2
+"""Micro-batches of a step, in pipeline stages, that memory is counted for: enough to fill the pipeline."""
+
 
 @dataclass(frozen=True)
 class GpuFit:
@@ -62,7 +65,7 @@ def fit_gpus(config: Config, shape: ModelShape, gib: float, colocated: bool) -> 
         colocated: engines are on the trainer's.
     """
     room = gib * GIB
-    stage, trainer = heaviest_stage(shape, config, _pipeline_full(config))
+    stage, trainer = heaviest_stage(shape, config, PIPELINES_FULL * config.parallel.pipeline)
     engine = engine_memory(shape, config, engine_item_bytes(config, ITEM_BYTES[config.model.dtype]), room)
     shared = moments(config.rollout, trainer, engine) if colocated else ()
     most = largest_share(config.rollout, trainer, room)
@@ -108,11 +111,6 @@ def _remedy(rollout: RolloutConfig, most: float) -> str:
     sleep = "" if rollout.sleep else "; with rollout.sleep=true they have it in turn"
     share = f"; rollout.gpu_memory_share is {rollout.gpu_memory_share:g}, at most {most:g} fits" if most > 0 else ""
     return sleep + share
-
-
-def _pipeline_full(config: Config) -> int:
-    """Micro-batches that fill the pipeline."""
-    return 2 * config.parallel.pipeline
 
 
 def check_memory(config: Config, shape: ModelShape, gpu_bytes: int) -> None:

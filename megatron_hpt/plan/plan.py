@@ -7,39 +7,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_hpt import recipe as recipes
-from megatron_hpt.batch.packing import attention_parity, places, plan_micro_batches
 from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError
 from megatron_hpt.models.hf_config import ModelShape
-from megatron_hpt.models.published import engine_item_bytes, planned_shape
-from megatron_hpt.plan.cluster import ClusterConfig, load_cluster
+from megatron_hpt.models.published import planned_shape
+from megatron_hpt.plan.assumptions import Assumptions, resized
+from megatron_hpt.plan.cluster import ClusterConfig
 from megatron_hpt.plan.fit import fit
 from megatron_hpt.plan.flags import Flags, flags_of
 from megatron_hpt.plan.layout import check_layout, check_lengths
-from megatron_hpt.plan.memory import ITEM_BYTES, EngineMemory, TrainerMemory, checkpoint_bytes
+from megatron_hpt.plan.memory import EngineMemory, TrainerMemory, checkpoint_bytes
 from megatron_hpt.plan.nearest_layout import nearest
-from megatron_hpt.plan.rollout_timing import Generation, Transfer, generation_s, transfer
+from megatron_hpt.plan.rollouts.lengths import Lengths
+from megatron_hpt.plan.rollouts.rollout_timing import Transfer
+from megatron_hpt.plan.scenario import Scenario, batch_of, scenario
+from megatron_hpt.plan.search.ranking import Ranking, search
 from megatron_hpt.plan.shared_gpu import Moment
-from megatron_hpt.plan.timing import Pass, StepSize, StepTime, message_bytes, micro_batch_s, reduce_bytes, train_s
+from megatron_hpt.plan.timing import Pass, StepSize, message_bytes, micro_batch_s, reduce_bytes, train_s
 from megatron_hpt.plan.topology import Topology, place
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of prompts that their demonstration teaches, from a policy that solves everything to one that solves nothing."""
-DEFAULT_CLUSTER = Path(__file__).parents[2] / "recipes" / "clusters" / "h100x128.yaml"
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """One step in which a share of the prompts is taught by its demonstration: one row each, the others n."""
-
-    share: float
-    batch: StepSize
-    generated: float
-    """Tokens of rollouts, of all prompts."""
-    training: StepTime
-    generation: Generation
-    seconds: float
-    """Generation, training and transfer, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +36,7 @@ class RunPlan:
 
     config: Config
     cluster: ClusterConfig
+    lengths: Lengths
     shape: ModelShape
     source: Path
     """Where the model's config.json was read."""
@@ -63,7 +52,6 @@ class RunPlan:
     """Of a GPU that a trainer rank and an engine share; none: they share none."""
     largest_share: float
     """Of such a GPU, for an engine."""
-    micro_batch: Pass
     hidden: dict[str, float]
     """Seconds of communication beside computation in the first scenario's training: part → seconds, which are not counted."""
     scenarios: tuple[Scenario, ...]
@@ -96,22 +84,37 @@ def hint(found: tuple[str, ...] | None, cluster: ClusterConfig) -> str:
     )
 
 
-def of_recipe(source: str, overrides: list[str], cluster: Path | None, fill: float) -> RunPlan:
+def of_recipe(source: str, overrides: list[str], assumptions: Assumptions) -> RunPlan:
     """Plan a recipe.
-
-    Args:
-        cluster: a cluster file; None: as many nodes of 8 H100 as the recipe takes.
-        fill: mean length of prompts and responses as a share of their limits.
 
     Raises:
         ConfigError, ModelError: what cannot run, with the nearest layout that can.
     """
     started = time.perf_counter()
     config = recipes.load(source, overrides).config
-    return make(config, load_cluster(cluster) if cluster else _enough(config), fill, started)
+    return make(config, assumptions.cluster_of(config), assumptions.lengths_of(config), started)
 
 
-def make(config: Config, cluster: ClusterConfig, fill: float, started: float) -> RunPlan:
+def search_recipe(source: str, overrides: list[str], assumptions: Assumptions, share: float, max_lag: int) -> Ranking:
+    """Search the fastest layouts of a recipe; without a cluster or a number of nodes, on as many as it takes.
+
+    Args:
+        share: of the prompts that are taught by their demonstration.
+        max_lag: largest `rollout.max_lag` that is tried.
+
+    Raises:
+        ConfigError, ModelError: nothing fits.
+    """
+    config = recipes.load(source, overrides).config
+    shape, _ = planned_shape(config)
+    check_lengths(config, shape)
+    cluster = assumptions.cluster_of(config)
+    if assumptions.cluster is None and assumptions.nodes is None:
+        cluster = resized(cluster, place(config, cluster).nodes)
+    return search(config, shape, cluster, assumptions.lengths_of(config), share, max_lag)
+
+
+def make(config: Config, cluster: ClusterConfig, lengths: Lengths, started: float) -> RunPlan:
     """The plan of a configuration.
 
     Args:
@@ -128,16 +131,14 @@ def make(config: Config, cluster: ClusterConfig, fill: float, started: float) ->
     except ConfigError as error:
         raise ConfigError(f"{error}\n{hint(nearest(config, shape, cluster), cluster)}") from None
     fitting = fit(config, shape, cluster, topology)
-    item = engine_item_bytes(config, ITEM_BYTES[config.model.dtype])
-    servers = len(config.rollout.urls) or config.rollout.servers
     near = topology.nodes == 1 and not config.rollout.urls
-    scenarios, sent = [], transfer(shape, config, cluster, servers, item, near)
-    for share in SHARES:
-        scenarios.append(_scenario(shape, config, cluster, fitting.engine, item, servers, share, fill, sent))
-    least, flags = scenarios[0].batch, flags_of(config)
+    batches = [(share, batch_of(shape, config, lengths, share)) for share in SHARES]
+    scenarios = tuple(scenario(shape, config, cluster, fitting.engine, lengths, *each, near) for each in batches)
+    least, flags, sent = scenarios[0].batch, flags_of(config), scenarios[0].transfer
     return RunPlan(
         config=config,
         cluster=cluster,
+        lengths=lengths,
         shape=shape,
         source=source,
         topology=topology,
@@ -147,9 +148,8 @@ def make(config: Config, cluster: ClusterConfig, fill: float, started: float) ->
         engine=None if config.rollout.urls else fitting.engine,
         moments=fitting.moments,
         largest_share=fitting.largest_share,
-        micro_batch=_micro_batch(shape, config, cluster, flags, least),
         hidden=_hidden(shape, config, cluster, flags, least),
-        scenarios=tuple(scenarios),
+        scenarios=scenarios,
         transfer=sent,
         checkpoint=checkpoint_bytes(shape, config),
         bytes_by_link=_bytes_by_link(shape, config, cluster, least, sent, near),
@@ -159,59 +159,8 @@ def make(config: Config, cluster: ClusterConfig, fill: float, started: float) ->
     )
 
 
-def _enough(config: Config) -> ClusterConfig:
-    """Nodes of 8 H100: four times what the recipe takes, so that a layout that does not fit finds one that does."""
-    plenty = load_cluster(DEFAULT_CLUSTER).model_copy(update={"name": "as many nodes as it takes"})
-    devices = config.parallel.ranks + config.rollout.servers * config.rollout.tensor_parallel
-    return plenty.model_copy(update={"nodes": 4 * (devices // plenty.gpus_per_node + 2)})
-
-
-def batch_of(shape: ModelShape, config: Config, share: float, fill: float) -> StepSize:
-    """What the coordinator hands over when a share of the prompts is taught by its demonstration.
-
-    All rows have the mean length; the micro-batches are planned as the trainer plans them.
-    """
-    parallel, prompts = config.parallel, config.trainer.prompts_per_step
-    taught = round(share * prompts)
-    rows = taught + (prompts - taught) * config.rollout.samples_per_prompt
-    length = max(2, round(fill * config.max_sequence_length))
-    parity = attention_parity(
-        shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim, max(1, shape.experts_per_token)
-    )
-    planned = plan_micro_batches(
-        [length] * rows,
-        parallel.data,
-        config.actor.micro_batch_tokens,
-        attention_parity=parity,
-        count_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
-    )
-    fullest = max(len(part) for share_of_rank in planned for part in share_of_rank)
-    padded = sum(places([length] * fullest, parallel.row_multiple, parallel.batch_multiple))
-    return StepSize(rows, length, len(planned[0]), padded)
-
-
-def _scenario(
-    shape: ModelShape,
-    config: Config,
-    cluster: ClusterConfig,
-    engine: EngineMemory,
-    item: float,
-    servers: int,
-    share: float,
-    fill: float,
-    sent: Transfer,
-) -> Scenario:
-    batch = batch_of(shape, config, share, fill)
-    prompt, response = fill * config.data.max_prompt_length, fill * config.data.max_response_length
-    training = train_s(shape, config, cluster, flags_of(config), batch)
-    generation = generation_s(shape, config, cluster, engine, item, servers, prompt, response)
-    generated = config.trainer.prompts_per_step * config.rollout.samples_per_prompt * response
-    seconds = training.total + generation.total + sent.seconds
-    return Scenario(share, batch, generated, training, generation, seconds)
-
-
 def _micro_batch(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> Pass:
-    return micro_batch_s(shape, config, cluster, flags, batch.micro_batches, batch.micro_batch_tokens, batch.row_tokens)
+    return micro_batch_s(shape, config, cluster, flags, batch.micro_batches, batch.micro_batch_tokens, batch.attended_tokens)
 
 
 def _hidden(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> dict[str, float]:

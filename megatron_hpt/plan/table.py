@@ -98,16 +98,23 @@ def _cache(plan: RunPlan) -> str:
 
 def _scenarios(plan: RunPlan) -> Table:
     columns = ("taught by demonstration", "rows", "tokens trained", "micro-batches a rank", "generation s", "training s")
-    table = Table(*columns, "transfer s", "step s", "rollout tokens", title="one step", title_justify="left")
+    more = ("transfer s", "step s", "trainer idle", "engines idle", "rollout tokens")
+    table = Table(*columns, *more, title=f"one step{_ahead(plan)}", title_justify="left")
     for scenario in plan.scenarios:
         batch = scenario.batch
         table.add_row(
             *(f"{scenario.share:.0%}", f"{batch.rows:,}", f"{batch.tokens:,.0f}"),
             f"{batch.micro_batches} × {batch.micro_batch_tokens:,.0f}",
             *(f"{scenario.generation.total:.1f}", f"{scenario.training.total:.1f}", f"{plan.transfer.seconds:.2f}"),
-            *(f"{scenario.seconds:.1f}", f"{scenario.generated:,.0f}"),
+            *(f"{scenario.seconds:.1f}", f"{scenario.timeline.trainer_idle:.0%}", f"{scenario.timeline.engines_idle:.0%}"),
+            f"{scenario.generated:,.0f}",
         )
     return table
+
+
+def _ahead(plan: RunPlan) -> str:
+    lag = plan.config.rollout.max_lag
+    return f"; engines work up to {lag} batches ahead (generation s: a batch alone on them)" if lag else ""
 
 
 def _steps(plan: RunPlan) -> str:
@@ -116,21 +123,20 @@ def _steps(plan: RunPlan) -> str:
     least, most = sorted(trainer.steps * scenario.seconds / 3600 for scenario in (first, last))
     return (
         f"{trainer.prompts_per_step} prompts, each gives {plan.config.rollout.samples_per_prompt} rows or its demonstration. "
-        f"{trainer.steps} steps: {least:.1f} to {most:.1f} h without evaluation; a server decodes {first.generation.running} "
-        "sequences at a time."
+        f"Lengths: {plan.lengths.origin}. {trainer.steps} steps: {least:.1f} to {most:.1f} h without evaluation; a server "
+        f"begins with {first.generation.running} sequences, and decodes {first.timeline.running:.0f} on average."
     )
 
 
 def _micro_batch(plan: RunPlan) -> Table:
-    step = plan.scenarios[0].training
+    step = plan.scenarios[0]
     beside = ", ".join(f"{part} {seconds:.3f} s" for part, seconds in plan.hidden.items())
     caption = f"beside computation, not counted: {beside}" if beside else None
     title = "training s of the first row, by part"
     table = Table("part", "s", "share", title=title, title_justify="left", caption=caption, caption_justify="left")
-    count = plan.scenarios[0].batch.micro_batches
-    parts = {f"{what} × {count} micro-batches": seconds * count for what, seconds in asdict(plan.micro_batch).items()}
-    parts |= {what: seconds for what, seconds in asdict(step).items() if what != "passes"}
-    _add_shares(table, ((what, seconds) for what, seconds in parts.items() if seconds), step.total)
+    times = f" × {step.batch.micro_batches} micro-batches"
+    rows = ((what + (times if hasattr(step.micro_batch, what) else ""), s) for what, s in step.training_parts.items())
+    _add_shares(table, ((what, seconds) for what, seconds in rows if seconds), step.training.total)
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 
 from megatron_hpt.config import Config, ParallelConfig
 from megatron_hpt.models.hf_config import ModelShape
@@ -40,6 +40,8 @@ class StepSize:
     """Of each data parallel rank."""
     micro_batch_tokens: float
     """Mean of one micro-batch, over its context parallel ranks."""
+    attended_tokens: float
+    """Mean length of the row that a token is in, on which the cost of its attention depends."""
 
     @property
     def tokens(self) -> float:
@@ -67,7 +69,7 @@ class Pass:
     @property
     def total(self) -> float:
         """One after the other."""
-        return sum(astuple(self))
+        return sum(vars(self).values())
 
 
 def micro_batch_s(
@@ -78,7 +80,7 @@ def micro_batch_s(
     Args:
         micro_batches: of a data parallel rank.
         tokens: of the micro-batch, over all context parallel ranks.
-        row: mean tokens of a row.
+        row: mean length of the row that a token is in.
     """
     parallel, peak = config.parallel, Peaks(config, cluster, flags.hopper_attention)
     mine, layers = tokens / parallel.context, shape.layers / parallel.pipeline
@@ -222,13 +224,13 @@ class StepTime:
     @property
     def total(self) -> float:
         """One after the other."""
-        return sum(astuple(self))
+        return sum(vars(self).values())
 
 
 def train_s(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> StepTime:
     """Return the seconds of one batch, without the transfer."""
     parallel, peak, count = config.parallel, Peaks(config, cluster), batch.micro_batches
-    one = micro_batch_s(shape, config, cluster, flags, count, batch.micro_batch_tokens, batch.row_tokens)
+    one = micro_batch_s(shape, config, cluster, flags, count, batch.micro_batch_tokens, batch.attended_tokens)
     last = parallel.pipeline - 1
     state = optimizer_bytes(shape, config, last)
     computed, load = asdict(one), _load(shape, config, count)

@@ -7,10 +7,12 @@ import pytest
 from megatron_hpt.config import ActorConfig, Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_hpt.models.hf_config import ModelShape, model_shape
 from megatron_hpt.models.published import PUBLISHED
+from megatron_hpt.plan.assumptions import DEFAULT_CLUSTER
 from megatron_hpt.plan.cluster import load_cluster
 from megatron_hpt.plan.flags import OVERLAPS, Flags, Load, flags_of, visible
 from megatron_hpt.plan.peaks import KERNEL_S
-from megatron_hpt.plan.plan import DEFAULT_CLUSTER, make
+from megatron_hpt.plan.plan import make
+from megatron_hpt.plan.rollouts.lengths import of_fill
 from megatron_hpt.plan.timing import EXPERT_KERNELS, Pass, StepSize, StepTime, micro_batch_s, train_s
 
 CLUSTER = load_cluster(DEFAULT_CLUSTER)
@@ -73,7 +75,7 @@ def test_the_actor_hides_gradients_and_pipelines_and_not_what_it_cannot() -> Non
     assert not (flags.tensor)
     assert not (flags.gather)
     assert not (flags.expert)
-    batch = StepSize(128, 4096, 32, 8192)
+    batch = StepSize(128, 4096, 32, 8192, 4096)
     mine, plain = (train_s(LLAMA_70B, config, CLUSTER, these, batch) for these in (flags, flags.without_overlaps()))
     assert mine.reduce < plain.reduce / 2
     assert mine.gather == plain.gather > 0
@@ -113,7 +115,7 @@ def test_a_plan_says_what_runs_beside_computation() -> None:
     config = recipe(ParallelConfig(tensor=8, sequence=True, pipeline=2, virtual_pipeline=5, data=4), recompute="full")
     config.model.path, config.rollout.tensor_parallel = "Llama-3.1-70B", 8
     config.transfer.transport = "nccl"
-    plan = make(config, CLUSTER, 0.5, 0.0)
+    plan = make(config, CLUSTER, of_fill(config, 0.5), 0.0)
     assert set(plan.hidden) == {"pipeline", "reduce"}
     plain = train_s(LLAMA_70B, config, CLUSTER, flags_of(config).without_overlaps(), plan.scenarios[0].batch)
     # The bubble waits for the pipeline's messages too, which the sum of the parts leaves out.

@@ -13,8 +13,10 @@ from megatron_hpt.config import Config
 from megatron_hpt.errors import ConfigError, HptError, ModelError
 from megatron_hpt.models.published import PUBLISHED, folder_of
 from megatron_hpt.overrides import apply_overrides, dump_yaml
+from megatron_hpt.plan.assumptions import DEFAULT_CLUSTER, Assumptions
 from megatron_hpt.plan.cluster import load_cluster
-from megatron_hpt.plan.plan import DEFAULT_CLUSTER, make, of_recipe
+from megatron_hpt.plan.plan import make, of_recipe
+from megatron_hpt.plan.rollouts.lengths import of_fill
 from tests import programs
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +93,7 @@ def test_what_does_not_fit_is_shown_and_refused_with_what_does(recipe: str) -> N
 )
 def test_a_refusal_names_the_nearest_that_runs(recipe: str, change: str, message: str) -> None:
     with pytest.raises(HptError, match=message):
-        of_recipe(recipe, [change], DEFAULT_CLUSTER, 0.5).require_fit()
+        of_recipe(recipe, [change], Assumptions(DEFAULT_CLUSTER)).require_fit()
 
 
 @settings(max_examples=25)
@@ -109,13 +111,13 @@ def test_the_nearest_layout_really_fits(name: str, tensor: int, pipeline: int, d
     base = Config(name="x", model={"path": "x"}, data={"train": "x"})
     config = apply_overrides(base, [*SETTINGS, *tried])
     try:
-        make(config, cluster, 0.5, 0.0).require_fit()
+        make(config, cluster, of_fill(config, 0.5), 0.0).require_fit()
         return
     except ConfigError as error:
         found = str(error)
     assert "the nearest layout that fits: " in found
     answer = found.split("the nearest layout that fits: ")[1].split()
-    fitting = make(apply_overrides(config, answer), cluster, 0.5, 0.0)
+    fitting = make(apply_overrides(config, answer), cluster, of_fill(config, 0.5), 0.0)
     fitting.require_fit()
 
 
@@ -127,18 +129,18 @@ def test_a_model_that_is_here_is_read_from_its_own_folder(tiny_model: Path) -> N
 
 
 def test_running_servers_take_no_nodes_and_colocated_ones_share(recipe: str) -> None:
-    elsewhere = of_recipe(recipe, ["rollout.urls=[http://a:1,http://b:1]"], DEFAULT_CLUSTER, 0.5)
+    elsewhere = of_recipe(recipe, ["rollout.urls=[http://a:1,http://b:1]"], Assumptions(DEFAULT_CLUSTER))
     assert (elsewhere.topology.nodes, elsewhere.engine) == (12, None)
     small = ["model.path=models/Qwen2.5-Math-1.5B", "data.max_response_length=2048", "parallel.tensor=1", "parallel.pipeline=1"]
     small += ["parallel.sequence=false", "parallel.data=8", "transfer.transport=cuda_ipc", "rollout.tensor_parallel=1"]
     small += ["rollout.servers=8"]
-    shared = of_recipe(recipe, [*small, "rollout.gpu_memory_share=0.6"], ROOT / "recipes/clusters/h100x8.yaml", 0.5)
+    shared = of_recipe(recipe, [*small, "rollout.gpu_memory_share=0.6"], Assumptions(ROOT / "recipes/clusters/h100x8.yaml"))
     shared.require_fit()
     assert shared.topology.is_colocated
     assert shared.engine.total + shared.trainer.total < 79.1 * 2**30
     (both,) = shared.moments
     assert both.total == shared.engine.total + shared.trainer.total
-    turns = of_recipe(recipe, [*small, "rollout.sleep=true"], ROOT / "recipes/clusters/h100x8.yaml", 0.5)
+    turns = of_recipe(recipe, [*small, "rollout.sleep=true"], Assumptions(ROOT / "recipes/clusters/h100x8.yaml"))
     assert [moment.what for moment in turns.moments] == ["training steps", "weight transfers", "rollouts"]
 
 
@@ -153,11 +155,11 @@ def test_running_servers_take_no_nodes_and_colocated_ones_share(recipe: str) -> 
 def test_a_share_beside_which_the_trainer_does_not_fit_is_refused_with_one_that_fits(given: list[str], answer: str) -> None:
     without = ["layout=one_node", "size=1.5B", "rollout.sleep=false", "actor.offload=none", "rollout.gpu_memory_share=0.92"]
     source, cluster = str(ROOT / "recipes/qwen2_5_math.py"), ROOT / "recipes/clusters/h100x8.yaml"
-    found = of_recipe(source, [*without, *given], cluster, 0.5)
+    found = of_recipe(source, [*without, *given], Assumptions(cluster))
     with pytest.raises(ConfigError, match=rf"of an engine on the same GPU, which has 79\.1.*\n{NEAREST} {answer}") as caught:
         found.require_fit()
     fitting = str(caught.value).split(NEAREST)[1].split()
-    of_recipe(source, [*without, *given, *fitting], cluster, 0.5).require_fit()
+    of_recipe(source, [*without, *given, *fitting], Assumptions(cluster)).require_fit()
 
 
 def test_every_published_model_has_a_plan(recipe: str) -> None:
@@ -166,6 +168,6 @@ def test_every_published_model_has_a_plan(recipe: str) -> None:
         layout = ["parallel.expert=8", "parallel.expert_tensor=1"] if moe else []
         sizes = ["parallel.tensor=2", "parallel.pipeline=1", "parallel.data=8", "rollout.tensor_parallel=2"]
         short = ["data.max_prompt_length=512", "data.max_response_length=1024"]
-        plan = of_recipe(recipe, [f"model.path={folder.name}", *sizes, *layout, *short], None, 0.5)
+        plan = of_recipe(recipe, [f"model.path={folder.name}", *sizes, *layout, *short], Assumptions())
         assert plan.source == folder
         assert all(scenario.seconds > 0 for scenario in plan.scenarios)

@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 
 from megatron_hpt.config import ActorConfig, Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, TransferConfig
-from megatron_hpt.models.hf_config import ModelShape, model_shape
+from megatron_hpt.models.hf_config import model_shape
 from megatron_hpt.models.mapping import hf_tensor_shapes
 from megatron_hpt.models.published import PUBLISHED
+from megatron_hpt.plan.assumptions import DEFAULT_CLUSTER
 from megatron_hpt.plan.cluster import load_cluster
 from megatron_hpt.plan.fit import fit
 from megatron_hpt.plan.flags import flags_of
 from megatron_hpt.plan.memory import stage_parameters
 from megatron_hpt.plan.peaks import Peaks
-from megatron_hpt.plan.plan import DEFAULT_CLUSTER, batch_of
-from megatron_hpt.plan.rollout_timing import generation_s, transfer
+from megatron_hpt.plan.rollouts.lengths import of_fill, of_means
+from megatron_hpt.plan.rollouts.rollout_timing import EAGER_S, GRAPH_S, decoding, transfer
+from megatron_hpt.plan.rollouts.timeline import Generation
+from megatron_hpt.plan.scenario import batch_of, scenario
 from megatron_hpt.plan.timing import message_bytes, reduce_bytes, train_s
 from megatron_hpt.plan.topology import place
 from megatron_hpt.transfer.layouts import EngineLayout, actor_holdings, engine_holdings
@@ -99,7 +102,9 @@ def test_only_one_copy_travels_where_it_serves_everybody() -> None:
 def test_training_is_quicker_with_more_ranks_and_with_fewer_rows() -> None:
     def seconds(data: int, share: float, **actor) -> float:
         config = recipe(ParallelConfig(tensor=8, pipeline=4, data=data, sequence=True), **actor)
-        return train_s(LLAMA_70B, config, CLUSTER, flags_of(config), batch_of(LLAMA_70B, config, share, 0.5)).total
+        return train_s(
+            LLAMA_70B, config, CLUSTER, flags_of(config), batch_of(LLAMA_70B, config, of_fill(config, 0.5), share)
+        ).total
 
     assert seconds(2, 0) > seconds(4, 0) > seconds(4, 0.5) > seconds(4, 1)
     assert seconds(2, 0, recompute="full") > seconds(2, 0)
@@ -109,7 +114,7 @@ def test_training_is_quicker_with_more_ranks_and_with_fewer_rows() -> None:
 
 def test_a_demonstration_is_one_row_and_rollouts_are_n() -> None:
     config = recipe(ParallelConfig(data=4))
-    rows = [batch_of(LLAMA_70B, config, share, 0.5).rows for share in (0, 0.5, 1)]
+    rows = [batch_of(LLAMA_70B, config, of_fill(config, 0.5), share).rows for share in (0, 0.5, 1)]
     assert rows == [128 * 8, 64 * 8 + 64, 128]
 
 
@@ -137,20 +142,46 @@ def test_gradients_of_experts_that_one_rank_alone_holds_travel_nowhere() -> None
     assert reduce_bytes(shape, shared) == pytest.approx(stage_parameters(shape, shared.parallel, 0).total * 7 / 8 * 6)
 
 
-def engines(shape: ModelShape, config: Config):
-    memory = fit(config, shape, CLUSTER, place(config, CLUSTER)).engine
-    servers = config.rollout.servers
-    return generation_s(shape, config, CLUSTER, memory, 2, servers, prompt=512, response=3584)
+def engines(config: Config) -> Generation:
+    memory = fit(config, LLAMA_70B, CLUSTER, place(config, CLUSTER)).engine
+    lengths = of_fill(config, 0.5)
+    batch = batch_of(LLAMA_70B, config, lengths, 0)
+    return scenario(LLAMA_70B, config, CLUSTER, memory, lengths, 0, batch, near=False).generation
 
 
 def test_generation_follows_servers_length_and_room() -> None:
     parallel = ParallelConfig(tensor=8, pipeline=4, data=3, sequence=True)
-    two, four = (engines(LLAMA_70B, recipe(parallel, servers=n)) for n in (2, 4))
+    two, four = (engines(recipe(parallel, servers=n)) for n in (2, 4))
     assert 1 < two.total / four.total < 2.2
     assert four.running == 256  # 1,024 rollouts over four servers, and max_running
     config = recipe(parallel)
     config.rollout.max_running = 32
-    assert engines(LLAMA_70B, config).total > four.total
+    assert engines(config).total > four.total
+
+
+@pytest.mark.parametrize(("seeded", "launches"), [(None, GRAPH_S), (False, GRAPH_S), (True, EAGER_S)])
+def test_kernels_are_launched_one_by_one_only_where_samples_follow_from_seeds(seeded: bool | None, launches: float) -> None:
+    config = recipe(ParallelConfig(tensor=8, pipeline=4, data=3, sequence=True), width=1)
+    config.rollout.seeded = seeded
+    memory = fit(config, LLAMA_70B, CLUSTER, place(config, CLUSTER)).engine
+    speed = decoding(LLAMA_70B, config, CLUSTER, memory, 2, of_fill(config, 0.5))
+    assert speed.fixed_s == pytest.approx(LLAMA_70B.layers * launches)
+
+
+def test_rows_of_the_same_mean_with_long_ones_among_them_take_longer() -> None:
+    """Their attention costs more, and micro-batches are not as full; interleaved ones are all as long as the longest."""
+    config = recipe(ParallelConfig(tensor=8, pipeline=4, data=3, sequence=True))
+    interleaved = recipe(ParallelConfig(tensor=8, pipeline=4, virtual_pipeline=2, data=3, sequence=True))
+    mixed = of_means(512, 3584, 7168, "x")
+    equal = replace(mixed, parts=((3584.0, 1.0),))
+    one, other, pieces = (
+        batch_of(LLAMA_70B, setting, lengths, 0)
+        for setting, lengths in ((config, equal), (config, mixed), (interleaved, mixed))
+    )
+    assert one.attended_tokens == 4096 < 1.2 * 4096 < other.attended_tokens
+    assert one.tokens == pytest.approx(other.tokens, rel=1e-3)
+    assert one.micro_batches < other.micro_batches <= pieces.micro_batches
+    assert other.micro_batch_tokens < 0.95 * pieces.micro_batch_tokens <= 8192
 
 
 def test_tensor_ranks_send_around_experts_what_they_share_of_them() -> None:

@@ -29,7 +29,7 @@ def recipe(size: str, method: str):
         trainer=TrainerConfig(steps=2),
     )
 """
-"""The layout of recipes/llama_3_1.py size=70B with a model that is there."""
+"""Twelve nodes of trainers and four of engines, as a large model may have them, with a model that is there."""
 
 
 def submit(cluster: Cluster, folder: Path, health: str, **environment: str) -> Job:

@@ -25,6 +25,7 @@ from megatron_hpt.launch.nemo.site import (
     nodes_of,
     script_of,
 )
+from megatron_hpt.overrides import with_files
 
 SUCCEEDED = "SUCCEEDED"
 """NeMo-Run's state of a task that ended well."""
@@ -130,7 +131,7 @@ def _experiment(recipe: str, overrides: Sequence[str], cluster: str) -> Iterator
 def _task(recipe: str, overrides: Sequence[str], cluster: str) -> tuple[str, Any, Any]:
     """Name of the run, run.Script and executor."""
     site, run = load_site(cluster), nemo_run()
-    given = [*site.settings, *overrides]
+    given = [*site.settings, *with_files(overrides)]  # a file here may not be there
     config = recipes.load(recipe, given).config
     return config.name, run.Script(inline=script_of(site, recipe, given, config)), _executor(run, site, config)
 

@@ -1,75 +1,78 @@
-"""Seconds of a step's rollouts, and of one version's way to the engines. Pure; no torch."""
+"""How fast one server computes, and seconds of one version's way to the engines. Pure; no torch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_hpt.config import Config
+from megatron_hpt.engines.seeding import is_seeded
 from megatron_hpt.models.hf_config import ModelShape
 from megatron_hpt.plan.cluster import ClusterConfig
 from megatron_hpt.plan.memory import EngineMemory, active_parameters, engine_weights
 from megatron_hpt.plan.peaks import Peaks
+from megatron_hpt.plan.rollouts.lengths import Lengths
 
-LAUNCH_S = 60e-6
-"""Of a layer's kernels in one decoding step without CUDA graphs: about 12 of KERNEL_S."""
+EAGER_S = 60e-6
+"""Of a layer's kernels in one decoding step, launched one by one: about 12 of KERNEL_S."""
+GRAPH_S = 15e-6
+"""The same in a CUDA graph, whose kernels follow each other within little more than a microsecond."""
 LATENCY_S = 15e-6
 """Of one small all-reduce of an engine's ranks."""
 
 
 @dataclass(frozen=True)
-class Generation:
-    """Seconds of one step's rollouts."""
+class Decoding:
+    """What one server takes for a token of each of its sequences, and for a prompt."""
 
-    prefill: float
-    decode: float
-    tail: float
-    """The longest responses, when the others have ended."""
-    running: int
-    """Sequences that one server decodes at a time."""
+    weights_s: float
+    """Seconds to read all weights."""
+    cached_s: float
+    """Seconds to read keys and values of one token."""
+    sequence_s: float
+    """Seconds of computing for one sequence."""
+    fixed_s: float
+    """Seconds of launches and of messages between ranks."""
+    unused: float
+    """Share of the experts' weights that one token does not need; 0 in a dense model."""
+    prefill_s: float
+    """Seconds to compute one token of a prompt."""
+    slots: int
+    """Sequences that are decoded at a time, at most."""
 
-    @property
-    def total(self) -> float:
-        """One after the other."""
-        return self.prefill + self.decode + self.tail
+    def step_s(self, running: float, cached: float) -> float:
+        """Return the seconds of one decoding step.
+
+        Args:
+            running: sequences that get a token.
+            cached: tokens of all of them whose keys and values are read.
+        """
+        read = self.weights_s * (1 - self.unused**running if self.unused else 1.0) + cached * self.cached_s
+        return max(read, running * self.sequence_s) + self.fixed_s
 
 
-def generation_s(
-    shape: ModelShape,
-    config: Config,
-    cluster: ClusterConfig,
-    memory: EngineMemory,
-    item: float,
-    servers: int,
-    prompt: float,
-    response: float,
-) -> Generation:
-    """All rollouts of a step over all servers; a prompt is computed once for its samples.
+def decoding(
+    shape: ModelShape, config: Config, cluster: ClusterConfig, memory: EngineMemory, item: float, lengths: Lengths
+) -> Decoding:
+    """Return the speed of one server on GPUs.
+
+    Engines whose samples follow from seeds launch kernel by kernel (`engines.seeding`); others replay CUDA graphs.
 
     Args:
         item: bytes of a weight of a layer in the engine.
-        prompt, response: mean tokens.
     """
     peak, tensor = Peaks(config, cluster), config.rollout.tensor_parallel
-    prompts = config.trainer.prompts_per_step
-    sequences = prompts * config.rollout.samples_per_prompt / servers
-    running = max(1, min(config.rollout.max_running, math.ceil(sequences), int(memory.tokens / (prompt + response))))
     weights, output = active_parameters(shape)
-
-    def step(batch: float) -> float:
-        """One token for each running sequence."""
-        cache = batch * (prompt + response / 2) * memory.token
-        used = 1 - (1 - shape.experts_per_token / shape.experts) ** batch if shape.experts else 1.0
-        moved = (engine_weights(shape, tensor, item) * used + cache) / peak.memory
-        computed = 2 * (weights + output) * batch / tensor / peak.output
-        return max(moved, computed) + shape.layers * (LAUNCH_S + (2 * LATENCY_S if tensor > 1 else 0))
-
-    return Generation(
-        prefill=2 * weights * prompts / servers * prompt / tensor / peak.output,
-        decode=sequences * response / running * step(running),
-        tail=(config.data.max_response_length - response) * step(running / 4),
-        running=running,
+    launches = EAGER_S if is_seeded(config, on_gpus=True) else GRAPH_S
+    room = int(memory.tokens / (lengths.prompt + lengths.response))
+    return Decoding(
+        weights_s=engine_weights(shape, tensor, item) / peak.memory,
+        cached_s=memory.token / peak.memory,
+        sequence_s=2 * (weights + output) / tensor / peak.output,
+        fixed_s=shape.layers * (launches + (2 * LATENCY_S if tensor > 1 else 0)),
+        unused=1 - shape.experts_per_token / shape.experts if shape.experts else 0.0,
+        prefill_s=2 * weights / tensor / peak.output,
+        slots=max(1, min(config.rollout.max_running, room)),
     )
 
 

@@ -1,0 +1,1 @@
+"""The fastest layouts of a recipe on a cluster (`megatron-hpt plan --search`)."""
