@@ -508,9 +508,6 @@ class RolloutConfig(Section):
     extra_arguments: list[Argument] = Field(default=[])
     """Further arguments of the servers that are started, e.g. [--kv-cache-dtype, fp8]; the engine's own parser reads them
     before anything starts."""
-    max_lag: NonNegativeInt = 0
-    """Versions of the weights that a batch may be behind the newest: engines work up to this many batches ahead while the
-    trainer trains. 0: rollouts and training alternate."""
     max_restarts: NonNegativeInt = 3
     """Engine servers that may be started again in one run after they died; then the run ends."""
     cancel_decided: bool = True
