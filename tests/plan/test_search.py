@@ -81,6 +81,7 @@ def test_what_is_listed_fits_is_sorted_and_takes_what_its_plan_says(name: str, n
     assert found.given is None or found.given.seconds >= seconds[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "nodes", "size", "given"),
     [
@@ -121,6 +122,7 @@ def test_the_70b_on_sixteen_nodes_keeps_both_sides_busy() -> None:
     assert found.by_lag[0].seconds > found.by_lag[1].seconds > found.by_lag[2].seconds
 
 
+@pytest.mark.slow
 def test_a_thousand_gpus_are_searched_in_a_minute_of_a_core() -> None:
     before = time.process_time()
     found = search_recipe(SEVENTY, ["size=70B"], Assumptions(DEFAULT_CLUSTER, nodes=128), share=0.25, max_lag=2)
