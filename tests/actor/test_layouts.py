@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from megatron_hpt.config import ActorConfig
 from megatron_hpt.examples import tiny_families, tiny_llama
 from megatron_hpt.overrides import dump_yaml
+from tests import fake_gpu
 from tests.ranks import run_ranks
 
 from .test_actor import WORKER, Layouts
 
 pytestmark = [pytest.mark.slow, pytest.mark.gpu]
-TOLERANCE = 1e-5
+TOLERANCE = 2e-5 if fake_gpu.IS_REHEARSAL else 1e-5
+"""Rounding: the rehearsal's grouped products add up in another order."""
 
 DENSE: dict[str, dict] = {
     "TP2": {"tensor": 2},

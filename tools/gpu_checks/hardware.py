@@ -48,7 +48,11 @@ def transformer_engine(sizes: Sizes) -> Iterator[Measurement]:
             continue
         # On normal numbers, rounded on the host: 0.037 with e4m3 on both sides, 0.059 with the gradient's e5m2 on one.
         limits = (1e-2, 1e-2) if name == "bfloat16" else (6e-2, 8e-2)
-        output, gradient, weight = _linear_errors(sizes, name)
+        try:
+            output, gradient, weight = _linear_errors(sizes, name)
+        except RuntimeError as error:  # the others are still worth their time
+            yield Measurement("Transformer Engine", f"linear layer, {name}", note=f"{type(error).__name__} {error}")
+            continue
         errors = (("output", output), ("input gradient", gradient), ("weight gradient", weight))
         for (what, error), limit in zip(errors, (*limits, limits[1]), strict=True):
             yield Measurement("Transformer Engine", f"linear layer, {name}: {what}", error, "relative error", None, limit)
