@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from megatron_hpt.config import ActorConfig, Config, DataConfig, ModelConfig, Pa
 from megatron_hpt.cores import Side, assign
 from megatron_hpt.engines.registry import ENGINES
 from megatron_hpt.engines.seeding import settled
+from megatron_hpt.launch import supervisor, train
 from megatron_hpt.launch.children import Child
 from megatron_hpt.launch.launchers import LocalLauncher
 from megatron_hpt.overrides import apply_overrides, dump_yaml, load_yaml
@@ -110,6 +112,19 @@ def test_what_was_decided_stays(machine: list[int], trainer: Side, engines: Side
 def test_what_was_chosen_is_said(machine: pytest.MonkeyPatch, wanted: Config, says: str) -> None:
     assert str(cores.assigned(wanted)) == says
     assert str(cores.assigned(cores.decided(wanted))) == says
+
+
+@pytest.mark.parametrize(
+    ("gpus", "says"), [((), ["note: cores 0-7: trainer 1 rank × 1 thread, engines 1 rank × 8 threads, in turns"]), (("0",), [])]
+)
+def test_a_run_says_it_at_its_start(
+    machine: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, gpus: tuple[str, ...], says: list[str]
+) -> None:
+    machine.setattr(supervisor, "Supervisor", lambda *_: SimpleNamespace(run=lambda: None))
+    machine.setattr(train, "gpus_here", lambda: gpus)
+    wanted = config()
+    train._supervise(wanted, create(wanted, tmp_path), 0, launcher=None)
+    assert [text.partition(" (")[0] for text in caplog.messages] == says
 
 
 def test_a_run_on_a_host_says_in_its_configuration_how_many_threads_it_has(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
