@@ -145,6 +145,7 @@ def test_each_rank_of_an_engine_has_as_many_threads_as_the_configuration_says(ma
         return ENGINES[engine].environment(config(engine=engine, **rollout), False)
 
     assert environment()["OMP_NUM_THREADS"] == "8"
+    assert environment()["OMP_WAIT_POLICY"] == "passive"
     assert environment(servers=2, tensor_parallel=2)["OMP_NUM_THREADS"] == "2"
     assert environment(engines=3)["OMP_NUM_THREADS"] == "3"
     assert environment(max_lag=1)["OMP_NUM_THREADS"] == "7"
@@ -179,6 +180,7 @@ def test_parts_keep_to_their_cores_where_they_overlap_alone(machine: pytest.Monk
         "trainer": "0,1,2,3",
         "coordinator": None,
     }
+    assert found["trainer"]["OMP_WAIT_POLICY"] == "passive"
     in_turns = environments(config("all", python=sys.executable), tmp_path / "in_turns", machine)
     assert not any(CORES_VARIABLE in environment for environment in in_turns.values())
 
