@@ -15,6 +15,13 @@ from pathlib import Path
 
 from megatron_hpt.config import Config
 
+WAITING = {"OMP_WAIT_POLICY": "passive"}
+"""Environment variable of whatever computes with several threads on a host, read by libgomp when torch is imported.
+
+Threads that wait for each other sleep. By default they spin: where other programs wanted the cores too, the rollouts of SmolLM2
+took three times the processor time and four times as long (docs/performance.md).
+"""
+
 
 @dataclass(frozen=True)
 class Side:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from megatron_hpt.config import ActorConfig, Config, DataConfig, ModelConfig, Pa
 from megatron_hpt.cores import Side, assign
 from megatron_hpt.engines.registry import ENGINES
 from megatron_hpt.engines.seeding import settled
+from megatron_hpt.launch import supervisor, train
 from megatron_hpt.launch.children import Child
 from megatron_hpt.launch.launchers import LocalLauncher
 from megatron_hpt.overrides import apply_overrides, dump_yaml, load_yaml
@@ -112,6 +114,19 @@ def test_what_was_chosen_is_said(machine: pytest.MonkeyPatch, wanted: Config, sa
     assert str(cores.assigned(cores.decided(wanted))) == says
 
 
+@pytest.mark.parametrize(
+    ("gpus", "says"), [((), ["note: cores 0-7: trainer 1 rank × 1 thread, engines 1 rank × 8 threads, in turns"]), (("0",), [])]
+)
+def test_a_run_says_it_at_its_start(
+    machine: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, gpus: tuple[str, ...], says: list[str]
+) -> None:
+    machine.setattr(supervisor, "Supervisor", lambda *_: SimpleNamespace(run=lambda: None))
+    machine.setattr(train, "gpus_here", lambda: gpus)
+    wanted = config()
+    train._supervise(wanted, create(wanted, tmp_path), 0, launcher=None)
+    assert [text.partition(" (")[0] for text in caplog.messages] == says
+
+
 def test_a_run_on_a_host_says_in_its_configuration_how_many_threads_it_has(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = settled(config("all", data=2, servers=2), on_gpus=False)
     assert (found.actor.threads, found.rollout.threads) == (4, 4)
@@ -130,6 +145,7 @@ def test_each_rank_of_an_engine_has_as_many_threads_as_the_configuration_says(ma
         return ENGINES[engine].environment(config(engine=engine, **rollout), False)
 
     assert environment()["OMP_NUM_THREADS"] == "8"
+    assert environment()["OMP_WAIT_POLICY"] == "passive"
     assert environment(servers=2, tensor_parallel=2)["OMP_NUM_THREADS"] == "2"
     assert environment(engines=3)["OMP_NUM_THREADS"] == "3"
     assert environment(max_lag=1)["OMP_NUM_THREADS"] == "7"
@@ -164,6 +180,7 @@ def test_parts_keep_to_their_cores_where_they_overlap_alone(machine: pytest.Monk
         "trainer": "0,1,2,3",
         "coordinator": None,
     }
+    assert found["trainer"]["OMP_WAIT_POLICY"] == "passive"
     in_turns = environments(config("all", python=sys.executable), tmp_path / "in_turns", machine)
     assert not any(CORES_VARIABLE in environment for environment in in_turns.values())
 

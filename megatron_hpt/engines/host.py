@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from megatron_hpt.config import Config
-from megatron_hpt.cores import assigned
+from megatron_hpt.cores import WAITING, assigned
 from megatron_hpt.models.hf_config import ModelShape
 
 
 def threads_of_ranks(config: Config) -> dict[str, str]:
-    """Return the environment variable from which every rank of a server takes its number of threads when it imports torch."""
-    return {"OMP_NUM_THREADS": str(assigned(config).engines.threads)}
+    """Return the environment variables from which every rank of a server takes its threads when it imports torch."""
+    return {"OMP_NUM_THREADS": str(assigned(config).engines.threads), **WAITING}
 
 
 def cores_of_ranks(config: Config) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_hpt.config import Config
-from megatron_hpt.cores import assigned
+from megatron_hpt.cores import WAITING, assigned
 from megatron_hpt.engines.interface import Start
 from megatron_hpt.environment import inherited_here
 from megatron_hpt.errors import ConfigError, HptError
@@ -112,7 +112,7 @@ class LocalLauncher:
         command = [sys.executable, *TORCHRUN, ranks, "-m", "megatron_hpt.actor.trainer", *arguments]
         # torchrun numbers the ranks of this machine as `place_nodes` does: rank r takes the r-th GPU that it sees.
         own = self._on(self._topology.trainer) if self._topology else self._keeping_to(assigned(self._config).trainer.cores)
-        return Child.start("trainer", command, self._run.log("torchrun"), {**inherited_here(), **self._own, **own})
+        return Child.start("trainer", command, self._run.log("torchrun"), {**inherited_here(), **WAITING, **self._own, **own})
 
     def coordinator(self, arguments: Sequence[str]) -> Child:
         command = [sys.executable, "-m", "megatron_hpt.rollout.coordinator", *arguments]
