@@ -33,6 +33,8 @@ _LOOK_S, _SCAN_S = 0.1, 1.0
 """Seconds between two looks at /dev/shm for a change, and between two scans of all processes."""
 _LOOKS = 3
 """Scans in which a new process may still turn out to belong to the folder."""
+_YOUNG_S = 10.0
+"""Seconds in which it is looked for who has mapped a new file; reading what a large process has mapped takes milliseconds."""
 _UNUSED_S = 3.0
 """Seconds after which a file was left behind if its users are gone and no process has it mapped."""
 GRACE_S = 12.0
@@ -60,6 +62,8 @@ class Custodian:
         self._strangers: Counter[Process] = Counter()
         """Process → scans that took it for a stranger: between fork and exec a process has its parent's environment."""
         self._users: dict[Path, set[Process]] = {}
+        self._appeared: dict[Path, float] = {}
+        """File in /dev/shm → time at which it was first seen."""
         self._unused: dict[Path, float] = {}
         """File that no process uses → time since when."""
 
@@ -75,6 +79,16 @@ class Custodian:
                     self._members[candidate.pid] = candidate
                 else:
                     self._strangers[candidate] += 1
+        if self._has_young_files():
+            self._note_users()
+
+    def _has_young_files(self) -> bool:
+        """Return whether a file in /dev/shm is so new that processes may yet map it."""
+        now = time.monotonic()
+        self._appeared = {path: self._appeared.get(path, now) for path in _SHARED.iterdir()}
+        return any(now - since < _YOUNG_S for since in self._appeared.values())
+
+    def _note_users(self) -> None:
         before = set(self._users)
         for member in self._members.values():
             for path in shared_memory(member.pid):

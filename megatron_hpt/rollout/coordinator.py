@@ -166,6 +166,8 @@ class Coordinator:
             oldest = max(step - self._lag, 0)
             evaluated = oldest if (step == 0 or step > self._lag) and self._config.evaluates(oldest) else None
             if self._ledger.has(step):
+                if step > self._start:
+                    await self._committed[step - 1].wait()
                 position = self._ledger.read_meta(step)[1]["data/next_prompt"]
                 self._commit(step)
             else:

@@ -21,13 +21,17 @@ SETTINGS = (
 )
 
 
-def test_a_run_that_samples_ahead_survives_kills_and_its_ledger_makes_it_again(on_shared: OnShared, tmp_path: Path) -> None:
-    run = on_shared.start(tmp_path / "killed", *SETTINGS)
+@pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=pytest.mark.thorough)])
+def test_a_run_that_samples_ahead_survives_kills_and_its_ledger_makes_it_again(
+    on_shared: OnShared, tmp_path: Path, kind: str
+) -> None:
+    """In test-all alone: SGLang, which is proved to name the versions of a request's tokens by tests/transfer/test_in_flight.py."""
+    run = on_shared.start(tmp_path / "killed", *SETTINGS, kind=kind)
     for victim, lines in (("coordinator", 3), ("trainer rank0", 5)):
         run.wait_until(lambda run=run, lines=lines: run.lines() >= lines)
         run.find(victim).kill()
         assert run.finish()[0] == 1
-        run = on_shared.start(tmp_path / "killed", *SETTINGS, "--resume")
+        run = on_shared.start(tmp_path / "killed", *SETTINGS, "--resume", kind=kind)
     code, text = run.finish()
     assert code == 0, text
     (made,) = (config.parent for config in run.folder.glob("runs/*/config.yaml"))
