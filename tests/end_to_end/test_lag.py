@@ -25,7 +25,7 @@ SETTINGS = (
 def test_a_run_that_samples_ahead_survives_kills_and_its_ledger_makes_it_again(
     on_shared: OnShared, tmp_path: Path, kind: str
 ) -> None:
-    """In test-all alone: SGLang, which is proved to name the versions of a request's tokens by tests/transfer/test_in_flight.py."""
+    """In test-all alone: SGLang, of which tests/transfer/test_in_flight.py proves that it names the versions of tokens."""
     run = on_shared.start(tmp_path / "killed", *SETTINGS, kind=kind)
     for victim, lines in (("coordinator", 3), ("trainer rank0", 5)):
         run.wait_until(lambda run=run, lines=lines: run.lines() >= lines)
