@@ -103,7 +103,7 @@ def main() -> None:
             expected = predicted(measured[0], lag)
             cells += [f"{expected.seconds:.2f}", f"{expected.trainer_idle:.0%}, {expected.engines_idle:.0%}"]
         table.add_row(*cells)
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
