@@ -28,6 +28,10 @@ class Source(StrEnum):
     DEMONSTRATION = "demonstration"
 
 
+_ARRAYS = {"tokens": np.int32, "behaviour_logprobs": np.float32, "token_advantages": np.float64, "routes": np.int16}
+"""What a row has as arrays, in the ledger as views of its buffers, and the dtype of their elements."""
+
+
 @dataclass(frozen=True, eq=False)
 class Row(ArrayRecord):
     """One response to one prompt. It is recorded as token ids, so that no text is tokenised again."""
@@ -61,7 +65,7 @@ class Row(ArrayRecord):
     in ledgers that were written before there could be several."""
 
     def __post_init__(self) -> None:
-        self.hold(tokens=np.int32, behaviour_logprobs=np.float32, token_advantages=np.float64, routes=np.int16)
+        self.hold(**_ARRAYS)
 
     @property
     def role(self) -> Role:
@@ -104,8 +108,6 @@ PART_BYTES = 2**28
 """Rows of about so many bytes become one record batch. Arrow counts the bytes of a column of one record batch in 32 bits, and
 the routes of a large batch are more; a batch without routes is one record batch."""
 _META = b"megatron_hpt"
-_ARRAYS = {"tokens": np.int32, "behaviour_logprobs": np.float32, "token_advantages": np.float64, "routes": np.int16}
-"""Columns that are views of buffers, and the dtype of their elements."""
 _PLAIN = [name for name in SCHEMA.names if name not in (*_ARRAYS, "versions")]
 """Columns of one value a row."""
 

@@ -48,6 +48,11 @@ class SamplingRequest:
     """The weights that the server is known to serve. Keys and values of a prefix that were computed for requests with another
     number are not used again, so none are older than this."""
 
+    @property
+    def cache_salt(self) -> dict[str, str]:
+        """The field by which vLLM and SGLang keep prefixes of requests apart; none where no version is known."""
+        return {} if self.version is None else {"cache_salt": f"version {self.version}"}
+
 
 @dataclass(frozen=True)
 class Versions:

@@ -78,7 +78,7 @@ from megatron_hpt.rollout.assembly import GateDecider, Group, assemble, decide, 
 from megatron_hpt.rollout.evaluations import Evaluations
 from megatron_hpt.rollout.sampling import Early, Grader, SamplingSettings, grade, sample
 from megatron_hpt.run import RunDir
-from megatron_hpt.telemetry.metrics import MetricsLog
+from megatron_hpt.telemetry.metrics import MetricsLog, step_line
 from megatron_hpt.telemetry.metrics import read as read_metrics
 
 logger = logging.getLogger(__name__)
@@ -168,8 +168,8 @@ class Coordinator:
             if self._ledger.has(step):
                 if step > self._start:
                     await self._committed[step - 1].wait()
-                position = self._ledger.read_meta(step)[1]["data/next_prompt"]
                 self._commit(step)
+                position = self._history.next_prompt
             else:
                 await self._published[max(oldest, self._start)].wait()
                 watch = Stopwatch()
@@ -239,7 +239,6 @@ class Coordinator:
             if step + 1 == self._config.trainer.steps:
                 board.put("status/coordinator", "last evaluation")
                 line |= await self._evaluate(step + 1)
-                self._selection.consider(line)
             self._metrics.write(line)
 
     async def _graded_groups(
@@ -337,9 +336,7 @@ def _metrics_line(step: int, batch: dict[str, Any], trained: dict[str, Any], bef
         "time/engines_idle_s": idle["engines"],
         **{f"time/{side}_idle_share": waited / took for side, waited in idle.items()},
     }
-    line = {"step": step, **batch, **trained, **seconds, "weights/version": step + 1}
-    line["throughput/tokens_per_s"] = line["train/tokens"] / line["time/step_s"]
-    return line
+    return step_line(step, {**batch, **trained, **seconds})
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.blackboard import Blackboard, ready
 from megatron_hpt.overrides import load_yaml
 from megatron_hpt.run import RunDir
-from megatron_hpt.telemetry.metrics import MetricsLog
+from megatron_hpt.telemetry.metrics import MetricsLog, step_line
 
 
 def coordinate(run: RunDir, board: Blackboard, start: int) -> None:
@@ -39,5 +39,4 @@ def coordinate(run: RunDir, board: Blackboard, start: int) -> None:
 def _line(step: int, batch: dict[str, Any], trained: dict[str, Any], seconds: float) -> dict[str, Any]:
     """A step's line of metrics: of the rollouts as they were made, without the evaluations of the other run's weights."""
     made = {key: value for key, value in batch.items() if not key.startswith("eval/") and key != "time/eval_s"}
-    line = {"step": step, **made, **trained, "time/step_s": seconds, "weights/version": step + 1}
-    return {**line, "throughput/tokens_per_s": line["train/tokens"] / seconds}
+    return step_line(step, {**made, **trained, "time/step_s": seconds})

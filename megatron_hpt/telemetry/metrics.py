@@ -47,6 +47,12 @@ class MetricsLog:
             self._board.close()
 
 
+def step_line(step: int, measured: dict[str, Any]) -> dict[str, Any]:
+    """Return a step's line of metrics, with those that follow from others."""
+    throughput = measured["train/tokens"] / measured["time/step_s"]
+    return {"step": step, **measured, "weights/version": step + 1, "throughput/tokens_per_s": throughput}
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """Read the whole lines of a metrics file, without a last line that is still being written; none if there is no file.
 

@@ -195,7 +195,7 @@ class SglangEngine(HttpEngine):
             "input_ids": [request.tokens] * request.samples,
             "sampling_params": [{**parameters, "sampling_seed": seed} for seed in seeds],
             "return_logprob": True,
-            **({} if request.version is None else {"cache_salt": f"version {request.version}"}),
+            **request.cache_salt,
         }
 
     def samples(self, answer: list[_Answer]) -> list[Sample]:

@@ -157,7 +157,7 @@ class VllmEngine(HttpEngine):
                 "logprobs": 0,
                 "detokenize": False,
             },
-            **({} if request.version is None else {"cache_salt": f"version {request.version}"}),
+            **request.cache_salt,
         }
 
     def read(self, content: bytes, kind: str) -> list[Sample]:
