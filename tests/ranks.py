@@ -74,7 +74,9 @@ def _end(server: subprocess.Popen) -> None:
 
 def _serve() -> None:
     """A job a line; the answer is null, or what went wrong."""
-    import megatron_hpt.models.megatron_files  # noqa: F401
+    import torch._dynamo  # noqa: F401  (torch's optimizers import it when they are made)
+
+    import megatron_hpt.actor.trainer  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

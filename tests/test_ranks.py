@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ranks import run_ranks
+
 ROOT = Path(__file__).parents[1]
 WAITS = """
 import sys
@@ -40,3 +42,20 @@ def test_an_interrupt_ends_ranks_that_it_does_not_reach_itself(tmp_path: Path) -
         assert not alive
     finally:
         run.communicate()
+
+
+@pytest.mark.slow
+def test_ranks_begin_with_what_an_actor_imports(tmp_path: Path) -> None:
+    script, found = tmp_path / "rank.py", tmp_path / "found"
+    script.write_text(
+        f"""
+import sys
+before = set(sys.modules)
+import torch
+from megatron_hpt.actor import state, trainer
+torch.optim.SGD([torch.zeros(1)])
+open({str(found)!r}, "w").write("\\n".join(sorted(set(sys.modules) - before)))
+"""
+    )
+    run_ranks(script, ranks=1)
+    assert found.read_text() == ""

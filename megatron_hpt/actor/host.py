@@ -108,7 +108,6 @@ def _on_host(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def install() -> None:
     """Present the host as the accelerator to every megatron.core module; called once, in a trainer process."""
-    torch._dynamo.config.disable = True  # Megatron's jit_fuser is torch.compile, which wants a C++ compiler here
     for name in _LATE_IMPORTS:
         importlib.import_module(f"megatron.core.{name}")
     facade = _HostTorch()
