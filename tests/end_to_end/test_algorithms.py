@@ -1,18 +1,18 @@
 """Algorithms end to end: groups with a demonstration, dynamic sampling, a row of one's own, steps not taken, the comparison."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_hpt.batch.ledger import Ledger
 from megatron_hpt.batch.rows import Source
+from tests.programs import tool
 
 from .conftest import OnShared
-from .runs import RECIPE, ROOT, SMALL
+from .runs import RECIPE, SMALL
 
 pytestmark = pytest.mark.slow
 FAST = ("evaluation.sets={}", "trainer.export=false", "parallel.tensor=1", *SMALL)
@@ -96,9 +96,9 @@ def test_batches_of_steps_not_taken_are_kept_and_the_run_stops(on_shared: OnShar
 
 def test_algorithms_are_compared_from_one_start_and_the_comparison_continues(on_shared: OnShared, tmp_path: Path) -> None:
     settings = ("trainer.steps=2", "parallel.tensor=1", *SMALL, *on_shared.settings(tmp_path))
-    command = [sys.executable, str(ROOT / "tools" / "compare_algorithms.py"), str(RECIPE), *settings]
-    options = ["--algorithms", "sft,hpt", "--seeds", "0", "--start-steps", "2", "--out", "compared"]
-    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+    options = ("--algorithms", "sft,hpt", "--seeds", "0", "--start-steps", "2", "--out", "compared")
+    compare = partial(tool, "compare_algorithms.py", RECIPE, *settings, *options, cwd=tmp_path)
+    done = compare()
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "compared" / "comparison.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["sft", "hpt"]
@@ -108,9 +108,9 @@ def test_algorithms_are_compared_from_one_start_and_the_comparison_continues(on_
     assert numbers["hpt"][0]["generated"] > 0
     runs = sorted((tmp_path / "compared").glob("*/metrics.jsonl"))
     times = {path: path.stat().st_mtime_ns for path in runs}
-    again = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+    again = compare()
     assert again.returncode == 0, again.stdout + again.stderr
     assert {path: path.stat().st_mtime_ns for path in runs} == times
-    other = subprocess.run([*command, *options, "trainer.seed=7"], cwd=tmp_path, capture_output=True, text=True)
+    other = compare("trainer.seed=7")
     assert other.returncode == 1
     assert "has other settings than asked for" in other.stderr

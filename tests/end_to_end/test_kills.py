@@ -66,15 +66,10 @@ def ended(run: Run, seconds: float = 30) -> bool:
     return run.process.poll() is not None
 
 
-def test_random_kills_do_not_change_the_weights(on_shared: OnShared, tmp_path: Path) -> None:
-    """Of everything but the engine, which other runs use too."""
-    assert_kills_change_nothing(on_shared.start, tmp_path, kills=2)
-
-
 @pytest.mark.thorough
 @pytest.mark.timeout(240 + 150 * 20)
 def test_twenty_random_kills_do_not_change_the_weights(tmp_path: Path) -> None:
-    """Adds kills of the engine's processes, and enough of all kinds to meet rare moments."""
+    """Adds any process at any moment to the kills of test_lag.py and of tests/slurm, which end with the same weights too."""
 
     def start(folder: Path, *arguments: str) -> Run:
         return Run.start(folder, str(RECIPE), *arguments)
@@ -111,7 +106,7 @@ def assert_kills_change_nothing(start: Callable[..., Run], folder: Path, kills: 
 
 
 def test_a_notice_saves_and_asks_to_be_started_again(on_shared: OnShared, tmp_path: Path) -> None:
-    """SIGTERM; for SIGUSR1 see tests/slurm, where Slurm itself sends it."""
+    """SIGTERM; for SIGUSR1, and that the run goes on from there, see tests/slurm, where Slurm itself sends it."""
     settings = ("evaluation.sets={}", "parallel.tensor=1", *SMALL)
     run = on_shared.start(tmp_path / "work", "trainer.steps=1000", *settings)
     run.wait_until(lambda: run.lines() >= 2)
@@ -120,9 +115,4 @@ def test_a_notice_saves_and_asks_to_be_started_again(on_shared: OnShared, tmp_pa
     assert code == 75, text
     assert "ended by SIGTERM after step" in text
     (checkpoint,) = run.path.glob("checkpoints/step_*")
-    saved = int(checkpoint.name.removeprefix("step_"))
-    assert run.lines() == saved
-    again = on_shared.start(tmp_path / "work", f"trainer.steps={saved + 1}", *settings, "--resume")
-    code, text = again.finish()
-    assert code == 0, text
-    assert again.lines() == saved + 1
+    assert run.lines() == int(checkpoint.name.removeprefix("step_"))

@@ -36,7 +36,7 @@ def test_a_run_that_samples_ahead_survives_kills_and_its_ledger_makes_it_again(
     assert code == 0, text
     (made,) = (config.parent for config in run.folder.glob("runs/*/config.yaml"))
     assert_lags_are_bounded(made)
-    replay = Run.start(run.folder, str(made), "--from-ledger")
+    replay = Run.start(run.folder, str(made), "--from-ledger", "rollout.python=/nowhere/python")  # no engine is started
     code, text = replay.finish()
     assert code == 0, text
     again, first = (sha256(path / "export" / "model.safetensors") for path in (replay.path, made))

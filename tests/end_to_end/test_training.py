@@ -144,8 +144,9 @@ def test_resume_trains_the_ledger_again_and_ends_with_the_same_weights(finished:
     assert timeless[:-1] == expected[:-1]  # the last evaluation samples again
 
 
+@pytest.mark.thorough
 def test_a_copy_from_the_ledger_needs_no_engine_and_no_data_and_has_the_same_weights(finished: Path, tmp_path: Path) -> None:
-    """The model is all that is where the recipe expects it."""
+    """Adds two ranks, a reference, an adaptive entropy and the absence of the data to the copy of test_lag.py."""
     (tmp_path / "build" / "quickstart").mkdir(parents=True)
     (tmp_path / "build" / "quickstart" / "model").symlink_to(finished.parents[1] / "build" / "quickstart" / "model")
     run = Run.start(tmp_path, "--from-ledger", str(finished), "rollout.python=/nowhere/python")
@@ -283,8 +284,9 @@ def test_the_command_samples_what_training_sampled(finished: Path, tmp_path: Pat
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "evaluation.json", "samples", "logs"}
 
 
+@pytest.mark.thorough
 def test_a_server_of_the_folder_samples_the_same(finished: Path, tmp_path: Path) -> None:
-    """The Hugging Face folder of the same weights, served by vLLM as anybody starts it; the command is killed and goes on."""
+    """Adds a server as anybody starts it, and a kill, to the engine of the command; evaluation/test_collecting.py continues."""
     work, expected = finished.parents[1], samples_of_last_step(finished)
     server = stock_server(finished / "export", tmp_path)
     try:
