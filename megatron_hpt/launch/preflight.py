@@ -14,9 +14,8 @@ from megatron_hpt.engines import checks as engine_checks
 from megatron_hpt.evaluation import selection
 from megatron_hpt.launch import settings_checks
 from megatron_hpt.launch.training_data import TrainingDataReport, check_training_data
-from megatron_hpt.models.checks import check_reference_model, check_vocabulary
+from megatron_hpt.models.checks import check_reference_model, check_vocabulary, check_weights
 from megatron_hpt.models.hf_config import ModelShape, run_shape
-from megatron_hpt.models.megatron_files import check_weights
 from megatron_hpt.models.tokenizer import load_tokenizer
 from megatron_hpt.objective import algorithms
 from megatron_hpt.plan import layout

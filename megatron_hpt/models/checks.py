@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_hpt.config import Config
-from megatron_hpt.errors import ConfigError, ModelError
+from megatron_hpt.errors import CheckpointError, ConfigError, ModelError
+from megatron_hpt.models.checkpoints import damage, is_checkpoint, read_meta
 from megatron_hpt.models.hf_config import ModelShape, run_shape
+from megatron_hpt.models.hf_files import HfTensors
 from megatron_hpt.models.mapping import hf_tensor_shapes
-from megatron_hpt.models.megatron_files import check_weights
+
+
+def check_weights(model: str | Path, shape: ModelShape) -> None:
+    """Check that a Hugging Face folder or a checkpoint has every tensor of the model with its shape, and no other.
+
+    Raises:
+        ModelError, CheckpointError: names the tensors.
+    """
+    if not is_checkpoint(model):
+        return HfTensors(model).check(shape)
+    from megatron_hpt.models.megatron_files import ChunkReader  # torch's checkpoints take a second to import
+
+    read_meta(Path(model))
+    if reason := damage(Path(model)):
+        raise CheckpointError(f"model.path: {model}: {reason}")
+    ChunkReader(Path(model), shape)
 
 
 def check_reference_model(config: Config, shape: ModelShape) -> None:

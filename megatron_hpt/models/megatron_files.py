@@ -31,9 +31,8 @@ from megatron_hpt.errors import CheckpointError
 from megatron_hpt.files import synced, whole
 from megatron_hpt.models import checkpoint_sums
 from megatron_hpt.models.checkpoint_layout import Chunk, Stored, stored
-from megatron_hpt.models.checkpoints import checksums, damage, is_checkpoint, read_meta
+from megatron_hpt.models.checkpoints import checksums, is_checkpoint
 from megatron_hpt.models.hf_config import ModelShape
-from megatron_hpt.models.hf_files import HfTensors
 from megatron_hpt.models.mapping import Sizes
 
 _PROGRESS = ".written"
@@ -215,20 +214,6 @@ class ChunkReader:
             if len(sizes) != len(wanted) or any(a < b if padded else a != b for a, b in zip(sizes, wanted, strict=True)):
                 raise CheckpointError(f"{self._folder}: {key} has shape {sizes}, config.json implies {wanted}")
         return {key: found[key].properties.dtype for key in expected}
-
-
-def check_weights(model: str | Path, shape: ModelShape) -> None:
-    """Check that a Hugging Face folder or a checkpoint has every tensor of the model with its shape, and no other.
-
-    Raises:
-        ModelError, CheckpointError: names the tensors.
-    """
-    if not is_checkpoint(model):
-        return HfTensors(model).check(shape)
-    read_meta(Path(model))
-    if reason := damage(Path(model)):
-        raise CheckpointError(f"model.path: {model}: {reason}")
-    ChunkReader(Path(model), shape)
 
 
 _MODEL = ("embedding.", "decoder.", "output_layer.")
