@@ -86,9 +86,10 @@ class Load:
     """What the visible share of a communication depends on."""
 
     parallel: ParallelConfig
-    forwards: int
-    """Forward passes of a micro-batch, recomputation and the reference policy's included."""
+    forwards: float
+    """Forward passes of a micro-batch, recomputation and other policies' included."""
     micro_batches: int
+    """Of an optimizer step."""
     held: int
     """Parameters of a rank."""
 
@@ -201,7 +202,7 @@ def visible(part: str, seconds: float, computed: Mapping[str, float], flags: Fla
     return tail + max(0.0, seconds - tail - cover)
 
 
-def tensor_messages(forwards: int, parallel: ParallelConfig) -> int:
+def tensor_messages(forwards: float, parallel: ParallelConfig) -> float:
     """Return how often tensor parallel ranks gather or scatter a layer's activations for one micro-batch: twice around
     attention and twice around the feed-forward network in every pass, and for the gradients of two weights once more under
     sequence parallelism."""

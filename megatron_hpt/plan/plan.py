@@ -160,7 +160,8 @@ def make(config: Config, cluster: ClusterConfig, lengths: Lengths, started: floa
 
 
 def _micro_batch(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> Pass:
-    return micro_batch_s(shape, config, cluster, flags, batch.micro_batches, batch.micro_batch_tokens, batch.attended_tokens)
+    count, tokens = batch.micro_batches_of_update, batch.micro_batch_tokens
+    return micro_batch_s(shape, config, cluster, flags, count, tokens, batch.attended_tokens)
 
 
 def _hidden(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> dict[str, float]:
@@ -188,7 +189,7 @@ def _bytes_by_link(
         ("pipeline", one.pipeline * scale, parallel.ranks <= size),
         (
             "gradients and weights",
-            reduce_bytes(shape, config) * parallel.ranks,
+            reduce_bytes(shape, config) * batch.updates * parallel.ranks,
             parallel.tensor * parallel.context * parallel.data <= size,
         ),
         (f"transfer ({config.transfer.transport})", sent.sent, near),

@@ -16,7 +16,7 @@ from megatron_hpt.plan.memory import ITEM_BYTES, EngineMemory
 from megatron_hpt.plan.rollouts.lengths import Lengths
 from megatron_hpt.plan.rollouts.rollout_timing import Transfer, decoding, transfer
 from megatron_hpt.plan.rollouts.timeline import BatchWork, Generation, Timeline, alone, timeline
-from megatron_hpt.plan.timing import Pass, StepSize, StepTime, micro_batch_s, train_s
+from megatron_hpt.plan.timing import Pass, StepSize, StepTime, micro_batch_s, optimizer_steps, train_s
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def scenario(
         near: trainer and engines are on one node.
     """
     flags = flags_of(config)
-    count, tokens, row = batch.micro_batches, batch.micro_batch_tokens, batch.attended_tokens
+    count, tokens, row = batch.micro_batches_of_update, batch.micro_batch_tokens, batch.attended_tokens
     one = micro_batch_s(shape, config, cluster, flags, count, tokens, row)
     training = train_s(shape, config, cluster, flags, batch)
     sent = transfer_of(shape, config, cluster, near)
@@ -140,6 +140,8 @@ def batches(shape: ModelShape, config: Config, lengths: Lengths, share: float) -
         filled = [[sum(slots[i] for i in part) for part in parts] for parts in planned(ranks, budget)]
         return [[positions + -positions % batch_multiple for positions in parts] for parts in filled]
 
+    updates, epochs = optimizer_steps(config), config.trainer.epochs_per_batch
+
     def batch(layout: Config) -> StepSize:
         parallel, budget = layout.parallel, layout.actor.micro_batch_tokens
         count = len(planned(parallel.data, budget)[0])
@@ -149,6 +151,8 @@ def batches(shape: ModelShape, config: Config, lengths: Lengths, share: float) -
         else:  # of an interleaved schedule all have the length of the longest (actor/microbatch.py)
             count += -count % parallel.pipeline
             positions = max(map(max, every))
-        return StepSize(len(rows), tokens / len(rows), count, positions, squares / tokens)
+        multiple = updates * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
+        trained = epochs * count + -epochs * count % multiple  # every update has as many micro-batches as the others
+        return StepSize(len(rows), tokens / len(rows), trained, positions * epochs * count / trained, squares / tokens, updates)
 
     return batch

@@ -37,16 +37,23 @@ class StepSize:
     row_tokens: float
     """Mean of prompt and response together."""
     micro_batches: int
-    """Of each data parallel rank."""
+    """Of each data parallel rank, in all optimizer steps together."""
     micro_batch_tokens: float
     """Mean of one micro-batch, over its context parallel ranks."""
     attended_tokens: float
     """Mean length of the row that a token is in, on which the cost of its attention depends."""
+    updates: int = 1
+    """Optimizer steps."""
 
     @property
     def tokens(self) -> float:
         """Trained, prompts included."""
         return self.rows * self.row_tokens
+
+    @property
+    def micro_batches_of_update(self) -> int:
+        """Of each data parallel rank, in one optimizer step."""
+        return self.micro_batches // self.updates
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def micro_batch_s(
     """Return what the slowest stage, the last, takes.
 
     Args:
-        micro_batches: of a data parallel rank.
+        micro_batches: of a data parallel rank, in one optimizer step.
         tokens: of the micro-batch, over all context parallel ranks.
         row: mean length of the row that a token is in.
     """
@@ -109,9 +116,19 @@ def micro_batch_s(
     )
 
 
-def forward_passes(config: Config) -> int:
-    """Return how often a micro-batch runs forward for one step: once, and for recomputation and the reference policy."""
-    return 1 + (config.actor.recompute == "full") + bool(config.algorithm.kl.coefficient)
+def optimizer_steps(config: Config) -> int:
+    """Return how many optimizer steps a batch makes that has prompts enough."""
+    return config.trainer.updates_per_batch * config.trainer.epochs_per_batch
+
+
+def forward_passes(config: Config) -> float:
+    """Return how often a micro-batch runs forward each time that it is trained: once, and for recomputation and other policies.
+
+    The reference policy computes it once for all epochs, and so does the trainer's own where it is π_old of several updates.
+    """
+    old = config.algorithm.old_policy == "trainer" and optimizer_steps(config) > 1
+    others = (bool(config.algorithm.kl.coefficient) + old) / config.trainer.epochs_per_batch
+    return 1 + (config.actor.recompute == "full") + others
 
 
 def _load(shape: ModelShape, config: Config, micro_batches: int) -> Load:
@@ -230,17 +247,17 @@ class StepTime:
 def train_s(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> StepTime:
     """Return the seconds of one batch, without the transfer."""
     parallel, peak, count = config.parallel, Peaks(config, cluster), batch.micro_batches
-    one = micro_batch_s(shape, config, cluster, flags, count, batch.micro_batch_tokens, batch.attended_tokens)
+    updates, load = batch.updates, _load(shape, config, batch.micro_batches_of_update)
+    one = micro_batch_s(shape, config, cluster, flags, load.micro_batches, batch.micro_batch_tokens, batch.attended_tokens)
     last = parallel.pipeline - 1
     state = optimizer_bytes(shape, config, last)
-    computed, load = asdict(one), _load(shape, config, count)
-    alone = _reductions(shape, config, peak)
+    computed, alone = asdict(one), _reductions(shape, config, peak)
     return StepTime(
         passes=count * one.total,
-        bubble=last / parallel.virtual_pipeline * one.total,
-        **{part: visible(part, seconds, computed, flags, load) for part, seconds in alone.items()},
-        optimizer=OPTIMIZER_PASSES * state / peak.memory,
-        offload=2 * state / peak.host if config.actor.offload != "none" else 0.0,
+        bubble=updates * last / parallel.virtual_pipeline * one.total,
+        **{part: updates * visible(part, seconds, computed, flags, load) for part, seconds in alone.items()},
+        optimizer=updates * OPTIMIZER_PASSES * state / peak.memory,
+        offload=updates * 2 * state / peak.host if config.actor.offload != "none" else 0.0,
     )
 
 
@@ -257,7 +274,7 @@ def _reductions(shape: ModelShape, config: Config, peak: Peaks) -> dict[str, flo
 
 
 def reduce_bytes(shape: ModelShape, config: Config) -> float:
-    """Return the bytes that one rank sends for a step: gradients scattered in float32, weights gathered."""
+    """Return the bytes that one rank sends for an optimizer step: gradients scattered in float32, weights gathered."""
     return sum(_sent_parameters(shape, config.parallel)) * (GRADIENT_BYTES + weight_bytes(config))
 
 

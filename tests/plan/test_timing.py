@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hpt.config import ActorConfig, Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig, TransferConfig
+from megatron_hpt.config import (
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainerConfig,
+    TransferConfig,
+)
 from megatron_hpt.models.hf_config import model_shape
 from megatron_hpt.models.mapping import hf_tensor_shapes
 from megatron_hpt.models.published import PUBLISHED
@@ -20,7 +30,7 @@ from megatron_hpt.plan.rollouts.lengths import of_fill, of_means
 from megatron_hpt.plan.rollouts.rollout_timing import EAGER_S, GRAPH_S, decoding, transfer
 from megatron_hpt.plan.rollouts.timeline import Generation
 from megatron_hpt.plan.scenario import batch_of, scenario
-from megatron_hpt.plan.timing import message_bytes, reduce_bytes, train_s
+from megatron_hpt.plan.timing import StepTime, message_bytes, reduce_bytes, train_s
 from megatron_hpt.plan.topology import place
 from megatron_hpt.transfer.layouts import EngineLayout, actor_holdings, engine_holdings
 from megatron_hpt.transfer.plan import make_plan
@@ -110,6 +120,30 @@ def test_training_is_quicker_with_more_ranks_and_with_fewer_rows() -> None:
     assert seconds(2, 0, recompute="full") > seconds(2, 0)
     assert seconds(2, 0) > seconds(2, 0, fp8="tensorwise")
     assert seconds(2, 0, offload="optimizer") > seconds(2, 0)
+
+
+def test_updates_take_their_reductions_and_optimizer_again_and_epochs_the_passes_too() -> None:
+    def step(algorithm: AlgorithmConfig | None = None, **trainer) -> StepTime:
+        config = recipe(ParallelConfig(tensor=8, pipeline=4, data=2, sequence=True), offload="optimizer")
+        config = config.model_copy(update={"trainer": TrainerConfig(**trainer), "algorithm": algorithm or AlgorithmConfig()})
+        batch = batch_of(LLAMA_70B, config, of_fill(config, 0.5), 0.25)
+        assert batch.micro_batches == batch.updates * batch.micro_batches_of_update
+        return train_s(LLAMA_70B, config, CLUSTER, flags_of(config), batch)
+
+    one, two, again = step(), step(updates_per_batch=2), step(updates_per_batch=2, epochs_per_batch=3)
+    assert two.passes == pytest.approx(one.passes, rel=0.01)
+    assert again.passes == pytest.approx(3 * one.passes, rel=0.01)
+    for part in ("optimizer", "offload"):
+        assert [getattr(each, part) for each in (two, again)] == pytest.approx([getattr(one, part) * n for n in (2, 6)])
+    for part in ("bubble", "reduce", "gather"):  # the last one's micro-batches may be shorter
+        assert [getattr(each, part) for each in (two, again)] == pytest.approx(
+            [getattr(one, part) * n for n in (2, 6)], rel=0.05
+        )
+    own = AlgorithmConfig(old_policy="trainer")
+    assert step(own) == one  # one update takes the policy itself
+    # Their own log-probabilities are one pass forward beside one forward and two backward, once for all epochs.
+    assert step(own, updates_per_batch=2).passes == pytest.approx(two.passes * 4 / 3, rel=0.05)
+    assert step(own, updates_per_batch=2, epochs_per_batch=3).passes == pytest.approx(again.passes * 10 / 9, rel=0.05)
 
 
 def test_a_demonstration_is_one_row_and_rollouts_are_n() -> None:

@@ -75,6 +75,7 @@ class Trainers:
         self._shape, self._cluster = shape, cluster
         self.batch = batches(shape, config, lengths, share)
         self._size = self.batch(config)
+        self._tokens = self._size.tokens * config.trainer.epochs_per_batch
         self._replicas = [_Replica(each, self._token_s(each)) for each in replicas(config, shape, cluster)]
         self._fastest: dict[tuple[int, tuple[str, ...]], list[Trainer]] = {}
         self.timed = 0
@@ -87,7 +88,7 @@ class Trainers:
 
     def least_s(self, ranks: int) -> float:
         """Return seconds that no trainer of so many ranks beats; infinity where none divides the model."""
-        every = (replica.estimate_s(self._size.tokens, data) for replica in self._replicas if (data := replica.data(ranks)))
+        every = (replica.estimate_s(self._tokens, data) for replica in self._replicas if (data := replica.data(ranks)))
         return min(every, default=math.inf) / SLACK
 
     def fastest(self, ranks: int, offloads: tuple[str, ...]) -> list[Trainer]:
@@ -102,7 +103,7 @@ class Trainers:
 
     def _find(self, ranks: int, offloads: tuple[str, ...]) -> list[Trainer]:
         estimates = (
-            (replica.estimate_s(self._size.tokens, data), number, replica, data)
+            (replica.estimate_s(self._tokens, data), number, replica, data)
             for number, replica in enumerate(self._replicas)
             if (data := replica.data(ranks))
         )
