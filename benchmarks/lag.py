@@ -1,6 +1,6 @@
 """What a lag costs in accuracy and mismatch: whole runs of the quickstart with `rollout.max_lag` 0, 1 and 2.
 
-    .venv/bin/python benchmarks/lag.py [--engine sglang] [--seeds 0,1,2] [--out runs/lag] [trainer.steps=140 …]
+    .venv/bin/python benchmarks/lag.py [--engine sglang] [--lags 1,2] [--seeds 0,1,2] [--out runs/lag] [trainer.steps=140 …]
 
 Lags 1 and 2 train once by the engine's log-probabilities (`algorithm.old_policy=engine`) and once by the trainer's own, with
 truncated importance weights between both. The same command continues after an interruption, and with more seeds. Writes a table
@@ -29,25 +29,26 @@ from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import duration
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.py"
-TRUNCATED = ("algorithm.old_policy=trainer", "algorithm.mismatch.correction=tis")
-ARMS: dict[str, tuple[str, ...]] = {
-    "0": ("rollout.max_lag=0",),
-    "1": ("rollout.max_lag=1",),
-    "2": ("rollout.max_lag=2",),
-    "1, truncated": ("rollout.max_lag=1", *TRUNCATED),
-    "2, truncated": ("rollout.max_lag=2", *TRUNCATED),
-}
-"""Name → settings."""
+TRUNCATED = "truncated"
+SETTINGS = {TRUNCATED: ("algorithm.old_policy=trainer", "algorithm.mismatch.correction=tis")}
+"""What an arm has beside its lag."""
 COLUMNS = ("max_lag", "seeds", "held-out accuracy", "lowest", "mean lag", "median k3", "largest k3", "not taken", "seconds")
+
+
+def arms_of(lags: Sequence[int]) -> list[str]:
+    """Return names of arms: every lag, and then all but 0 with truncated weights."""
+    return [*map(str, lags), *(f"{lag} {TRUNCATED}" for lag in lags if lag)]
 
 
 def lines_of(arm: str, seed: int, engine: str, overrides: Sequence[str], out: Path) -> list[dict[str, Any]]:
     """Return the metrics of a finished run: as it is, continued, or from its first step."""
-    name = f"{engine}_lag{arm.replace(', ', '_')}_seed{seed}"
+    lag, *beside = arm.split()
+    name = "_".join((engine, f"lag{lag}", *beside, f"seed{seed}"))
     try:
         run = newest(name, out / "runs")
     except ConfigError:
-        settings = (*ARMS[arm], f"rollout.engine={engine}", f"trainer.seed={seed}", f"name={name}", "trainer.export=false")
+        own = (f"rollout.max_lag={lag}", *(setting for each in beside for setting in SETTINGS[each]))
+        settings = (*own, f"rollout.engine={engine}", f"trainer.seed={seed}", f"name={name}", "trainer.export=false")
         _train([str(RECIPE), *settings, *overrides], out)
         run = newest(name, out / "runs")
     config = load(str(run.path), []).config
@@ -90,7 +91,7 @@ def draw(runs: Mapping[str, Sequence[Lines]], path: Path) -> None:
 
     figure, (accuracy, mismatch) = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
     for index, (arm, seeds) in enumerate(runs.items()):
-        style = {"color": f"C{index}", "linestyle": "--" if "truncated" in arm else "-"}
+        style = {"color": f"C{index}", "linestyle": "--" if TRUNCATED in arm else "-"}
         for axis, curves in (
             (accuracy, [column(lines, accuracy_key(lines)) for lines in seeds]),
             (mismatch, [column(lines, "mismatch/k3_kl") for lines in seeds]),
@@ -112,16 +113,23 @@ def draw(runs: Mapping[str, Sequence[Lines]], path: Path) -> None:
     plt.close(figure)
 
 
+def numbers(text: str) -> list[int]:
+    """Read ``0,1,2``."""
+    return [int(number) for number in text.split(",")]
+
+
 def main() -> None:
     """Train what is missing; after each run write what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="vllm", choices=["vllm", "sglang"])
-    parser.add_argument("--seeds", default="0,1,2", type=lambda text: [int(seed) for seed in text.split(",")])
+    parser.add_argument("--lags", default="0,1,2", type=numbers)
+    parser.add_argument("--seeds", default="0,1,2", type=numbers)
     parser.add_argument("--out", default="runs/lag", type=lambda text: Path(text).absolute())
     parser.add_argument("overrides", nargs="*", help="settings of every run")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    jobs = [(seed, arm) for seed in arguments.seeds for arm in ARMS]
+    arms = arms_of(arguments.lags)
+    jobs = sorted(((seed, arm) for seed in arguments.seeds for arm in arms), key=lambda job: TRUNCATED in job[1])
     began, runs = time.monotonic(), {}
     for done, (seed, arm) in enumerate(jobs):
         left = duration((time.monotonic() - began) / done * (len(jobs) - done)) if done else "unknown"
