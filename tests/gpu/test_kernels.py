@@ -58,6 +58,19 @@ def test_gradients_with_all_kernels_are_those_with_none(families: dict[str, Layo
     assert max(errors.values()) < 1e-5, max(errors, key=errors.get)
 
 
+@WIDE
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"context": 2}], ids=str)
+def test_gradients_with_tritons_log_probabilities_are_those_with_torchs(families: dict[str, Layouts], parallel: dict) -> None:
+    layouts, name, found = families["llama"], "_".join(map(str, parallel)) or "one", {}
+    for kernel in ("torch", "triton"):
+        actor = ActorConfig(micro_batch_tokens=64, logprob_kernel=kernel)
+        found[kernel] = layouts.run(f"{kernel}_{name}", "--gradients", last=1, sections={"actor": actor}, **parallel)
+    ours, theirs = found["triton"], found["torch"]
+    assert ours.metrics[0] == pytest.approx(theirs.metrics[0], rel=1e-5, abs=1e-6)
+    errors = {name: float((ours.weights[name] - g).norm() / g.norm()) for name, g in theirs.weights.items()}
+    assert max(errors.values()) < 1e-5, max(errors, key=errors.get)
+
+
 def test_grouped_experts_are_written_and_read_as_single_ones(families: dict[str, Layouts], tmp_path: Path) -> None:
     """Saved by one form, read and saved by the other, read in another layout, converted: bit for bit the same."""
     layouts, first, second = families["mixtral"], tmp_path / "grouped", tmp_path / "single"
