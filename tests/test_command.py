@@ -130,7 +130,10 @@ def shell(words: list[str], redirection: str, **environment: str) -> subprocess.
     )
 
 
-@pytest.mark.parametrize(("unbuffered", "writes"), [("", CONFIG), ("1", [*CONFIG[:3], "--help"])], ids=["", "unbuffered"])
+@pytest.mark.parametrize(
+    ("unbuffered", "writes"),
+    [pytest.param("", CONFIG, marks=pytest.mark.slow, id=""), pytest.param("1", [*CONFIG[:3], "--help"], id="unbuffered")],
+)
 def test_output_that_nobody_reads_ends_a_command_as_it_ends_others(unbuffered: str, writes: list[str]) -> None:
     closed = shell(writes, "| true", PYTHONUNBUFFERED=unbuffered)
     assert (closed.returncode in (0, 141), closed.stderr) == (True, "")  # 0: all of it was written before `true` ended

@@ -278,6 +278,7 @@ def test_a_request_that_is_cancelled_leaves_its_engine() -> None:
     assert pooled([only], action) == (0, 0, 1)
 
 
+@pytest.mark.slow
 def test_batches_that_overlap_take_their_own_versions() -> None:
     """An engine with weights that are too old for one batch still works for the other; new weights let both use it."""
     old, new = Server("3"), Server("4")

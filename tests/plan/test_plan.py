@@ -157,6 +157,7 @@ def test_a_share_beside_which_the_trainer_does_not_fit_is_refused_with_one_that_
     of_recipe(source, [*without, *given, *fitting], Assumptions(cluster)).require_fit()
 
 
+@pytest.mark.slow
 def test_every_published_model_has_a_plan(recipe: str) -> None:
     for folder in PUBLISHED.iterdir():
         moe = folder.name in ("Qwen3-30B-A3B", "Qwen3-235B-A22B", "moe-1t")

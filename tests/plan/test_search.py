@@ -63,6 +63,7 @@ def every_layout(config: Config, on: ClusterConfig, max_lag: int) -> Iterator[Co
     max_lag=st.integers(0, 2),
     fill=st.floats(0.05, 1),
 )
+@pytest.mark.slow
 def test_what_is_listed_fits_is_sorted_and_takes_what_its_plan_says(name: str, nodes: int, max_lag: int, fill: float) -> None:
     config, on = of(name), cluster(nodes)
     assume(nodes > 1 or name in ("Qwen2.5-Math-1.5B", "Llama-3.1-8B"))

@@ -60,6 +60,7 @@ def test_every_batch_is_trained_and_has_its_line(run: RunDir, start: int) -> Non
         assert line["throughput/tokens_per_s"] == pytest.approx(10 / line["time/step_s"])
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_late_ends_it(run: RunDir) -> None:
     board = Blackboard.host()
     trainer = threading.Thread(target=train, args=(Blackboard.join(board.address), 0, 1))

@@ -45,6 +45,7 @@ def test_a_server_that_stops_listening_before_it_answers_is_gone_long_before_the
     assert ended.is_set()
 
 
+@pytest.mark.slow
 def test_one_that_is_busy_is_waited_for() -> None:
     def serve(listener: socket.socket) -> None:
         connection, _ = listener.accept()
