@@ -152,6 +152,7 @@ def test_the_recipes_have_the_winners_layouts(file: str, given: list[str], clust
     assert found.given.seconds <= 1.01 * found.fastest[0].seconds, found.fastest[0].config
 
 
+@pytest.mark.slow
 def test_the_file_of_the_winner_is_taken_by_the_recipe(tmp_path: Path) -> None:
     found = search_recipe(SEVENTY, ["size=70B"], Assumptions(DEFAULT_CLUSTER, 10), 0.25, 1)
     search_table.write(tmp_path / "layout.yaml", found)

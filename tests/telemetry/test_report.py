@@ -37,6 +37,7 @@ def test_the_picture_lies_beside_the_page_and_shows_every_run(report: Path) -> N
     assert counted >= {tuple(bytes.fromhex(color[1:])) for color in (BLUE, VERMILION)}
 
 
+@pytest.mark.slow
 def test_one_run_has_its_page_in_its_folder(runs: list[RunDir]) -> None:
     assert write_report(runs[2:]) == runs[2].path / "report.html"
     page, picture = (runs[2].path / name for name in ("report.html", "report.png"))

@@ -182,6 +182,7 @@ def test_an_actor_that_lacks_a_box_is_named() -> None:
     ],
     ids=["llama-70b", "qwen3-235b"],
 )
+@pytest.mark.slow
 def test_large_models_are_planned_evenly(shape: ModelShape, actor, engine, engines: int) -> None:
     *_, plan = planned(shape, actor, [engine] * engines, False)
     assert max(plan.sent) * plan.senders <= 1.05 * sum(plan.sent)
