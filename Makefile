@@ -21,8 +21,9 @@ GPU := .venv-gpu
 
 .PHONY: train test test-fast test-all gpu-rehearsal lint environments sglang-env nemo-env gpu-env
 
-# An environment: where, its pins, and its Python.
+# An environment: where, its pins, and its Python. --clear would empty what a link leads to.
 define install
+	@[ ! -L $(1) ] || { echo "$(1) is a link, and its environment is older than $(2): remove the link, or run make where it leads"; exit 1; }
 $(3) -m venv --clear $(1)
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(2)
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
