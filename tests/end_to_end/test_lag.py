@@ -27,10 +27,12 @@ def test_a_run_that_samples_ahead_survives_kills_and_its_ledger_makes_it_again(
 ) -> None:
     """In test-all alone: SGLang, of which tests/transfer/test_in_flight.py proves that it names the versions of tokens."""
     run = on_shared.start(tmp_path / "killed", *SETTINGS, kind=kind)
-    for victim, lines in (("coordinator", 3), ("trainer rank0", 5)):
+    for victim, lines in (("coordinator", 3), ("trainer rank 0", 5)):
         run.wait_until(lambda run=run, lines=lines: run.lines() >= lines)
         run.find(victim).kill()
-        assert run.finish()[0] == 1
+        code, text = run.finish()
+        assert code == 1
+        assert f"{victim} died (exit code -9, SIGKILL)" in text
         run = on_shared.start(tmp_path / "killed", *SETTINGS, "--resume", kind=kind)
     code, text = run.finish()
     assert code == 0, text
