@@ -11,20 +11,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_hpt.comparison.runs import Lines, accuracy_key, reached
+from megatron_hpt.comparison.runs import Lines, aligned, evaluations, reached, spread
 from megatron_hpt.comparison.text_table import Cell, TextTable, markdown
-from megatron_hpt.errors import ConfigError
 from megatron_hpt.files import whole, write_whole
-from megatron_hpt.launch.train import resume_point
-from megatron_hpt.recipe import load
-from megatron_hpt.run import newest
+from megatron_hpt.launch.train import finish_run
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import duration
 
@@ -40,36 +34,22 @@ def arms_of(lags: Sequence[int]) -> list[str]:
     return [*map(str, lags), *(f"{lag} {TRUNCATED}" for lag in lags if lag)]
 
 
-def lines_of(arm: str, seed: int, engine: str, overrides: Sequence[str], out: Path) -> list[dict[str, Any]]:
-    """Return the metrics of a finished run: as it is, continued, or from its first step."""
+def lines_of(arm: str, seed: int, engine: str, overrides: Sequence[str], out: Path) -> Lines:
+    """Return the metrics of a run, which is trained or continued if it is not finished."""
     lag, *beside = arm.split()
+    own = (f"rollout.max_lag={lag}", *(setting for each in beside for setting in SETTINGS[each]))
+    settings = [*own, f"rollout.engine={engine}", f"trainer.seed={seed}", "trainer.export=false", *overrides]
     name = "_".join((engine, f"lag{lag}", *beside, f"seed{seed}"))
-    try:
-        run = newest(name, out / "runs")
-    except ConfigError:
-        own = (f"rollout.max_lag={lag}", *(setting for each in beside for setting in SETTINGS[each]))
-        settings = (*own, f"rollout.engine={engine}", f"trainer.seed={seed}", f"name={name}", "trainer.export=false")
-        _train([str(RECIPE), *settings, *overrides], out)
-        run = newest(name, out / "runs")
-    config = load(str(run.path), []).config
-    if resume_point(run, config) < config.trainer.steps:
-        _train([str(run.path.relative_to(out)), "--resume"], out)
-    return metrics.read(run.metrics)
-
-
-def _train(arguments: Sequence[str], folder: Path) -> None:
-    command = [sys.executable, "-m", "megatron_hpt.cli", "train", *arguments]
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return metrics.read(finish_run(str(RECIPE), name, settings, out).metrics)
 
 
 def row(arm: str, runs: Sequence[Lines]) -> list[Cell]:
     """Of the table."""
     accuracy = [reached(lines).accuracy for lines in runs]
-    deviation = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
     k3 = [value for lines in runs for value in column(lines, "mismatch/k3_kl").values()]
     skipped = sum(bool(line["train/skipped"]) for lines in runs for line in lines)
     texts = [
-        *(arm, str(len(runs)), f"{statistics.fmean(accuracy):.3f} ± {deviation:.3f}", f"{min(accuracy):.3f}"),
+        *(arm, str(len(runs)), spread(accuracy), f"{min(accuracy):.3f}"),
         f"{statistics.fmean(value for lines in runs for value in column(lines, 'rollout/lag').values()):.2f}",
         *(f"{statistics.median(k3):.1e}", f"{max(k3):.1e}", str(skipped)),
         f"{statistics.fmean(sum(column(lines, 'time/step_s').values()) for lines in runs):.0f}",
@@ -93,11 +73,10 @@ def draw(runs: Mapping[str, Sequence[Lines]], path: Path) -> None:
     for index, (arm, seeds) in enumerate(runs.items()):
         style = {"color": f"C{index}", "linestyle": "--" if TRUNCATED in arm else "-"}
         for axis, curves in (
-            (accuracy, [column(lines, accuracy_key(lines)) for lines in seeds]),
+            (accuracy, [evaluations(lines) for lines in seeds]),
             (mismatch, [column(lines, "mismatch/k3_kl") for lines in seeds]),
         ):
-            steps = sorted(set.intersection(*map(set, curves)))
-            values = [[curve[step] for curve in curves] for step in steps]
+            steps, values = aligned(curves)
             axis.plot(steps, [statistics.fmean(v) for v in values], label=arm, linewidth=1.4, **style)
             axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=f"C{index}", alpha=0.1)
     accuracy.set_title("held-out accuracy (mean and range over seeds)", fontsize=10, loc="left")

@@ -16,13 +16,10 @@ import typer
 
 from megatron_hpt import command
 from megatron_hpt.comparison.runs import draw, reached, table
-from megatron_hpt.engines.seeding import settled
 from megatron_hpt.errors import ConfigError, Interrupted
 from megatron_hpt.files import check_folder, write_whole
-from megatron_hpt.launch.launchers import gpus_here
-from megatron_hpt.launch.train import resume_point, resume_run, start_run
+from megatron_hpt.launch.train import finish_run
 from megatron_hpt.recipe import load
-from megatron_hpt.run import RunDir, newest
 from megatron_hpt.settings.options import MOST_ROWS, number
 from megatron_hpt.telemetry import metrics
 from megatron_hpt.telemetry.progress import duration
@@ -64,7 +61,7 @@ def _compare(recipe: str, overrides: list[str], algorithms: list[str], seeds: li
         left = duration((time.monotonic() - began) / done * (len(jobs) - done)) if done else "unknown"
         print(f"run {done + 1} of {len(jobs)}: {algorithm}, seed {seed}; time left {left}", flush=True)
         settings = [*_settings(recipe, overrides, algorithm), f"trainer.seed={seed}", "trainer.export=false"]
-        run = _finish(recipe, f"{algorithm}_seed{seed}", [*settings, *overrides, *start], out)
+        run = finish_run(recipe, f"{algorithm}_seed{seed}", [*settings, *overrides, *start], out)
         lines[algorithm, seed] = metrics.read(run.metrics)
         _write({name: [lines[name, s] for s in seeds if (name, s) in lines] for name in algorithms}, out)
     print((out / "comparison.md").read_text(encoding="utf-8"))
@@ -77,7 +74,7 @@ def _start(recipe: str, overrides: list[str], steps: int, out: Path) -> list[str
     """
     shared = [override for override in overrides if override.split(".")[0] in ("model", "data", "rollout", "parallel", "actor")]
     own = ["algorithm.name=sft", f"trainer.steps={steps}", f"trainer.seed={START_SEED}", "trainer.export=true"]
-    run = _finish(recipe, "start", [*shared, *own, "evaluation.every=0"], out)
+    run = finish_run(recipe, "start", [*shared, *own, "evaluation.every=0"], out)
     return [f"model.path={run.export}"]
 
 
@@ -86,20 +83,6 @@ def _settings(recipe: str, overrides: list[str], algorithm: str) -> list[str]:
     steps = load(recipe, overrides).config.trainer.steps
     own = {"sft_grpo": [f"algorithm.sft_steps={steps // 2}"]}
     return [f"algorithm.name={algorithm}", *own.get(algorithm, [])]
-
-
-def _finish(recipe: str, name: str, settings: list[str], out: Path) -> RunDir:
-    """A finished run of a name: as it is, continued, or from its first step."""
-    settings = [f"name={name}", *settings]
-    try:
-        run = newest(name, out)
-    except ConfigError:
-        return start_run(recipe, settings, out)
-    on_gpus = bool(gpus_here())
-    config, wanted = (settled(load(*source).config, on_gpus) for source in ((str(run.path), []), (recipe, settings)))
-    if config != wanted:
-        raise ConfigError(f"{run.path} has other settings than asked for; name another folder with --out")
-    return run if resume_point(run, config) == config.trainer.steps else resume_run(str(run.path), [], out)
 
 
 def _write(runs: dict[str, list], out: Path) -> None:

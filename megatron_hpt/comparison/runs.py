@@ -88,11 +88,12 @@ def table(runs: Mapping[str, Sequence[Lines]]) -> str:
 def _row(name: str, seeds: Sequence[Reached]) -> list[Cell]:
     accuracy, solved = ([getattr(seed, field) for seed in seeds] for field in ("accuracy", "solved"))
     used = [statistics.fmean(getattr(seed, field) for seed in seeds) for field in ("generated", "trained", "seconds")]
-    texts = [name, str(len(seeds)), _spread(accuracy), _spread(solved), *(f"{mean:,.0f}" for mean in used)]
+    texts = [name, str(len(seeds)), spread(accuracy), spread(solved), *(f"{mean:,.0f}" for mean in used)]
     return [Cell(text) for text in texts]
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Write mean ± standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
 
@@ -117,12 +118,12 @@ def picture(runs: Mapping[str, Sequence[Lines]], form: str) -> bytes:
     figure, (accuracy, by_tokens, share) = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
     for index, (name, seeds) in enumerate(runs.items()):
         color = f"C{index}"
-        steps, rows = _aligned([_evaluations(lines) for lines in seeds])
+        steps, rows = aligned([evaluations(lines) for lines in seeds])
         accuracy.plot(steps, [statistics.fmean(row) for row in rows], marker="o", markersize=3, color=color, label=name)
         accuracy.fill_between(steps, [min(row) for row in rows], [max(row) for row in rows], color=color, alpha=0.12)
         used, means = _by_tokens(seeds)
         by_tokens.plot(used, means, marker="o", markersize=3, color=color, label=name)
-        steps, rows = _aligned([{line["step"]: line["gate/demonstration_weight"] for line in lines} for lines in seeds])
+        steps, rows = aligned([{line["step"]: line["gate/demonstration_weight"] for line in lines} for lines in seeds])
         share.plot(steps, [statistics.fmean(row) for row in rows], linewidth=1.3, color=color, label=name)
     accuracy.set_title("held-out accuracy (mean and range over seeds)", fontsize=10, loc="left")
     by_tokens.set_title("held-out accuracy by thousands of tokens generated and trained", fontsize=10, loc="left")
@@ -141,7 +142,7 @@ def picture(runs: Mapping[str, Sequence[Lines]], form: str) -> bytes:
 
 def _by_tokens(seeds: Sequence[Lines]) -> tuple[list[float], list[float]]:
     """Return thousands of tokens generated and trained before each evaluation, and the accuracy there; means over seeds."""
-    steps, rows = _aligned([_evaluations(lines) for lines in seeds])
+    steps, rows = aligned([evaluations(lines) for lines in seeds])
     spent = [
         [sum(line["rollout/tokens"] + line["train/tokens"] for line in lines if line["step"] < step) for lines in seeds]
         for step in steps
@@ -149,12 +150,13 @@ def _by_tokens(seeds: Sequence[Lines]) -> tuple[list[float], list[float]]:
     return [statistics.fmean(row) / 1000 for row in spent], [statistics.fmean(row) for row in rows]
 
 
-def _evaluations(lines: Lines) -> dict[int, float]:
+def evaluations(lines: Lines) -> dict[int, float]:
+    """Return held-out accuracy by version of the weights."""
     key = accuracy_key(lines)
     return {line["eval/version"]: line[key] for line in lines if line.get(key) is not None}
 
 
-def _aligned(curves: Sequence[Mapping[int, float]]) -> tuple[list[int], list[list[float]]]:
+def aligned(curves: Sequence[Mapping[int, float]]) -> tuple[list[int], list[list[float]]]:
     """Return the steps that all curves have, and the curves' values there."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return steps, [[curve[step] for curve in curves] for step in steps]

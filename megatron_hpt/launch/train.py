@@ -131,6 +131,24 @@ def resume_run(source: str, overrides: list[str], root: Path, launch: Launch = o
     return run
 
 
+def finish_run(recipe: str, name: str, settings: list[str], root: Path) -> RunDir:
+    """Return a finished run of a name: as it is, continued, or trained from its first step.
+
+    Raises:
+        ConfigError: the run that is there has other settings.
+    """
+    settings = [f"name={name}", *settings]
+    try:
+        run = newest(name, root)
+    except ConfigError:
+        return start_run(recipe, settings, root)
+    on_gpus = bool(gpus_here())
+    config, wanted = (settled(recipes.load(*source).config, on_gpus) for source in ((str(run.path), []), (recipe, settings)))
+    if config != wanted:
+        raise ConfigError(f"{run.path} has other settings than asked for; name another folder with --out")
+    return run if resume_point(run, config) == config.trainer.steps else resume_run(str(run.path), [], root)
+
+
 def _check_steps(run: RunDir, steps: int) -> None:
     """Refuse to continue a run to fewer steps than it has trained.
 

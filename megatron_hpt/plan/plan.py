@@ -23,7 +23,7 @@ from megatron_hpt.plan.rollouts.rollout_timing import Transfer
 from megatron_hpt.plan.scenario import Scenario, batch_of, scenario
 from megatron_hpt.plan.search.ranking import Ranking, search
 from megatron_hpt.plan.shared_gpu import Moment
-from megatron_hpt.plan.timing import Pass, StepSize, message_bytes, micro_batch_s, reduce_bytes, train_s
+from megatron_hpt.plan.timing import StepSize, message_bytes, reduce_bytes, slowest_pass, train_s
 from megatron_hpt.plan.topology import Topology, place
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -159,15 +159,10 @@ def make(config: Config, cluster: ClusterConfig, lengths: Lengths, started: floa
     )
 
 
-def _micro_batch(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> Pass:
-    count, tokens = batch.micro_batches_of_update, batch.micro_batch_tokens
-    return micro_batch_s(shape, config, cluster, flags, count, tokens, batch.attended_tokens)
-
-
 def _hidden(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> dict[str, float]:
     """Return what overlaps keep out of a step's training: the same step with none of them, less the step."""
     plain = flags.without_overlaps()
-    one, alone = (asdict(_micro_batch(shape, config, cluster, these, batch)) for these in (flags, plain))
+    one, alone = (asdict(slowest_pass(shape, config, cluster, these, batch)) for these in (flags, plain))
     step, slower = (asdict(train_s(shape, config, cluster, these, batch)) for these in (flags, plain))
     hidden = {part: batch.micro_batches * (alone[part] - one[part]) for part in one}
     hidden |= {part: slower[part] - step[part] for part in ("reduce", "gather")}

@@ -16,7 +16,7 @@ from megatron_hpt.plan.memory import ITEM_BYTES, EngineMemory
 from megatron_hpt.plan.rollouts.lengths import Lengths
 from megatron_hpt.plan.rollouts.rollout_timing import Transfer, decoding, transfer
 from megatron_hpt.plan.rollouts.timeline import BatchWork, Generation, Timeline, alone, timeline
-from megatron_hpt.plan.timing import Pass, StepSize, StepTime, micro_batch_s, optimizer_steps, train_s
+from megatron_hpt.plan.timing import Pass, StepSize, StepTime, optimizer_steps, slowest_pass, train_s
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def scenario(
         near: trainer and engines are on one node.
     """
     flags = flags_of(config)
-    count, tokens, row = batch.micro_batches_of_update, batch.micro_batch_tokens, batch.attended_tokens
-    one = micro_batch_s(shape, config, cluster, flags, count, tokens, row)
+    one = slowest_pass(shape, config, cluster, flags, batch)
     training = train_s(shape, config, cluster, flags, batch)
     sent = transfer_of(shape, config, cluster, near)
     work = work_of(shape, config, cluster, engine, lengths, training.total, sent.seconds)

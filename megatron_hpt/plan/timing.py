@@ -121,6 +121,12 @@ def optimizer_steps(config: Config) -> int:
     return config.trainer.updates_per_batch * config.trainer.epochs_per_batch
 
 
+def slowest_pass(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Flags, batch: StepSize) -> Pass:
+    """Return what the slowest stage takes for a micro-batch of a step."""
+    count, tokens = batch.micro_batches_of_update, batch.micro_batch_tokens
+    return micro_batch_s(shape, config, cluster, flags, count, tokens, batch.attended_tokens)
+
+
 def forward_passes(config: Config) -> float:
     """Return how often a micro-batch runs forward each time that it is trained: once, and for recomputation and other policies.
 
@@ -248,7 +254,7 @@ def train_s(shape: ModelShape, config: Config, cluster: ClusterConfig, flags: Fl
     """Return the seconds of one batch, without the transfer."""
     parallel, peak, count = config.parallel, Peaks(config, cluster), batch.micro_batches
     updates, load = batch.updates, _load(shape, config, batch.micro_batches_of_update)
-    one = micro_batch_s(shape, config, cluster, flags, load.micro_batches, batch.micro_batch_tokens, batch.attended_tokens)
+    one = slowest_pass(shape, config, cluster, flags, batch)
     last = parallel.pipeline - 1
     state = optimizer_bytes(shape, config, last)
     computed, alone = asdict(one), _reductions(shape, config, peak)
